@@ -1,0 +1,159 @@
+"""Records, prompt, tokenizer, batches.
+
+A data set is a folder of `train.jsonl`, `valid.jsonl`, `test.jsonl`. One line is one decision of a recruiter:
+
+    {"cv": "...", "jd": "...", "accepted": true}
+
+All else is derived from these. Text from users is data: `<|endoftext|>` inside a CV is encoded as plain characters.
+"""
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from run import BadInput, write_bytes, write_json
+
+PAD, EOS = "<|pad|>", "<|endoftext|>"      # ids 0 and 1
+SPLITS = ("train", "valid", "test")
+
+
+# ------------------------------------------------------------------------------------------------------- records
+class Record(NamedTuple):
+    cv: str
+    jd: str
+    accepted: bool
+
+
+def read_records(path):
+    """All decisions of a .jsonl file; a bad line is refused with its number and what is wrong."""
+    records, texts = [], {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    r = parse_record(line, f"{path}:{number}")
+                    # Most texts come many times (one CV, several jobs): keep one copy of each.
+                    records.append(Record(texts.setdefault(r.cv, r.cv), texts.setdefault(r.jd, r.jd), r.accepted))
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror}; a data folder holds {', '.join(s + '.jsonl' for s in SPLITS)}")
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{path}: not UTF-8 text (byte {e.start}); save the file as UTF-8")
+    if not records:
+        raise BadInput(f"{path}: no records; expected lines like " + '{"cv": "...", "jd": "...", "accepted": true}')
+    return records
+
+
+def parse_record(line, where):
+    try:
+        raw = json.loads(line)
+    except ValueError as e:
+        raise BadInput(f"{where}: not JSON ({e})")
+    if not isinstance(raw, dict) or set(raw) != set(Record._fields):
+        found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
+        raise BadInput(f"{where}: expected the keys cv, jd, accepted; found {found}")
+    for key in ("cv", "jd"):
+        if not isinstance(raw[key], str):
+            raise BadInput(f"{where}: {key} must be a text, found {type(raw[key]).__name__}")
+    if not raw["cv"].strip():
+        raise BadInput(f"{where}: cv is empty")
+    if not isinstance(raw["accepted"], bool):
+        raise BadInput(f"{where}: accepted must be true or false, found {raw['accepted']!r}")
+    return Record(**raw)
+
+
+def write_records(path, records):
+    write_bytes(path, "".join(json.dumps(r._asdict(), ensure_ascii=False) + "\n" for r in records).encode())
+
+
+def half(cv):
+    """'A' or 'B', by a hash of the text. Generator and reward model learn from half A of the train CVs, the judge
+    and the recommender from half B, so that nothing is measured on what it was taught."""
+    return "AB"[hashlib.sha256(cv.encode()).digest()[0] % 2]
+
+
+# --------------------------------------------------------------------------------------------- tokenizer and prompt
+def train_tokenizer(texts, vocab_size):
+    """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; bytes as in GPT-2): any text can be encoded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD, EOS], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    return plain_text_only(tokenizer)
+
+
+def plain_text_only(tokenizer):
+    tokenizer.encode_special_tokens = True      # what looks like a special token in a text is text
+    return tokenizer
+
+
+def save_tokenizer(folder, tokenizer):
+    write_bytes(Path(folder) / "tokenizer.json", tokenizer.to_str().encode())
+    write_json(Path(folder) / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "eos_token": EOS, "padding_side": "left",
+        "clean_up_tokenization_spaces": False, "split_special_tokens": True})
+
+
+def load_tokenizer(folder):
+    path = Path(folder) / "tokenizer.json"
+    try:
+        return plain_text_only(Tokenizer.from_file(str(path)))
+    except Exception as e:                      # tokenizers raises plain Exception
+        raise BadInput(f"{path}: cannot be read as a tokenizer ({e})")
+
+
+class Codec:
+    """Texts to token ids and back, within a budget of tokens. Counts what it had to cut.
+
+    T, the prompt template, stands around the CV:  `CV: ... \\nJD: `, then the JD's tokens, then end-of-text.
+    CV, template and JD are encoded each by itself, so that a CV cannot change how the rest is cut into tokens."""
+
+    def __init__(self, tokenizer, max_cv, max_jd):
+        self.tokenizer, self.max_cv, self.max_jd = tokenizer, max_cv, max_jd
+        self.eos = tokenizer.token_to_id(EOS)
+        self.before, self.after = (tokenizer.encode(t).ids for t in ("CV:", "\nJD:"))
+        self.cut_cvs = self.cut_jds = 0
+
+    def prompt(self, cv):
+        ids = self.tokenizer.encode(" " + cv).ids
+        self.cut_cvs += len(ids) > self.max_cv
+        return self.before + ids[:self.max_cv] + self.after
+
+    def jd(self, jd):
+        """The JD's tokens and end-of-text; a JD that was cut has none, for it does not end there."""
+        ids = self.tokenizer.encode(" " + jd).ids + [self.eos]
+        self.cut_jds += len(ids) > self.max_jd
+        return ids[:self.max_jd]
+
+    def text(self, ids):
+        """The text of generated tokens, up to the first end-of-text."""
+        ids = ids[:ids.index(self.eos)] if self.eos in ids else ids
+        return self.tokenizer.decode(ids, skip_special_tokens=False).removeprefix(" ")
+
+    def context(self):
+        return len(self.before) + self.max_cv + len(self.after) + self.max_jd
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+def pad_right(rows, pad=0):
+    """Token lists -> ids [B, T] and lengths [B]. Everything else (masks, last positions) follows from the lengths."""
+    lengths = torch.tensor([len(r) for r in rows])
+    ids = torch.full((len(rows), int(lengths.max())), pad)
+    for b, row in enumerate(rows):
+        ids[b, :len(row)] = torch.tensor(row)
+    return ids, lengths
+
+
+def bucketed(lengths, batch_size, generator, pool=32):
+    """One epoch of batches (lists of indices), each index once. Rows of similar length go together, so that few pads
+    are computed: the epoch is shuffled, sorted by length within pools of batches, and the batches are shuffled."""
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    batches = []
+    for start in range(0, len(order), batch_size * pool):
+        part = sorted(order[start:start + batch_size * pool], key=lambda i: lengths[i])
+        batches += [part[k:k + batch_size] for k in range(0, len(part), batch_size)]
+    return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]

@@ -1,0 +1,491 @@
+"""A simulated job market: the embedded default data, and the true match that only a simulation knows.
+
+    python girl.py data --out DIR --seed 0
+
+A person and a job are small records. Each is written out as text in one of several layouts, and the same layouts,
+turned into regular expressions, read the text back. So everything that is measured can be computed again from the
+texts alone. The steps:
+
+1. `OCCUPATIONS` (edit it!) holds 24 occupations from 8 fields of work. Titles and skills follow O*NET and ESCO.
+2. People and jobs are drawn: they differ in skills, years, degree and place within every occupation.
+3. Each person applies for a few jobs by taste: pay, place, skills, and an ambition that reaches too high or too low.
+4. The recruiter accepts with the probability `match(person, job)`, the **true match**.
+5. `write_market` writes every decision as one line {"cv", "jd", "accepted"}.
+
+Left out on purpose: names, age, gender, origin, family. Nothing about them is in any text, so nothing can be learned.
+Also left out: pay does not enter the match (it follows the job's level), and nobody is hired twice or changes over time.
+"""
+import random
+import re
+from dataclasses import dataclass, replace
+
+from data import Record, write_records
+from run import write_json
+
+# ------------------------------------------------------------------------------------------- the tables: edit these
+# The order of DEGREES is the order of levels 0..3.
+DEGREES = ("a school certificate", "a vocational certificate", "a bachelor's degree", "a master's degree")
+# Share of the jobs in each city. People live more evenly spread than jobs: many have to look elsewhere.
+CITIES = {"London": 6, "Glasgow": 4, "Leeds": 3, "Bristol": 3, "Cardiff": 2, "Belfast": 2, "Norwich": 1, "Exeter": 1}
+REMOTE = "remote"
+MAX_YEARS_HELD, MAX_YEARS_ASKED = 16, 12
+SKILLS_HELD, SKILLS_ASKED = (6, 7, 8), (4, 5)   # how many skills a CV lists and a job asks for
+
+# field of work -> title -> (usual degree, starting pay in thousands, can be done remotely, skills, duties)
+# Skills stand in the order of how often employers ask for them. Neighbours in a field share some.
+OCCUPATIONS = {
+    "health": {
+        "registered nurse": (2, 31, False, "medication, wound care, vital signs, triage, infection control, patient records, "
+            "resuscitation, care planning, blood sampling, catheter care, pain assessment, discharge planning, first aid, "
+            "infusion therapy", ("Care for patients on a busy ward.", "Give treatments and watch how patients respond.")),
+        "nursing assistant": (1, 22, False, "patient hygiene, vital signs, meal support, patient lifting, infection control, "
+            "first aid, patient records, mobility support, dementia care, catheter care, palliative care, fall prevention, "
+            "linen changes, specimen collection", ("Help residents wash, eat and move.", "Support nurses on the ward.")),
+        "physiotherapist": (3, 33, False, "exercise plans, manual therapy, gait training, patient records, pain assessment, "
+            "rehabilitation, electrotherapy, mobility support, fall prevention, sports injuries, respiratory therapy, "
+            "hydrotherapy, anatomy, first aid", ("Help people move again after an injury.", "Plan and guide therapy sessions.")),
+    },
+    "trades": {
+        "electrician": (1, 28, False, "wiring, circuit testing, fault finding, cable laying, site safety, fuse boards, "
+            "drawing reading, socket fitting, lighting, solar panels, earthing, conduit bending, power tools, soldering",
+            ("Install and repair wiring in homes.", "Keep the power running on building sites.")),
+        "plumber": (1, 28, False, "pipe fitting, leak detection, boiler repair, drain clearing, site safety, soldering, "
+            "bathroom fitting, pressure testing, drawing reading, gas fitting, underfloor heating, pump repair, power tools, "
+            "water treatment", ("Fit and mend pipes, baths and boilers.", "Answer calls about leaks and cold homes.")),
+        "carpenter": (1, 27, False, "joinery, roof framing, door hanging, site safety, power tools, drawing reading, "
+            "cabinet making, wood finishing, floor laying, stair building, timber selection, formwork, drywall, measuring",
+            ("Build and fit wooden parts of houses.", "Make doors, stairs and cabinets to measure.")),
+    },
+    "education": {
+        "primary teacher": (2, 30, False, "lesson planning, classroom management, phonics, reading lessons, arithmetic, "
+            "pupil assessment, safeguarding, parent meetings, art projects, special needs, homework design, storytelling, "
+            "play supervision, report writing", ("Teach a class of young pupils.", "Make every child read and count.")),
+        "secondary teacher": (3, 32, False, "lesson planning, classroom management, exam preparation, pupil assessment, "
+            "curriculum design, safeguarding, parent meetings, laboratory lessons, essay marking, career guidance, "
+            "school trips, report writing, algebra, debate coaching",
+            ("Teach teenagers and prepare them for exams.", "Run lessons for five classes a week.")),
+        "nursery teacher": (1, 23, False, "play supervision, storytelling, safeguarding, first aid, art projects, "
+            "parent meetings, music games, outdoor play, nap routines, toilet training, language games, child observation, "
+            "healthy snacks, special needs", ("Look after a group of small children.", "Let toddlers learn through play.")),
+    },
+    "office": {
+        "accountant": (2, 34, True, "financial statements, tax returns, bookkeeping, auditing, budgeting, general ledger, "
+            "spreadsheets, cost analysis, payroll, fraud detection, invoicing, cash flow, depreciation, commercial law",
+            ("Close the books at the end of each month.", "Prepare the yearly accounts of our clients.")),
+        "payroll clerk": (1, 25, True, "payroll, timesheets, spreadsheets, wage calculation, tax deductions, data entry, "
+            "bookkeeping, pension records, absence tracking, invoicing, staff queries, filing, bank transfers, overtime rules",
+            ("See that all staff are paid on time.", "Check hours and pay for every team.")),
+        "executive assistant": (2, 29, True, "calendar planning, travel booking, minute taking, data entry, filing, "
+            "event planning, spreadsheets, email handling, invoicing, word processing, phone reception, expense reports, "
+            "slide design, shorthand", ("Run the diary of two directors.", "Keep the office of our managers in order.")),
+    },
+    "technology": {
+        "software developer": (2, 40, True, "Python, SQL, Git, Java, unit testing, debugging, code review, Docker, Linux, "
+            "REST services, design patterns, C++, continuous integration, cloud deployment",
+            ("Write and ship code for our web shop.", "Build services that our customers use daily.")),
+        "data analyst": (2, 35, True, "SQL, Python, spreadsheets, statistics, dashboards, Tableau, data cleaning, "
+            "report writing, R programming, forecasting, data mining, survey design, Power BI, data modelling",
+            ("Answer business questions with data.", "Turn raw numbers into clear reports.")),
+        "network technician": (1, 29, False, "routing, switching, firewalls, Linux, cable laying, fault finding, VPN setup, "
+            "backups, help desk, Cisco equipment, server racks, virus protection, bandwidth monitoring, radio surveys",
+            ("Keep office networks fast and safe.", "Set up and mend networks at our sites.")),
+    },
+    "hospitality": {
+        "chef": (1, 27, False, "menu planning, food safety, knife skills, kitchen hygiene, sauces, grilling, stock control, "
+            "pastry, cost control, plating, staff rotas, butchery, vegan cooking, allergen control",
+            ("Cook fresh dishes for lunch and dinner.", "Lead the kitchen of our small restaurant.")),
+        "waiter": (0, 21, False, "table service, order taking, food safety, wine service, cash handling, table setting, "
+            "menu advice, complaint handling, banquets, cocktail mixing, allergen control, reservations, barista coffee, "
+            "upselling", ("Serve guests in our dining room.", "Bring food and drinks with a smile.")),
+        "hotel receptionist": (1, 23, False, "guest registration, reservations, phone reception, cash handling, room allocation, "
+            "complaint handling, concierge advice, night audit, key control, invoicing, event planning, upselling, "
+            "email handling, booking software", ("Welcome guests at the front desk.", "Give rooms, keys and advice to guests.")),
+    },
+    "logistics": {
+        "truck driver": (0, 27, False, "load securing, vehicle checks, route planning, delivery notes, map reading, "
+            "tachograph records, trailer coupling, night driving, hazardous goods, parcel scanning, fuel economy, "
+            "customs papers, tail lifts, pallet handling", ("Bring goods to shops across the region.", "Drive long routes with care.")),
+        "warehouse worker": (0, 22, False, "order picking, forklift driving, packing, pallet handling, stock counting, "
+            "goods receipt, parcel scanning, stock control, shelf labelling, hazardous goods, delivery notes, "
+            "returns handling, cold storage, load securing", ("Pick and pack orders for dispatch.", "Keep the shelves full and in order.")),
+        "freight forwarder": (2, 30, True, "customs papers, shipment tracking, freight rates, route planning, sea freight, "
+            "air freight, delivery notes, cargo insurance, carrier contracts, spreadsheets, hazardous goods, trade law, "
+            "container booking, invoicing", ("Arrange transport by sea and air.", "Bring our customers' cargo over borders.")),
+    },
+    "sales": {
+        "shop assistant": (0, 21, False, "cash handling, shelf stocking, customer advice, shop displays, complaint handling, "
+            "stock counting, gift wrapping, refunds, price tagging, upselling, returns handling, fitting rooms, "
+            "store cleaning, loyalty cards", ("Serve customers and keep the shop tidy.", "Help people find what they need.")),
+        "sales representative": (1, 30, True, "customer advice, cold calling, contract negotiation, product demos, "
+            "customer databases, market research, sales forecasts, trade fairs, territory planning, price quotes, upselling, "
+            "slide design, lead generation, after-sales service", ("Visit clients and win new ones.", "Sell our machines to small firms.")),
+        "marketing specialist": (2, 32, True, "social media, market research, content writing, search optimisation, "
+            "brand strategy, email campaigns, web analytics, event planning, graphic design, press releases, trade fairs, "
+            "advertising budgets, photo editing, lead generation", ("Make our brand known online.", "Plan campaigns and measure what they bring.")),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Occupation:
+    title: str
+    field: str
+    degree: int                 # the usual one, a level 0..3
+    pay: int                    # thousands a year at entry
+    remote: bool                # can the work be done from home?
+    skills: tuple[str, ...]     # most asked for first
+    duties: tuple[str, ...]
+
+
+BY_TITLE = {title: Occupation(title, field, degree, pay, remote, tuple(skills.split(", ")), duties)
+            for field, rows in OCCUPATIONS.items() for title, (degree, pay, remote, skills, duties) in rows.items()}
+ALL_SKILLS = {s for o in BY_TITLE.values() for s in o.skills}
+
+
+# ----------------------------------------------------------------------------------------------- people and jobs
+@dataclass(frozen=True)
+class Person:
+    title: str
+    years: int                  # of experience
+    degree: int                 # level 0..3
+    city: str
+    remote: bool                # would also work from home
+    skills: tuple[str, ...]     # alphabetical
+
+
+@dataclass(frozen=True)
+class Job:
+    title: str
+    years: int                  # at least this many
+    degree: int                 # at least this level
+    place: str                  # a city, or REMOTE
+    skills: tuple[str, ...]     # alphabetical when a market writes it; a policy may write what it likes
+    duty: str
+    pay: tuple[int, int]        # thousands a year
+
+
+def seniority(years):
+    """The word before a job's title, by the years it asks for."""
+    return "junior" if years < 2 else "" if years < 5 else "senior" if years < 9 else "lead"
+
+
+# ------------------------------------------------------------------------------------------------- the true match
+def coverage(person, job):
+    """Share of the job's skills that the CV lists."""
+    return sum(s in person.skills for s in job.skills) / max(len(job.skills), 1)
+
+
+def skills_factor(person, job):
+    """Coverage squared: with 5 skills asked, one missing gives 0.64, two 0.36.
+
+    A list that is padded (more than 6), repeated or too short (under 3) tells the recruiter nothing: a tenth of that."""
+    honest = 3 <= len(job.skills) <= 6 and len(set(job.skills)) == len(job.skills)
+    return coverage(person, job) ** 2 * (1.0 if honest else 0.1)
+
+
+def years_factor(person, job):
+    """1 to 4 years more than asked is right. Just enough is a little thin, each missing year halves the chance,
+    each year beyond 4 costs 15%: the overqualified leave soon. A job that asks for no experience takes beginners."""
+    spare = person.years - job.years
+    if spare <= 0 and not (spare == 0 and job.years == 0):
+        return 0.8 * 0.5 ** -spare
+    return 0.85 ** max(spare - 4, 0)
+
+
+def degree_factor(person, job):
+    """The degree asked for is best; one level more is fine, two more overqualified; less is rarely forgiven."""
+    return {0: 1.0, 1: 0.85, 2: 0.55, 3: 0.4, -1: 0.35}.get(person.degree - job.degree, 0.1)
+
+
+def place_factor(person, job):
+    """The job must be where the person is; remote jobs are for those who said so."""
+    if job.place == REMOTE:
+        return 1.0 if person.remote else 0.4
+    return 1.0 if job.place == person.city else 0.2
+
+
+def field_factor(person, job):
+    """The same occupation, a neighbour from the same field of work, or something else altogether."""
+    if person.title == job.title:
+        return 1.0
+    return 0.5 if BY_TITLE[person.title].field == BY_TITLE[job.title].field else 0.05
+
+
+def match(person, job):
+    """The true match: the probability, 0..0.95, that the recruiter accepts this person for this job."""
+    return (0.95 * skills_factor(person, job) * years_factor(person, job) * degree_factor(person, job)
+            * place_factor(person, job) * field_factor(person, job))
+
+
+# ----------------------------------------------------------------------------------------------- records <-> texts
+# One table serves both ways: filled in, a layout is a text; with a pattern for each {name}, it is what reads the text.
+CV_LAYOUTS = (
+    "Profile: {title}, {years}. Lives in {place}. Skills: {skills}. Education: {degree}.",
+    "Education: {degree}. Last post: {title} in {place} ({years}). Good at {skills}.",
+    "Work: {title}\nExperience: {years}\nPlace: {place}\nSkills: {skills}\nEducation: {degree}",
+)
+JD_LAYOUTS = (
+    "Wanted: {title}, {place}. {duty} We ask for {years} and {degree}. Skills: {skills}. Pay: {pay}.",
+    "Job: {title}\nPlace: {place}\nPay: {pay}\nExperience: {years}\nEducation: {degree}\nSkills: {skills}\nTask: {duty}",
+    "{duty} We are hiring ({place}): {title}, {pay}. You have {degree}, {years} and know {skills}.",
+)
+PATTERNS = {"title": r"[a-z -]+", "years": r"no experience|\d{1,2}\+? years?", "place": r"[A-Za-z]+(?: or remote)?",
+            "skills": r"[^.\n]+", "degree": r"a [a-z' ]+", "duty": r"[A-Z][^.\n]+\.", "pay": r"\d{1,3}k to \d{1,3}k"}
+
+
+def layout_regex(layout):
+    parts = re.split(r"\{(\w+)\}", layout)     # plain text, name, plain text, name, ...
+    return re.compile("".join(f"(?P<{p}>{PATTERNS[p]})" if i % 2 else re.escape(p) for i, p in enumerate(parts)))
+
+
+CV_REGEXES = [layout_regex(layout) for layout in CV_LAYOUTS]
+JD_REGEXES = [layout_regex(layout) for layout in JD_LAYOUTS]
+
+
+def years_text(years, plus=""):
+    return "no experience" if years == 0 else f"{years}{plus} year" + ("s" if years != 1 else "")
+
+
+def years_from(text):
+    return 0 if text == "no experience" else int(re.match(r"\d+", text)[0])
+
+
+def write_cv(person, layout):
+    place = person.city + (f" or {REMOTE}" if person.remote else "")
+    return CV_LAYOUTS[layout].format(title=person.title, years=years_text(person.years), place=place,
+                                     skills=", ".join(person.skills), degree=DEGREES[person.degree])
+
+
+def write_jd(job, layout):
+    title = f"{seniority(job.years)} {job.title}".strip()
+    return JD_LAYOUTS[layout].format(title=title, years=years_text(job.years, "+"), place=job.place, duty=job.duty,
+                                     skills=", ".join(job.skills), degree=DEGREES[job.degree],
+                                     pay=f"{job.pay[0]}k to {job.pay[1]}k")
+
+
+def parse_cv(text):
+    """The person that a CV describes, or None. A text counts as parsed only if writing the person gives it again."""
+    for layout, regex in enumerate(CV_REGEXES):
+        if m := regex.fullmatch(text):
+            city, _, remote = m["place"].partition(" or ")
+            skills = tuple(m["skills"].split(", "))
+            if m["title"] in BY_TITLE and city in CITIES and m["degree"] in DEGREES and ALL_SKILLS.issuperset(skills):
+                person = Person(m["title"], years_from(m["years"]), DEGREES.index(m["degree"]), city, bool(remote), skills)
+                if write_cv(person, layout) == text:
+                    return person
+    return None
+
+
+def parse_jd(text):
+    """The job that a JD describes, or None: an unknown skill, city or degree, a duty of another occupation, a seniority
+    that contradicts the years asked for, a pay band that ends below its start: none of these is a job of this market."""
+    for layout, regex in enumerate(JD_REGEXES):
+        if m := regex.fullmatch(text):
+            title = re.sub("^(junior|senior|lead) ", "", m["title"])
+            skills = tuple(m["skills"].split(", "))
+            low, high = (int(n) for n in re.findall(r"\d+", m["pay"]))
+            if (title in BY_TITLE and m["duty"] in BY_TITLE[title].duties and m["degree"] in DEGREES and low < high
+                    and (m["place"] in CITIES or m["place"] == REMOTE) and ALL_SKILLS.issuperset(skills)):
+                job = Job(title, years_from(m["years"]), DEGREES.index(m["degree"]), m["place"], skills, m["duty"], (low, high))
+                if write_jd(job, layout) == text:
+                    return job
+    return None
+
+
+def true_match(cv, jd):
+    """`match` from the texts alone; 0 for a JD that does not parse. The CV must be one of this market."""
+    job = parse_jd(jd)
+    return match(parse_cv(cv), job) if job else 0.0
+
+
+def fits_title(cv, jd):
+    """Is the JD of an occupation that the CV fits: the same, or a neighbour in its field of work?"""
+    job = parse_jd(jd)
+    return job is not None and field_factor(parse_cv(cv), job) >= 0.5
+
+
+# -------------------------------------------------------------------------------------------- drawing people and jobs
+def alphabetical(skills):
+    return tuple(sorted(skills, key=str.lower))
+
+
+def draw_person(rng):
+    o = BY_TITLE[rng.choice(list(BY_TITLE))]
+    return Person(o.title, years=min(int(rng.expovariate(1 / 6)), MAX_YEARS_HELD),
+                  degree=min(max(o.degree + rng.choice((-1, 0, 0, 1)), 0), 3), city=rng.choice(list(CITIES)),
+                  remote=o.remote and rng.random() < 0.5,
+                  skills=alphabetical(rng.sample(o.skills, rng.choice(SKILLS_HELD))))
+
+
+def draw_skills(rng, occupation, n):
+    """n skills without replacement; the first in the occupation's list is asked for three times as often as the last."""
+    last = len(occupation.skills) - 1
+    keys = {s: rng.random() ** (1 / (3 - 2 * i / last)) for i, s in enumerate(occupation.skills)}
+    return alphabetical(sorted(keys, key=keys.get)[-n:])
+
+
+def draw_job(rng, title=None):
+    o = BY_TITLE[title or rng.choice(list(BY_TITLE))]
+    years = min(int(rng.expovariate(1 / 6)), MAX_YEARS_ASKED)
+    place = REMOTE if o.remote and rng.random() < 0.25 else rng.choices(list(CITIES), CITIES.values())[0]
+    return Job(o.title, years, min(max(o.degree + rng.choice((-1, 0, 0, 0, 1)), 0), 3), place,
+               draw_skills(rng, o, rng.choice(SKILLS_ASKED)), rng.choice(o.duties), draw_pay(rng, o, years))
+
+
+def draw_pay(rng, occupation, years):
+    low = round(occupation.pay * (1 + 0.05 * years)) + rng.choice((0, 0, 1))
+    return low, low + 4
+
+
+def sibling(rng, job):
+    """The same employer posts the job again: in another town, at another level, for another degree or skill set."""
+    o, other = BY_TITLE[job.title], draw_job(rng, job.title)
+    change = rng.choice(("place", "years", "degree", "skills"))
+    if change == "years":
+        return replace(job, years=other.years, pay=draw_pay(rng, o, other.years))
+    if change == "skills":      # keep about half of them
+        kept = rng.sample(job.skills, len(job.skills) // 2)
+        new = [s for s in draw_skills(rng, o, len(o.skills)) if s not in kept]
+        return replace(job, skills=alphabetical(kept + rng.sample(new, len(job.skills) - len(kept))))
+    return replace(job, **{change: getattr(other, change)})
+
+
+def near(person, job):
+    return person.remote if job.place == REMOTE else job.place == person.city
+
+
+def taste(person, ambition, job):
+    """How much this person wants this job. Pay rises with the level of a job, so those who look for pay reach higher."""
+    reach = abs(job.years - (person.years + ambition))
+    return 16 * coverage(person, job) + 3 * near(person, job) - 0.5 * reach - abs(job.degree - person.degree)
+
+
+def applications(rng, person, jobs, title_jobs, n):
+    """The jobs that one person applies for: most by taste among those of the occupation, one at random among them, and
+    sometimes one of another occupation. `title_jobs`: title -> indices into `jobs`."""
+    ambition = rng.gauss(1.5, 2.0)
+    mine = title_jobs[person.title]
+    local = [j for j in mine if near(person, jobs[j])]
+    seen = list(dict.fromkeys(rng.sample(local, min(120, len(local))) + rng.sample(mine, min(20, len(mine)))))
+    liking = {j: taste(person, ambition, jobs[j]) + rng.gauss(0, 1) for j in seen}
+    ranked = sorted(seen, key=liking.get, reverse=True)
+    chosen = ranked[:n - 1] + [rng.choice(ranked[n - 1:])]
+    if rng.random() < 0.5:
+        chosen.append(rng.randrange(len(jobs)))
+    return list(dict.fromkeys(chosen))
+
+
+# ------------------------------------------------------------------------------------------------------- probes
+def blend(rng, skills):
+    """Replace a skill by one that does not exist: half of it and half of another."""
+    a, b = rng.sample(skills, 2)
+    fake = f"{a.split()[0]} {b.split()[-1]}"
+    return alphabetical([fake if s == a else s for s in skills])
+
+
+def spoil(rng, job, layout):
+    """A JD that nobody would post, made from a good one: what a policy tries when it looks for gaps in a reward model.
+    The true match of each is 0 or a tenth of the good one's."""
+    o, other = BY_TITLE[job.title], BY_TITLE[rng.choice([t for t in BY_TITLE if t != job.title])]
+    text = write_jd(job, layout)
+    words = text.split(" ")
+    kind = rng.choice(("padded", "repeated", "short", "blended", "duty", "seniority", "pay", "cut", "twice", "shuffled", "empty"))
+    if kind == "padded":
+        more = [s for s in o.skills if s not in job.skills]
+        return write_jd(replace(job, skills=alphabetical(job.skills + tuple(rng.sample(more, rng.randint(3, 6))))), layout)
+    if kind == "repeated":
+        skills = list(job.skills)
+        for _ in range(rng.randint(1, 3)):
+            skills[rng.randrange(1, len(skills))] = skills[0]
+        return write_jd(replace(job, skills=alphabetical(skills)), layout)
+    if kind == "short":
+        return write_jd(replace(job, skills=job.skills[:rng.randint(1, 2)]), layout)
+    if kind == "blended":
+        return write_jd(replace(job, skills=blend(rng, job.skills)), layout)
+    if kind == "duty":
+        return write_jd(replace(job, duty=rng.choice(other.duties)), layout)
+    if kind == "seniority":
+        wrong = [w for w in ("junior ", "", "senior ", "lead ") if w.strip() != seniority(job.years)]
+        return text.replace(f"{seniority(job.years)} {job.title}".strip(), rng.choice(wrong) + job.title)
+    if kind == "pay":
+        return write_jd(replace(job, pay=job.pay[::-1]), layout)
+    if kind == "cut":
+        return " ".join(words[:rng.randint(1, len(words) - 1)])
+    if kind == "twice":
+        return f"{text} {text}"
+    if kind == "shuffled":
+        return " ".join(rng.sample(words, len(words)))
+    return ""
+
+
+# ------------------------------------------------------------------------------------- yardsticks for what is learned
+FIELDS = ("skills", "years", "degree", "city", "field")
+
+
+def worsen(rng, person, job, field):
+    """The same job with one field made clearly worse for this person, or None where that cannot be done."""
+    o = BY_TITLE[job.title]
+    if field == "skills":       # swap half of the covered skills for some of the occupation that the CV lacks
+        covered = [s for s in job.skills if s in person.skills]
+        lacking = [s for s in o.skills if s not in person.skills and s not in job.skills]
+        n = min((len(covered) + 1) // 2, len(lacking))
+        kept = [s for s in job.skills if s not in rng.sample(covered, n)]
+        options = [replace(job, skills=alphabetical(kept + rng.sample(lacking, n)))]
+    elif field == "years":
+        options = [replace(job, years=y, pay=draw_pay(rng, o, y)) for y in range(MAX_YEARS_ASKED + 1)]
+    elif field == "degree":
+        options = [replace(job, degree=d) for d in range(len(DEGREES))]
+    elif field == "city":
+        options = [replace(job, place=c) for c in CITIES]
+    else:
+        options = [replace(job, title=t, duty=rng.choice(BY_TITLE[t].duties)) for t in BY_TITLE
+                   if BY_TITLE[t].field != o.field]
+    worse = [j for j in options if match(person, j) <= 0.6 * match(person, job)]
+    return rng.choice(worse) if worse else None
+
+
+def echo(person):
+    """The rule that writes the CV's own fields into a JD."""
+    o, years = BY_TITLE[person.title], min(person.years, MAX_YEARS_ASKED)
+    return Job(o.title, years, person.degree, person.city, person.skills[:4], o.duties[0], draw_pay(random.Random(0), o, years))
+
+
+def oracle(person):
+    """A best job that this market can express: the echo with two years to spare."""
+    years = min(max(person.years - 2, 0), MAX_YEARS_ASKED)
+    return replace(echo(person), years=years)
+
+
+def best_constants(rng, people, jobs):
+    """For each title, the one job that is best on average for people of this title (of at most 150 people and 300
+    jobs, drawn at random): what a policy gets that reads nothing but the title."""
+    best = {}
+    for title in BY_TITLE:
+        mine, theirs = [p for p in people if p.title == title], [j for j in jobs if j.title == title]
+        mine, theirs = rng.sample(mine, min(150, len(mine))), rng.sample(theirs, min(300, len(theirs)))
+        if mine and theirs:
+            best[title] = max(theirs, key=lambda job: sum(match(p, job) for p in mine))
+    return best
+
+
+# ------------------------------------------------------------------------------------------------------- the data set
+def draw_split(rng, people, jobs, n_applications):
+    """Every decision of one split, and probes: a spoiled copy of an accepted JD for every second person who has one."""
+    all_jobs = []
+    while len(all_jobs) < jobs:
+        all_jobs.append(draw_job(rng))
+        if rng.random() < 0.5:
+            all_jobs.append(sibling(rng, all_jobs[-1]))
+    texts = [write_jd(job, rng.randrange(len(JD_LAYOUTS))) for job in all_jobs]
+    title_jobs = {title: [i for i, job in enumerate(all_jobs) if job.title == title] for title in BY_TITLE}
+    decisions, probes = [], []
+    for _ in range(people):
+        person = draw_person(rng)
+        cv = write_cv(person, rng.randrange(len(CV_LAYOUTS)))
+        accepted = []
+        for j in applications(rng, person, all_jobs, title_jobs, n_applications):
+            decisions.append(Record(cv, texts[j], rng.random() < match(person, all_jobs[j])))
+            accepted += [all_jobs[j]] if decisions[-1].accepted else []
+        if accepted and rng.random() < 0.5:
+            probes.append(Record(cv, spoil(rng, rng.choice(accepted), rng.randrange(len(JD_LAYOUTS))), False))
+    return decisions, probes

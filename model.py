@@ -1,0 +1,320 @@
+"""The transformer, its key-value cache and sampling, its heads, and weights in and out.
+
+A decoder-only transformer as in Llama (Touvron et al. 2023, arXiv 2302.13971): pre-norm RMSNorm, rotary positions,
+grouped-query attention, SwiGLU, tied or untied embeddings. Parameters carry the names of the Hugging Face Llama
+layout, so that a saved folder is read by other tools and the other way round.
+
+Shapes:  B rows of a batch, T tokens, C hidden size, H query heads, K key-value heads, D = C / H, F feed-forward size,
+V vocabulary.
+
+Left out: dropout (PPO compares log-probabilities of two passes, which must agree), attention biases, sliding windows.
+"""
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from run import BadInput, save_tensors, write_json
+
+
+@dataclass
+class Config:
+    """The sizes of a model, by the names of a Hugging Face Llama `config.json`."""
+    vocab_size: int
+    hidden_size: int = 128
+    intermediate_size: int = 344
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    max_position_embeddings: int = 256
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+    eos_token_id: int = 1
+
+    def __post_init__(self):
+        C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if C % H or H % K or (C // H) % 2:
+            raise BadInput(f"hidden_size {C} must be a multiple of num_attention_heads {H} with an even quotient, "
+                           f"and num_attention_heads a multiple of num_key_value_heads {K}")
+
+
+# -------------------------------------------------------------------------------------------------- the transformer
+class RMSNorm(nn.Module):
+    """x / root mean square of x, times a learned gain (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, C, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(C))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_table(positions, D, theta):
+    """Cosines and sines of the angles position / theta^(2i/D), i = 0..D/2-1: two tensors [*positions.shape, D].
+
+    Rotary embedding (Su et al. 2021, arXiv 2104.09864), in the Hugging Face order: the pair of coordinate i is
+    coordinate i + D/2, not its neighbour i + 1."""
+    frequencies = theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)    # [D/2]
+    angles = positions[..., None].float() * frequencies                                                  # [..., D/2]
+    angles = torch.cat((angles, angles), dim=-1)                                                         # [..., D]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each coordinate pair of x [B, H, T, D] by its angle."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.H, self.K, self.D = c.num_attention_heads, c.num_key_value_heads, c.hidden_size // c.num_attention_heads
+        self.q_proj = nn.Linear(c.hidden_size, self.H * self.D, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, self.K * self.D, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, self.K * self.D, bias=False)
+        self.o_proj = nn.Linear(self.H * self.D, c.hidden_size, bias=False)
+
+    def forward(self, x, cos, sin, visible, cache):
+        B, T, _ = x.shape
+        q = rotate(self.q_proj(x).view(B, T, self.H, self.D).transpose(1, 2), cos, sin)      # [B, H, T, D]
+        k = rotate(self.k_proj(x).view(B, T, self.K, self.D).transpose(1, 2), cos, sin)      # [B, K, T, D]
+        v = self.v_proj(x).view(B, T, self.K, self.D).transpose(1, 2)                        # [B, K, T, D]
+        if cache is not None:
+            k, v = cache.append(k, v)                                                        # [B, K, past + T, D]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,
+                                           enable_gqa=self.H != self.K)                      # [B, H, T, D]
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))                 # [B, T, C]
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, visible, cache):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, visible, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Token ids to hidden states: the body that the language model, the reward model and the critic share."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                # What writes into the residual stream starts smaller, so that its variance does not grow with depth.
+                writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = c.initializer_range / (math.sqrt(2 * c.num_hidden_layers) if writes else 1)
+                nn.init.normal_(p, std=std)
+
+    def forward(self, ids, mask=None, caches=None):
+        """ids [B, T] -> hidden states [B, T, C].
+
+        mask [B, T], True at real tokens: needed where rows are padded on the left, or with `caches` (then
+        [B, past + T]). Without it rows may be padded on the right only: a causal model never sees what is behind."""
+        B, T = ids.shape
+        if mask is None:
+            positions, visible = torch.arange(T, device=ids.device), None                    # [T]
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, None, -T:]                      # [B, 1, T]
+            S = mask.shape[1]
+            causal = torch.ones(T, S, dtype=torch.bool, device=ids.device).tril(S - T)       # [T, S]
+            # A pad at the very left would see nothing and give 0/0; let every token see itself.
+            itself = torch.eye(S, dtype=torch.bool, device=ids.device)[-T:]                  # [T, S]
+            visible = (causal & mask[:, None, None, :]) | itself                             # [B, 1, T, S]
+        cos, sin = rotary_table(positions, self.layers[0].self_attn.D, self.config.rope_theta)
+        x = self.embed_tokens(ids)                                                           # [B, T, C]
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, visible, caches[i] if caches else None)
+        return self.norm(x)                                                                  # [B, T, C]
+
+
+class LanguageModel(nn.Module):
+    """The generator G: a transformer and a head that gives the logits of the next token."""
+
+    architecture = "LlamaForCausalLM"
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.model = Transformer(c)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        else:
+            nn.init.normal_(self.lm_head.weight, std=c.initializer_range)
+
+    def forward(self, ids, mask=None, caches=None):
+        return self.lm_head(self.model(ids, mask, caches))                                   # [B, T, V]
+
+
+class RewardModel(nn.Module):
+    """The reward model U: a transformer and a scalar head, read at the last real token of each row."""
+
+    architecture = "LlamaForSequenceClassification"
+
+    def __init__(self, c, center=0.0):
+        super().__init__()
+        self.config = c
+        self.model = Transformer(c)
+        self.score = nn.Linear(c.hidden_size, 1, bias=False)
+        # Stiennon et al. 2020, arXiv 2009.01325: std 1/sqrt(d + 1). No bias: a pair's loss could not teach one.
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(c.hidden_size + 1))
+        self.center = center        # subtracted from every score; kept in config.json
+
+    def forward(self, ids, lengths):
+        """ids [B, T] padded on the right, lengths [B] -> scores [B]."""
+        hidden = self.model(ids)                                                             # [B, T, C]
+        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]                # [B, C]
+        return self.score(last).squeeze(-1).float() - self.center                            # [B]
+
+
+# ---------------------------------------------------------------------------------------------------- generation
+class Cache:
+    """Keys and values of one layer for all tokens so far, in a buffer that is made once."""
+
+    def __init__(self, B, c, capacity, device, dtype):
+        shape = (B, c.num_key_value_heads, capacity, c.hidden_size // c.num_attention_heads)
+        self.k, self.v = torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
+        self.used = 0
+
+    def append(self, k, v):
+        start, self.used = self.used, self.used + k.shape[2]
+        self.k[:, :, start:self.used], self.v[:, :, start:self.used] = k, v
+        return self.k[:, :, :self.used], self.v[:, :, :self.used]
+
+    def keep(self, rows):
+        """Drop all rows but these."""
+        self.k, self.v = self.k[rows], self.v[rows]
+
+
+def sample(logits, temperature=1.0, top_p=1.0, generator=None):
+    """Draw one token per row from logits [B, V]: temperature 0 is greedy; `top_p` < 1 keeps the fewest tokens whose
+    probabilities reach it (Holtzman et al. 2019, arXiv 1904.09751). Returns ids [B]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)                                       # [B, V]
+    if top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)
+        # A token stays if those before it have not yet reached top_p; so the first always stays.
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+    return probs.multinomial(1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new, temperature=1.0, top_p=1.0, generator=None):
+    """Continue each prompt (a list of token ids) until end-of-text or `max_new` tokens.
+
+    Returns a list of token lists, the end-of-text included where it was reached. A row that has finished leaves the
+    batch: it costs nothing more."""
+    c, device = model.config, model.lm_head.weight.device
+    B, P = len(prompts), max(map(len, prompts))
+    ids = torch.full((B, P), c.pad_token_id)
+    mask = torch.zeros(B, P + max_new, dtype=torch.bool)
+    for b, prompt in enumerate(prompts):                    # padded on the left: the last token of all stands at P - 1
+        ids[b, P - len(prompt):] = torch.tensor(prompt)
+        mask[b, P - len(prompt):] = True                    # by length, not by id: a pad id in a text is a real token
+    ids, mask = ids.to(device), mask.to(device)
+    caches = [Cache(B, c, P + max_new, device, model.lm_head.weight.dtype) for _ in range(c.num_hidden_layers)]
+
+    outputs = [[] for _ in range(B)]
+    alive = torch.arange(B, device=device)                  # which row of the answer each row of the batch is
+    for t in range(max_new):
+        hidden = model.model(ids, mask[:, :P + t], caches)[:, -1]                            # [alive, C]
+        token = sample(model.lm_head(hidden), temperature, top_p, generator)                 # [alive]
+        for b, v in zip(alive.tolist(), token.tolist()):
+            outputs[b].append(v)
+        going = (token != c.eos_token_id).nonzero().squeeze(1)
+        if len(going) == 0:
+            break
+        if len(going) < len(alive):
+            alive, token, mask = alive[going], token[going], mask[going]
+            for cache in caches:
+                cache.keep(going)
+        ids = token[:, None]                                                                 # [alive, 1]
+    return outputs
+
+
+# --------------------------------------------------------------------------------------------- weights in and out
+def save_model(folder, model):
+    """`config.json` and `model.safetensors` in the Hugging Face layout; the tokenizer is saved beside them by data.py."""
+    c = model.config
+    config = asdict(c) | {"model_type": "llama", "architectures": [model.architecture], "torch_dtype": "float32",
+                          "hidden_act": "silu", "bos_token_id": None, "head_dim": c.hidden_size // c.num_attention_heads}
+    if isinstance(model, RewardModel):
+        config |= {"num_labels": 1, "center": model.center}
+    weights = {n: p.detach().float().cpu().contiguous() for n, p in model.state_dict().items()}
+    if c.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)                 # the same tensor as embed_tokens: stored once
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+    save_tensors(folder / "model.safetensors", weights)
+
+
+def read_config(folder):
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return Config(**{f.name: raw[f.name] for f in fields(Config) if f.name in raw}), raw
+    except (OSError, ValueError, TypeError) as e:
+        raise BadInput(f"{path}: not a model's config ({e}); give a folder that `sft`, `reward` or `ppo` wrote")
+
+
+def load_model(folder, kind=LanguageModel, device="cpu"):
+    """Read a folder that `save_model` wrote, as a LanguageModel or a RewardModel.
+
+    A RewardModel asked of a LanguageModel's folder takes its body and keeps a fresh head: the start of stage 2."""
+    config, raw = read_config(folder)
+    model = kind(config)
+    path = Path(folder) / "model.safetensors"
+    try:
+        weights = load_file(path)
+    except Exception as e:                                  # safetensors has its own error class, and OSError
+        raise BadInput(f"{path}: cannot be read as safetensors ({e})")
+    if kind is RewardModel and raw.get("architectures") == [LanguageModel.architecture]:
+        weights.pop("lm_head.weight", None)
+        weights["score.weight"] = model.score.weight.detach()
+    elif kind is RewardModel:
+        model.center = raw.get("center", 0.0)
+    if kind is LanguageModel and config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        raise BadInput(f"{path}: does not fit its config as a {kind.__name__}: {' '.join(str(e).split())}")
+    return model.to(device)

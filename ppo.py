@@ -1,0 +1,311 @@
+"""Stage 3, PPO: the generator G moves toward what the reward model U likes, and stays near where it came from.
+
+    python girl.py ppo --run RUN
+
+One iteration (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 2019, arXiv 1909.08593, and
+Stiennon et al. 2020, arXiv 2009.01325):
+1. Rollout: the policy writes a JD for each of some CVs, sampled from its full distribution.
+2. Score: U reads each finished JD; one that was cut off gets a fixed penalty. Each token costs
+   beta * (log pi - log pi_ref): in sum, score - beta * KL(G || G_SFT).
+3. Advantages by GAE (Schulman et al. 2015, arXiv 1506.02438) from the value head, whitened over the rollout.
+4. Update: some epochs over the rollout in minibatches, with the clipped ratio and the clipped value loss.
+
+Policy and critic share one body: the value head is one more linear layer on the same hidden states. It starts at
+zero, so that before it has learned anything it says "as good as the average SFT sample", which is what the score's
+mean 0 stands for.
+
+Left out: reward whitening (it was found harmful: it takes the sign and the scale from the score), a separate critic,
+an entropy bonus, early stopping by KL within an iteration, an advantage estimator without a critic (RLOO, GRPO).
+
+Shapes: B episodes, R response tokens (padded), T prompt + response (padded), C hidden size, V vocabulary.
+"""
+import copy
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import pad_right
+from model import generate
+from reward import score_rows
+from run import BadInput, autocast, flag, generator
+
+
+@dataclass
+class PPOFlags:
+    iterations: int = flag(60, "rollout + update")
+    episodes: int = flag(128, "JDs written in a rollout")
+    ppo_epochs: int = flag(2, "passes over a rollout")
+    minibatch: int = flag(32, "episodes in an optimizer step")
+    accumulate: int = flag(1, "micro-batches that a minibatch is cut into, to save memory")
+    lr: float = flag(3e-4, "learning rate; falls linearly to 0")
+    clip: float = flag(0.2, "epsilon of the clipped ratio")
+    value_clip: float = flag(0.2, "how far a value may move from the rollout's before its loss is clipped")
+    value_coef: float = flag(0.1, "weight of the value loss")
+    kl_coef: float = flag(0.05, "beta, the price of a nat of KL to the SFT model, in standard deviations of the score")
+    kl_target: float = flag(0.0, "nats per text that the adaptive controller steers to; 0 keeps beta fixed")
+    kl_horizon: int = flag(2000, "episodes over which the adaptive controller corrects an error")
+    gamma: float = flag(1.0, "discount")
+    lam: float = flag(0.95, "lambda of GAE")
+    temperature: float = flag(1.0, "divides the logits in rollout, reference and update")
+    cut_off_score: float = flag(-3.0, "score of a JD that was cut off before its end-of-text")
+    max_grad_norm: float = flag(1.0, "largest norm of the gradient")
+
+
+# ---------------------------------------------------------------------------------------- the mathematics, on masks
+# Every mask is [B, R] and True at real response tokens, the end-of-text included. It comes from lengths, never from ids.
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x, mask):
+    """Mean 0 and variance 1 over the real tokens; pads are 0."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def k1(logp, ref_logp):
+    """log(pi / pi_ref): averages to KL(pi || pi_ref) over samples of pi; single values may be negative."""
+    return logp - ref_logp
+
+
+def k3(logp, ref_logp):
+    """exp(-k1) - 1 + k1: the same mean as k1, less variance, never negative (Schulman 2020, joschu.net/blog/kl-approx)."""
+    d = k1(logp, ref_logp)
+    return torch.exp(-d) - 1 + d
+
+
+def token_rewards(scores, kl, mask, beta):
+    """-beta * KL at every token, and the text's score once, at its last real token. scores [B], kl [B, R] -> [B, R]."""
+    rewards = -beta * kl * mask
+    last = mask.sum(1) - 1                                                                   # [B]
+    rewards[torch.arange(len(scores)), last] += scores
+    return rewards
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation, backwards in time; the value after the end is 0.
+
+    A_t = delta_t + gamma lam A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t.
+    Returns unwhitened advantages and the returns A + V that the value head learns, both [B, R] and 0 at pads."""
+    values = values * mask
+    advantages, following, next_value = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]                            # [B]
+        following = (delta + gamma * lam * following) * mask[:, t]                           # [B], 0 while on pads
+        advantages[:, t], next_value = following, values[:, t]
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(log_ratio, advantages, clip):
+    """Per token: max(-A r, -A clip(r, 1 - eps, 1 + eps)), equation 7 of the PPO paper with the sign turned."""
+    ratio = log_ratio.exp()
+    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def value_loss(values, old_values, returns, clip):
+    """Per token: half the larger of the squared errors, of the value and of the value clipped around the old one."""
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def explained_variance(values, returns, mask):
+    """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 one that knows only the mean."""
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
+
+
+class KLController:
+    """beta. Fixed where target is 0; else Ziegler et al. 2019, section 2.2: with e = clip(KL / target - 1, -0.2, 0.2),
+    beta is multiplied by 1 + e * episodes / horizon after every rollout."""
+
+    def __init__(self, beta, target, horizon):
+        self.beta, self.target, self.horizon = beta, target, horizon
+
+    def update(self, kl, episodes):
+        if self.target:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.beta *= 1 + error * episodes / self.horizon
+
+
+# ------------------------------------------------------------------------------------------- policy and rollout
+class Policy(nn.Module):
+    """The generator with a value head beside its language-model head."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+        self.value_head = nn.Linear(lm.config.hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+
+class Episodes(NamedTuple):
+    """A rollout. Rows are prompt + response, padded on the right; responses are also seen apart as [B, R]."""
+    ids: torch.Tensor           # [B, T]
+    prompt_lengths: torch.Tensor    # [B]
+    tokens: torch.Tensor        # [B, R] the response tokens
+    mask: torch.Tensor          # [B, R] True at real response tokens
+
+    def rows(self, keep):
+        return Episodes(*(x[keep] for x in self))
+
+
+def make_episodes(prompts, responses, device):
+    ids, _ = pad_right([p + r for p, r in zip(prompts, responses)])
+    tokens, lengths = pad_right(responses)
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]                                  # [B, R]
+    return Episodes(*(x.to(device) for x in (ids, torch.tensor([len(p) for p in prompts]), tokens, mask)))
+
+
+def response_states(body, e):
+    """Hidden states [B, R, C] one position before each response token: they predict it, and value what was so far."""
+    hidden = body(e.ids)                                                                     # [B, T, C]
+    at = e.prompt_lengths[:, None] - 1 + torch.arange(e.tokens.shape[1], device=e.ids.device)    # [B, R]
+    at = at.clamp(max=e.ids.shape[1] - 1)                   # only pads reach beyond; the mask hides them
+    return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))                  # [B, R, C]
+
+
+def log_probs(lm, states, tokens, temperature):
+    """log pi of the response tokens and the entropy of each prediction, [B, R] both, in float32."""
+    logp = (lm.lm_head(states).float() / temperature).log_softmax(-1)                        # [B, R, V]
+    return logp.gather(-1, tokens[..., None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def evaluate_policy(policy, e, temperature):
+    """log pi, entropy and value of each response token, all from the same states: three tensors [B, R]."""
+    states = response_states(policy.lm.model, e)
+    logp, entropy = log_probs(policy.lm, states, e.tokens, temperature)
+    return logp, entropy, policy.value_head(states).squeeze(-1).float()
+
+
+@torch.no_grad()
+def evaluate_reference(reference, e, temperature):
+    return log_probs(reference, response_states(reference.model, e), e.tokens, temperature)[0]
+
+
+def score_responses(reward_model, prompts, responses, eos, cut_off_score):
+    """U of each finished JD; the fixed penalty for one without end-of-text. [B]"""
+    scores = torch.tensor(score_rows(reward_model, [p + r for p, r in zip(prompts, responses)]), dtype=torch.float32)
+    ended = torch.tensor([r[-1] == eos for r in responses])
+    return torch.where(ended, scores, torch.full_like(scores, cut_off_score)), ended
+
+
+# ------------------------------------------------------------------------------------------------------- update
+def minibatches(n, size, generator):
+    """One PPO epoch: a fresh permutation of the n episodes, cut into minibatches; each episode exactly once."""
+    return torch.randperm(n, generator=generator).split(size)
+
+
+def minibatch_loss(policy, e, old, flags, tokens_in_step):
+    """Loss of some episodes, divided by the tokens of the whole optimizer step: micro-batches add up to the big batch."""
+    logp, entropy, values = evaluate_policy(policy, e, flags.temperature)
+    log_ratio = ((logp - old["logp"]) * e.mask).clamp(-20, 20)
+    pg = policy_loss(log_ratio, old["advantages"], flags.clip) * e.mask
+    vf = value_loss(values, old["values"], old["returns"], flags.value_clip) * e.mask
+    loss = (pg.sum() + flags.value_coef * vf.sum()) / tokens_in_step
+    with torch.no_grad():
+        ratio = log_ratio.exp()
+        sums = {"approx_kl": 0.5 * log_ratio ** 2, "clip_frac": (ratio - 1).abs() > flags.clip, "entropy": entropy,
+                "ratio_mean": ratio, "ratio_sq": ratio ** 2, "policy_loss": pg, "value_loss": vf,
+                "value_clip_frac": (values - old["values"]).abs() > flags.value_clip}
+        sums = {name: float((x * e.mask).sum()) for name, x in sums.items()}
+    return loss, sums
+
+
+def update(policy, optimizer, episodes, old, flags, generator, device):
+    """All PPO epochs over one rollout. Returns the masked means of what is logged."""
+    totals, tokens = {}, 0.0
+    for _ in range(flags.ppo_epochs):
+        for batch in minibatches(len(episodes.ids), flags.minibatch, generator):
+            in_step = float(episodes.mask[batch].sum())
+            for micro in batch.chunk(flags.accumulate):
+                with autocast(device):
+                    loss, sums = minibatch_loss(policy, episodes.rows(micro), {k: v[micro] for k, v in old.items()},
+                                                flags, in_step)
+                loss.backward()
+                for name, value in sums.items():
+                    totals[name] = totals.get(name, 0.0) + value
+            norm = nn.utils.clip_grad_norm_(policy.parameters(), flags.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise BadInput("ppo: the gradient is not finite; lower --lr or raise --kl-coef")
+            optimizer.step()
+            optimizer.zero_grad()
+            tokens += in_step
+    means = {name: value / tokens for name, value in totals.items()}
+    means["ratio_var"] = means.pop("ratio_sq") - means["ratio_mean"] ** 2
+    return means
+
+
+# -------------------------------------------------------------------------------------------------- the whole stage
+def rollout(policy, reference, reward_model, prompts, codec, flags, beta, generator, device):
+    """Steps 1 to 3: write, score, and value. Returns episodes, what the update compares with, responses, and a log."""
+    with autocast(device):
+        responses = generate(policy.lm, prompts, codec.max_jd, flags.temperature, generator=generator)
+    scores, ended = score_responses(reward_model, prompts, responses, codec.eos, flags.cut_off_score)
+    e = make_episodes(prompts, responses, device)
+    with torch.no_grad(), autocast(device):
+        # Without the cache, exactly as the update will see it: the first ratio is 1.
+        logp, _, values = evaluate_policy(policy, e, flags.temperature)
+        ref_logp = evaluate_reference(reference, e, flags.temperature)
+    kl = k1(logp, ref_logp) * e.mask                                                         # [B, R]
+    rewards = token_rewards(scores.to(device), kl, e.mask, beta)                             # [B, R]
+    advantages, returns = gae(rewards, values, e.mask, flags.gamma, flags.lam)               # [B, R] each
+    old = {"logp": logp, "values": values * e.mask, "returns": returns,
+           # Whitened over the rollout, not per minibatch: a minibatch's own mean would shift its advantages.
+           "advantages": whiten(advantages, e.mask)}
+    per_text = kl.sum(1)                                                                     # [B]
+    log = {"reward": float(scores.mean()), "kl": float(per_text.mean()), "total": float(rewards.sum(1).mean()),
+           "kl_k3": float((k3(logp, ref_logp) * e.mask).sum(1).mean()), "beta": beta,
+           "kl_error": float(per_text.std() / math.sqrt(len(prompts))), "length": float(e.mask.sum(1).float().mean()),
+           "eos_rate": float(ended.float().mean()), "explained_variance": float(explained_variance(values, returns, e.mask))}
+    return e, old, responses, log
+
+
+def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match=None):
+    """Stage 3. `cvs`: texts to write for; `true_match(cv, jd)`: a number that is logged and never used, or None."""
+    reference = copy.deepcopy(policy.lm).eval().requires_grad_(False)
+    reward_model.eval().requires_grad_(False)
+    # eps 1e-5 as in the original PPO code: with the default 1e-8 tiny second moments make the first steps too large.
+    optimizer = torch.optim.Adam(policy.parameters(), lr=flags.lr, eps=1e-5)
+    controller = KLController(flags.kl_coef, flags.kl_target, flags.kl_horizon)
+    negative = 0
+    for i in range(flags.iterations):
+        draw = generator(seed, "ppo", i)
+        chosen = [cvs[k] for k in torch.randperm(len(cvs), generator=draw)[:flags.episodes]]
+        prompts = [codec.prompt(cv) for cv in chosen]
+        for group in optimizer.param_groups:
+            group["lr"] = flags.lr * (1 - i / flags.iterations)
+
+        e, old, responses, log = rollout(policy, reference, reward_model, prompts, codec, flags, controller.beta,
+                                         generator(seed, "ppo-sample", i, device=device), device)
+        log |= update(policy, optimizer, e, old, flags, draw, device)
+        controller.update(log["kl"], len(prompts))
+
+        texts = [codec.text(r) for r in responses]
+        log["true_match"] = sum(map(true_match, chosen, texts)) / len(texts) if true_match else None
+        # k1 may be negative by chance, not again and again: then pi_ref is more likely than pi on pi's own samples,
+        # which is impossible in the mean. Log-probabilities or masks are wrong.
+        negative = negative + 1 if log["kl"] < -2 * log["kl_error"] else 0
+        log["kl_fault"] = negative >= 5
+        stage.log(iteration=i + 1, **log)
+        report(stage, i, flags, log, chosen, texts)
+    return optimizer
+
+
+def report(stage, i, flags, log, cvs, texts):
+    """One line per iteration, and now and then a sample."""
+    truth = "" if log["true_match"] is None else f"  true {log['true_match']:.3f}"
+    stage.say(f"ppo {i + 1:3d}/{flags.iterations}  reward {log['reward']:+.3f}  kl {log['kl']:6.3f}{truth}  "
+              f"len {log['length']:5.1f}  clip {log['clip_frac']:.3f}  ent {log['entropy']:.3f}  "
+              f"ev {log['explained_variance']:+.2f}  beta {log['beta']:.3f}")
+    if log["kl_fault"]:
+        stage.say("ppo: FAULT: the mean KL has been negative for 5 iterations; log-probabilities or masks disagree")
+    if i % 20 == 0 or i + 1 == flags.iterations:
+        stage.say(f"--- a sample\n{cvs[0]}\n->\n{texts[0]}\n---")
+    stage.bar.update()

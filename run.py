@@ -1,0 +1,140 @@
+"""A run folder: what every stage needs around its mathematics. The bottom of the house: it imports no other module.
+
+    runs/NAME/STAGE/   config.json, model.safetensors, tokenizer.json, metrics.csv, and last of all summary.json
+
+A stage is finished when its `summary.json` is there. Nothing is ever half written: a file is written beside its place
+and renamed over it.
+"""
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from tqdm import tqdm
+
+
+class BadInput(Exception):
+    """Something the user gave cannot be used. Shown as one line, with exit code 2."""
+
+
+def flag(default, help):
+    """A documented field of a stage's dataclass of flags; girl.py makes the command line and its --help from them."""
+    return field(default=default, metadata={"help": help})
+
+
+# ------------------------------------------------------------------------------------------------- atomic files
+def write_bytes(path, content):
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except OSError as e:
+        beside.unlink(missing_ok=True)
+        raise BadInput(f"{path}: cannot be written ({e.strerror}); free some space or choose another --run folder")
+
+
+def write_json(path, value):
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{path}: cannot be read as JSON ({e})")
+
+
+def save_tensors(path, tensors):
+    write_bytes(path, save(tensors, metadata={"format": "pt"}))
+
+
+# ----------------------------------------------------------------------------------------- device and randomness
+def pick_device():
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device):
+    """The one place that decides on precision: bf16 autocast on CUDA, float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def generator(seed, *where, device="cpu"):
+    """A random generator that depends on (seed, stage, step, ...) alone, never on what ran before."""
+    digest = hashlib.sha256(repr((seed, *where)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+# ------------------------------------------------------------------------------------------------ optimisation
+def cosine(step, steps, warmup):
+    """Factor on the learning rate: linear warm-up, then a half cosine down to 0 at the last step."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+# ---------------------------------------------------------------------------------------------------- a stage
+class Stage:
+    """The folder of one stage while it runs: metrics.csv, a progress bar, the time; `finish` writes summary.json.
+
+        with Stage(run, "sft", total=1000) as stage:
+            stage.log(step=1, loss=2.3)
+            stage.finish(valid_nll=1.2)
+    """
+
+    def __init__(self, run, name, total, unit="step"):
+        self.folder, self.name, self.start = Path(run) / name, name, time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows = []
+        self.bar = tqdm(total=total, unit=unit, desc=name, file=sys.stderr, mininterval=1, dynamic_ncols=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+
+    def say(self, line):
+        self.bar.clear()
+        print(line, flush=True)
+
+    def log(self, **row):
+        self.rows.append(row)
+
+    def write_metrics(self):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_bytes(self.folder / "metrics.csv", text.getvalue().encode())
+
+    def finish(self, **summary):
+        self.write_metrics()
+        summary |= {"seconds": round(time.perf_counter() - self.start, 1), "peak_rss_mb": peak_rss_mb()}
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+
+def finished(run, name):
+    return (Path(run) / name / "summary.json").exists()
+
+
+def peak_rss_mb():
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(kilobytes / (1024 if sys.platform != "darwin" else 1024 ** 2))

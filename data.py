@@ -8,6 +8,7 @@ All else is derived from these. Text from users is data: `<|endoftext|>` inside 
 """
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -117,15 +118,21 @@ class Codec:
         self.eos = tokenizer.token_to_id(EOS)
         self.before, self.after = (tokenizer.encode(t).ids for t in ("CV:", "\nJD:"))
         self.cut_cvs = self.cut_jds = 0
+        self.ids = {}                           # most texts come many times: each is encoded once
+
+    def encode(self, text):
+        if text not in self.ids:
+            self.ids[text] = self.tokenizer.encode(" " + text).ids
+        return self.ids[text]
 
     def prompt(self, cv):
-        ids = self.tokenizer.encode(" " + cv).ids
+        ids = self.encode(cv)
         self.cut_cvs += len(ids) > self.max_cv
         return self.before + ids[:self.max_cv] + self.after
 
     def jd(self, jd):
         """The JD's tokens and end-of-text; a JD that was cut has none, for it does not end there."""
-        ids = self.tokenizer.encode(" " + jd).ids + [self.eos]
+        ids = self.encode(jd) + [self.eos]
         self.cut_jds += len(ids) > self.max_jd
         return ids[:self.max_jd]
 
@@ -133,6 +140,12 @@ class Codec:
         """The text of generated tokens, up to the first end-of-text."""
         ids = ids[:ids.index(self.eos)] if self.eos in ids else ids
         return self.tokenizer.decode(ids, skip_special_tokens=False).removeprefix(" ")
+
+    def shrink(self, longest_prompt, longest_jd):
+        """Lower the budgets to what the training data needs (a tenth more, for held-out texts)."""
+        around = len(self.before) + len(self.after)
+        self.max_cv = min(self.max_cv, math.ceil(1.1 * (longest_prompt - around)))
+        self.max_jd = min(self.max_jd, math.ceil(1.1 * longest_jd))
 
     def context(self):
         return len(self.before) + self.max_cv + len(self.after) + self.max_jd

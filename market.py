@@ -18,6 +18,7 @@ Also left out: pay does not enter the match (it follows the job's level), and no
 import random
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from data import Record, write_records
 from run import write_json
@@ -361,15 +362,14 @@ def taste(person, ambition, job):
 
 
 def applications(rng, person, jobs, title_jobs, n):
-    """The jobs that one person applies for: most by taste among those of the occupation, one at random among them, and
-    sometimes one of another occupation. `title_jobs`: title -> indices into `jobs`."""
+    """Indices of the jobs that one person applies for: n - 2 by taste, then two at random of the occupation, wherever
+    they are, and for every second person one of any occupation. `title_jobs`: title -> indices into `jobs`."""
     ambition = rng.gauss(1.5, 2.0)
     mine = title_jobs[person.title]
     local = [j for j in mine if near(person, jobs[j])]
     seen = list(dict.fromkeys(rng.sample(local, min(120, len(local))) + rng.sample(mine, min(20, len(mine)))))
     liking = {j: taste(person, ambition, jobs[j]) + rng.gauss(0, 1) for j in seen}
-    ranked = sorted(seen, key=liking.get, reverse=True)
-    chosen = ranked[:n - 1] + [rng.choice(ranked[n - 1:])]
+    chosen = sorted(seen, key=liking.get, reverse=True)[:n - 2] + rng.sample(mine, min(2, len(mine)))
     if rng.random() < 0.5:
         chosen.append(rng.randrange(len(jobs)))
     return list(dict.fromkeys(chosen))
@@ -378,8 +378,10 @@ def applications(rng, person, jobs, title_jobs, n):
 # ------------------------------------------------------------------------------------------------------- probes
 def blend(rng, skills):
     """Replace a skill by one that does not exist: half of it and half of another."""
-    a, b = rng.sample(skills, 2)
-    fake = f"{a.split()[0]} {b.split()[-1]}"
+    fake = ""
+    while not fake or fake in ALL_SKILLS:
+        a, b = rng.sample(skills, 2)
+        fake = f"{a.split()[0]} {b.split()[-1]}"
     return alphabetical([fake if s == a else s for s in skills])
 
 
@@ -468,20 +470,51 @@ def best_constants(rng, people, jobs):
     return best
 
 
+def same_occupation(record):
+    """Is this a decision within one occupation? (The others are decided by the title alone: too easy to count.)"""
+    return parse_cv(record.cv).title == parse_jd(record.jd).title
+
+
+def one_changes(rng, records, field, n):
+    """(cv, jd, worse jd) texts: up to n accepted decisions, and the same JD with one field made worse for this CV."""
+    found = []
+    for r in records:
+        person, job = parse_cv(r.cv), parse_jd(r.jd)
+        if r.accepted and len(found) < n and (worse := worsen(rng, person, job, field)):
+            layout = next(i for i in range(len(JD_LAYOUTS)) if write_jd(job, i) == r.jd)
+            found.append((r.cv, r.jd, write_jd(worse, layout)))
+    return found
+
+
+def yardsticks(rng, train_cvs, train_jds, cvs):
+    """Mean true match over `cvs` of three answers that need no learning: how much room there is."""
+    best = best_constants(rng, [parse_cv(cv) for cv in train_cvs], [parse_jd(jd) for jd in train_jds])
+    people = [parse_cv(cv) for cv in cvs]
+    answers = {"best_constant_match": [match(p, best[p.title]) if p.title in best else 0.0 for p in people],
+               "echo_match": [match(p, echo(p)) for p in people],
+               "oracle_match": [match(p, oracle(p)) for p in people]}
+    return {name: sum(values) / len(values) for name, values in answers.items()}
+
+
 # ------------------------------------------------------------------------------------------------------- the data set
-def draw_split(rng, people, jobs, n_applications):
-    """Every decision of one split, and probes: a spoiled copy of an accepted JD for every second person who has one."""
-    all_jobs = []
+def draw_split(rng, people, jobs, n_applications, taken=frozenset()):
+    """Every decision of one split, and probes: a spoiled copy of an accepted JD for every second person who has one.
+    No text in `taken` is used: no CV and no JD may be in two splits."""
+    all_jobs, texts = [], []
     while len(all_jobs) < jobs:
-        all_jobs.append(draw_job(rng))
-        if rng.random() < 0.5:
-            all_jobs.append(sibling(rng, all_jobs[-1]))
-    texts = [write_jd(job, rng.randrange(len(JD_LAYOUTS))) for job in all_jobs]
+        # Half of the jobs are posted a second time with one field changed.
+        job = sibling(rng, all_jobs[-1]) if all_jobs and rng.random() < 0.5 else draw_job(rng)
+        text = write_jd(job, rng.randrange(len(JD_LAYOUTS)))
+        if text not in taken:
+            all_jobs.append(job)
+            texts.append(text)
     title_jobs = {title: [i for i, job in enumerate(all_jobs) if job.title == title] for title in BY_TITLE}
     decisions, probes = [], []
     for _ in range(people):
         person = draw_person(rng)
         cv = write_cv(person, rng.randrange(len(CV_LAYOUTS)))
+        if cv in taken:
+            continue
         accepted = []
         for j in applications(rng, person, all_jobs, title_jobs, n_applications):
             decisions.append(Record(cv, texts[j], rng.random() < match(person, all_jobs[j])))
@@ -489,3 +522,19 @@ def draw_split(rng, people, jobs, n_applications):
         if accepted and rng.random() < 0.5:
             probes.append(Record(cv, spoil(rng, rng.choice(accepted), rng.randrange(len(JD_LAYOUTS))), False))
     return decisions, probes
+
+
+def write_market(out, people, held_out, jobs, n_applications, seed):
+    """Write train/valid/test.jsonl, probes.jsonl (of train) and market.json into the folder `out`."""
+    out, taken = Path(out), set()
+    for split, n in (("train", people), ("valid", held_out), ("test", held_out)):
+        rng = random.Random(f"{seed} {split}")
+        decisions, probes = draw_split(rng, n, jobs, n_applications, taken)
+        taken |= {text for r in decisions for text in (r.cv, r.jd)}
+        write_records(out / f"{split}.jsonl", decisions)
+        if split == "train":
+            write_records(out / "probes.jsonl", probes)
+        print(f"data: {split}: {len(decisions)} decisions, {sum(r.accepted for r in decisions)} accepted")
+    write_json(out / "market.json", {"seed": seed, "people": people, "held_out": held_out, "jobs": jobs,
+                                     "applications": n_applications, "degrees": DEGREES, "cities": list(CITIES),
+                                     "occupations": {t: vars(o) for t, o in BY_TITLE.items()}})

@@ -38,6 +38,8 @@ class Config:
     initializer_range: float = 0.02
     pad_token_id: int = 0
     eos_token_id: int = 1
+    max_cv_tokens: int = 96             # ours: the budgets of data.Codec, which together fill the context
+    max_jd_tokens: int = 96
 
     def __post_init__(self):
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads

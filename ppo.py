@@ -275,7 +275,7 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
     optimizer = torch.optim.Adam(policy.parameters(), lr=flags.lr, eps=1e-5)
     controller = KLController(flags.kl_coef, flags.kl_target, flags.kl_horizon)
     negative = 0
-    for i in range(flags.iterations):
+    for i in range(stage.total(flags.iterations)):
         draw = generator(seed, "ppo", i)
         chosen = [cvs[k] for k in torch.randperm(len(cvs), generator=draw)[:flags.episodes]]
         prompts = [codec.prompt(cv) for cv in chosen]
@@ -308,4 +308,3 @@ def report(stage, i, flags, log, cvs, texts):
         stage.say("ppo: FAULT: the mean KL has been negative for 5 iterations; log-probabilities or masks disagree")
     if i % 20 == 0 or i + 1 == flags.iterations:
         stage.say(f"--- a sample\n{cvs[0]}\n->\n{texts[0]}\n---")
-    stage.bar.update()

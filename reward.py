@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from data import bucketed, half, pad_right
-from model import RewardModel, generate, load_model
-from run import autocast, cosine, flag, generator
+from model import generate
+from run import BadInput, autocast, cosine, flag, generator
 
 
 @dataclass
@@ -139,3 +139,62 @@ def batch_loss(model, groups, device):
         scores = model(ids.to(device), lengths.to(device))                                   # [rows]
     chosen, rejected = scores[torch.tensor(pairs, device=device)].unbind(1)                  # [P], [P]
     return ranking_loss(chosen, rejected) * len(pairs), len(pairs), (chosen > rejected).sum()
+
+
+def train(model, codec, records, flags, seed, stage, device):
+    """Stage 2 on these decisions."""
+    groups, dropped = make_groups(records, codec)
+    if not groups:
+        raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision: nothing to compare")
+    stage.say(f"{stage.name}: {len(records)} decisions in {len(groups)} groups; {dropped} rejected ones dropped, "
+              f"identical to an accepted one after truncation; cut: {codec.cut_cvs} CVs, {codec.cut_jds} JDs")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    longest, epoch, batches = [max(map(len, g.rows)) for g in groups], 0, []
+    for step in range(stage.total(flags.steps)):
+        draw = generator(seed, stage.name, step)
+        if not batches:
+            batches = bucketed(longest, flags.groups, generator(seed, stage.name, "epoch", epoch))
+            epoch += 1
+        batch = [subsample(groups[i], flags.max_group, draw) for i in batches.pop()]
+        pairs = sum(len(comparisons(g.accepted)) for g in batch)
+        loss = correct = 0.0
+        for k in range(flags.accumulate):
+            if part := batch[k::flags.accumulate]:
+                part_loss, _, right = batch_loss(model, part, device)
+                (part_loss / pairs).backward()          # by pair: micro-batches add up to the gradient of the batch
+                loss, correct = loss + float(part_loss.detach()), correct + int(right)
+        if not np.isfinite(loss):
+            raise BadInput(f"{stage.name}: the loss is not finite; lower --lr")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = flags.lr * cosine(step, flags.steps, flags.warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+        stage.log(step=step + 1, loss=loss / pairs, accuracy=correct / pairs)
+        if (step + 1) % 100 == 0:
+            stage.say(f"{stage.name} {step + 1:4d}/{flags.steps}  loss {stage.mean('loss', 100):.4f}  "
+                      f"accuracy {stage.mean('accuracy', 100):.3f}")
+
+
+def standardize(model, scores):
+    """Scale and shift the model so that these raw scores of its own would be of mean 0 and standard deviation 1. The
+    scale goes into the head, the shift is kept as `center`: PPO's beta then means the same for every reward model."""
+    raw = torch.as_tensor(scores, dtype=torch.float64) + model.center
+    std = float(raw.std())
+    if not std > 1e-6:
+        raise BadInput("the reward model gives every sample the same score; train it longer or on more decisions")
+    with torch.no_grad():
+        model.score.weight /= std
+    model.center = float(raw.mean()) / std
+
+
+def sample_texts(lm, codec, cvs, n, seed, stage, device, batch_size=128):
+    """Token rows prompt + JD of one sample for each of n random CVs."""
+    order = torch.randperm(len(cvs), generator=generator(seed, stage.name, "cvs"))[:n].tolist()
+    prompts, rows = [codec.prompt(cvs[i]) for i in order], []
+    for k in range(0, len(prompts), batch_size):
+        part = prompts[k:k + batch_size]
+        with autocast(device):
+            out = generate(lm, part, codec.max_jd, generator=generator(seed, stage.name, "samples", k, device=device))
+        rows += [p + o for p, o in zip(part, out)]
+    return rows

@@ -93,16 +93,17 @@ def cosine(step, steps, warmup):
 class Stage:
     """The folder of one stage while it runs: metrics.csv, a progress bar, the time; `finish` writes summary.json.
 
-        with Stage(run, "sft", total=1000) as stage:
-            stage.log(step=1, loss=2.3)
+        with Stage(run, "sft") as stage:
+            for step in range(1, stage.total(1000) + 1):
+                stage.log(step=step, loss=2.3)
             stage.finish(valid_nll=1.2)
     """
 
-    def __init__(self, run, name, total, unit="step"):
+    def __init__(self, run, name):
         self.folder, self.name, self.start = Path(run) / name, name, time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows = []
-        self.bar = tqdm(total=total, unit=unit, desc=name, file=sys.stderr, mininterval=1, dynamic_ncols=True)
+        self.bar = tqdm(desc=name, unit="step", mininterval=1, dynamic_ncols=True)
 
     def __enter__(self):
         return self
@@ -110,12 +111,23 @@ class Stage:
     def __exit__(self, *exception):
         self.bar.close()
 
+    def total(self, steps):
+        self.bar.reset(steps)
+        return steps
+
     def say(self, line):
-        self.bar.clear()
-        print(line, flush=True)
+        tqdm.write(line)
+        sys.stdout.flush()
 
     def log(self, **row):
+        """One row of metrics.csv, and one step of the progress bar."""
         self.rows.append(row)
+        self.bar.update()
+
+    def mean(self, name, last):
+        """Mean of a column over the last rows."""
+        values = [row[name] for row in self.rows[-last:]]
+        return sum(values) / len(values)
 
     def write_metrics(self):
         text = io.StringIO()

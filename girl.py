@@ -1,0 +1,390 @@
+"""GIRL, generative job recommendation: a language model reads a CV and writes the job description (JD) that fits it.
+
+    bash train.sh                                    all of it, from an empty folder
+    python girl.py COMMAND --help                    one stage, or one use, at a time
+
+This file holds the command line, stage 1 (SFT), and generating for a CV. Stage 1 (Zheng et al. 2023, arXiv 2307.02157):
+
+    L = -(1/|J|) sum_i log P(v_i | v_<i, C, T; G)    over the tokens v of the JD J and its end-of-text, where the CV C
+                                                     stands in the prompt template T; a batch is weighed by token
+
+Left out: packing several pairs into one row (rows are bucketed by length instead), weight decay, dropout.
+
+Shapes: B rows, T tokens, C hidden size, V vocabulary.
+"""
+import argparse
+import math
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+import market
+import ppo
+import reward
+from data import SPLITS, Codec, Record, bucketed, half, load_tokenizer, pad_right, read_records, save_tokenizer
+from model import Config, LanguageModel, RewardModel, generate, load_model, save_model
+from run import BadInput, Stage, autocast, cosine, finished, flag, generator, pick_device, read_json, save_tensors, write_json
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+@dataclass
+class DataFlags:
+    people: int = flag(24000, "job seekers in train; valid and test have fewer, see below")
+    held_out: int = flag(1000, "job seekers in valid, and in test")
+    jobs: int = flag(12000, "jobs on offer in each split")
+    applications: int = flag(6, "jobs that each of them applies for, about")
+
+
+@dataclass
+class SFTFlags:
+    epochs: float = flag(3.0, "passes over the accepted pairs of half A")
+    batch: int = flag(32, "pairs in an optimizer step")
+    accumulate: int = flag(1, "micro-batches that a batch is cut into, to save memory")
+    lr: float = flag(4e-3, "peak learning rate (cosine to 0)")
+    warmup: int = flag(100, "steps of linear warm-up")
+    clip: float = flag(1.0, "largest norm of the gradient")
+    cv_loss: float = flag(0.0, "weight of the loss on the CV's own tokens")
+    hidden: int = flag(128, "C, the hidden size")
+    layers: int = flag(4, "transformer blocks")
+    heads: int = flag(4, "H, query heads")
+    kv_heads: int = flag(4, "K, key-value heads; H must be a multiple of K")
+    vocab: int = flag(2048, "largest size of the tokenizer's vocabulary")
+    max_cv: int = flag(512, "longest CV in tokens; what is longer is cut, and counted")
+    max_jd: int = flag(512, "longest JD in tokens")
+
+
+# ---------------------------------------------------------------------------------------------- stage 1: the loss
+def sft_loss(model, prompts, jds, cv_loss, device):
+    """Sum of -log P over the tokens of the JDs (with end-of-text), and how many there are.
+
+    prompts, jds: lists of token lists. With `cv_loss` the prompts' tokens count too, at that weight."""
+    ids, lengths = pad_right([p + j for p, j in zip(prompts, jds)])
+    starts = torch.tensor([len(p) for p in prompts])[:, None] - 1
+    at = torch.arange(ids.shape[1] - 1)[None, :]                 # position `at` predicts the token at + 1
+    in_jd = (at >= starts) & (at < lengths[:, None] - 1)                                     # [B, T-1]
+    ids, in_jd, in_cv = ids.to(device), in_jd.to(device), (at < starts).to(device)
+    with autocast(device):
+        hidden, targets = model.model(ids)[:, :-1], ids[:, 1:]                               # [B, T-1, C], [B, T-1]
+        # The head is the dearest layer of a small model: it is applied where there is something to learn only.
+        loss = F.cross_entropy(model.lm_head(hidden[in_jd]).float(), targets[in_jd], reduction="sum")
+        if cv_loss:
+            loss = loss + cv_loss * F.cross_entropy(model.lm_head(hidden[in_cv]).float(), targets[in_cv], reduction="sum")
+    return loss, int(in_jd.sum())
+
+
+@torch.no_grad()
+def mean_nll(model, pairs, codec, device, batch=64):
+    """Mean -log P of a JD token, in nats, over (cv, jd) texts."""
+    total = count = 0
+    for k in range(0, len(pairs), batch):
+        part = pairs[k:k + batch]
+        loss, n = sft_loss(model, [codec.prompt(cv) for cv, _ in part], [codec.jd(jd) for _, jd in part], 0.0, device)
+        total, count = total + float(loss), count + n
+    return total / count
+
+
+# ------------------------------------------------------------------------------------------------------ stage 1
+def train_sft(run, folder, flags, seed, device):
+    train = [r for r in read_records(folder / "train.jsonl") if half(r.cv) == "A"]
+    pairs = [(r.cv, r.jd) for r in train if r.accepted]
+    valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
+    if not pairs or not valid:
+        raise BadInput(f"{folder}: stage 1 learns from accepted pairs, and there is none in "
+                       f"{'half A of train.jsonl' if not pairs else 'valid.jsonl'}")
+    with Stage(run, "sft") as stage:
+        # 1. Tokenizer from the train split, and the sizes that follow from the data.
+        texts = sorted({t for r in train for t in (r.cv, r.jd)})
+        codec = Codec(data.train_tokenizer(texts, flags.vocab), flags.max_cv, flags.max_jd)
+        rows = [(codec.prompt(cv), codec.jd(jd)) for cv, jd in pairs]
+        stage.say(f"sft: {len(rows)} accepted pairs, {sum(len(p) + len(j) for p, j in rows) / len(rows):.0f} tokens each; "
+                  f"cut: {codec.cut_cvs} CVs at {codec.max_cv} tokens, {codec.cut_jds} JDs at {codec.max_jd}")
+        codec.shrink(max(len(p) for p, _ in rows), max(len(j) for _, j in rows))
+        torch.manual_seed(generator(seed, "sft-init").initial_seed())
+        model = LanguageModel(Config(
+            vocab_size=codec.tokenizer.get_vocab_size(), hidden_size=flags.hidden, num_hidden_layers=flags.layers,
+            intermediate_size=8 * round(flags.hidden * 8 / 3 / 8), num_attention_heads=flags.heads,
+            num_key_value_heads=flags.kv_heads, max_position_embeddings=codec.context(),
+            # 1/sqrt(C) instead of the usual 0.02: with it a small model learns to copy from the CV many times sooner.
+            initializer_range=flags.hidden ** -0.5, max_cv_tokens=codec.max_cv, max_jd_tokens=codec.max_jd)).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+        # 2. Epochs of length-bucketed batches; the learning rate follows one cosine over all of them.
+        per_epoch = math.ceil(len(rows) / flags.batch)
+        steps = stage.total(max(1, round(flags.epochs * per_epoch)))
+        lengths, step = [len(p) + len(j) for p, j in rows], 0
+        for epoch in range(math.ceil(flags.epochs)):
+            for batch in bucketed(lengths, flags.batch, generator(seed, "sft", epoch))[:steps - step]:
+                loss = sft_step(model, optimizer, [rows[i] for i in batch], flags, cosine(step, steps, flags.warmup), device)
+                step += 1
+                stage.log(step=step, loss=loss)
+            # 3. After each epoch: validation, and one sample to look at.
+            nll = mean_nll(model, valid, codec, device)
+            sample = generate(model, [codec.prompt(valid[0][0])], codec.max_jd, generator=generator(seed, "sft-look", epoch, device=device))
+            stage.say(f"sft epoch {epoch + 1}: train loss {stage.mean('loss', per_epoch):.4f}, valid NLL {nll:.4f}, "
+                      f"perplexity {math.exp(nll):.3f}\n--- a sample\n{valid[0][0]}\n->\n{codec.text(sample[0])}\n---")
+        save_model(stage.folder, model)
+        save_tokenizer(stage.folder, codec.tokenizer)
+        stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(rows), steps=steps)
+
+
+def sft_step(model, optimizer, batch, flags, lr_factor, device):
+    """One optimizer step on (prompt, jd) token rows; returns the mean loss per token."""
+    tokens, total = sum(len(jd) for _, jd in batch), 0.0
+    for k in range(flags.accumulate):
+        if part := batch[k::flags.accumulate]:
+            loss, _ = sft_loss(model, [p for p, _ in part], [j for _, j in part], flags.cv_loss, device)
+            (loss / tokens).backward()               # by token: micro-batches add up to the gradient of the whole batch
+            total += float(loss.detach())
+    if not math.isfinite(total):
+        raise BadInput("sft: the loss is not finite; lower --lr")
+    torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = flags.lr * lr_factor
+    optimizer.step()
+    optimizer.zero_grad()
+    return total / tokens
+
+
+# ----------------------------------------------------------------------------------------------- stages 2 and 3
+def load_codec(folder, model):
+    c = model.config
+    return Codec(load_tokenizer(folder), c.max_cv_tokens, c.max_jd_tokens)
+
+
+def need(run, stage):
+    """The folder of a finished stage."""
+    if not finished(run, stage):
+        raise BadInput(f"{run / stage}: stage {stage} is not finished; run  python girl.py {stage} --run {run}  first")
+    return run / stage
+
+
+def train_reward(run, folder, flags, seed, device, judge):
+    """Stage 2, or the judge: another seed, the other half of the CVs, never used in training the generator."""
+    name, part = ("judge", "B") if judge else ("reward", "A")
+    generator_model = load_model(need(run, "sft"), LanguageModel, device)
+    codec = load_codec(run / "sft", generator_model)
+    records = read_records(folder / "train.jsonl")
+    if (folder / "probes.jsonl").exists():
+        records += read_records(folder / "probes.jsonl")
+    records = [r for r in records if half(r.cv) == part]
+    with Stage(run, name) as stage:
+        torch.manual_seed(generator(seed, name, "init").initial_seed())
+        model = load_model(run / "sft", RewardModel, device)
+        reward.train(model, codec, records, flags, seed, stage, device)
+        cvs = sorted({r.cv for r in records})
+        samples = reward.sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
+        reward.standardize(model, reward.score_rows(model, samples))
+        valid = read_records(folder / "valid.jsonl")
+        metrics = reward.pair_metrics(valid, reward.score_texts(model, codec, [(r.cv, r.jd) for r in valid]))
+        stage.say(f"{name}: valid " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+        save_model(stage.folder, model)
+        save_tokenizer(stage.folder, codec.tokenizer)
+        stage.finish(**metrics, center=model.center, cut_cvs=codec.cut_cvs, cut_jds=codec.cut_jds)
+
+
+def train_ppo(run, folder, flags, seed, device):
+    policy = ppo.Policy(load_model(need(run, "sft"), LanguageModel, device)).to(device)
+    codec = load_codec(run / "sft", policy.lm)
+    reward_model = load_model(need(run, "reward"), RewardModel, device)
+    cvs = sorted({r.cv for r in read_records(folder / "train.jsonl") if half(r.cv) == "A"})
+    truth = market.true_match if (folder / "market.json").exists() else None
+    with Stage(run, "ppo") as stage:
+        ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, device, truth)
+        save_model(stage.folder, policy.lm)
+        save_tokenizer(stage.folder, codec.tokenizer)
+        save_tensors(stage.folder / "value_head.safetensors", {k: v.cpu() for k, v in policy.value_head.state_dict().items()})
+        stage.finish(**stage.rows[-1])
+
+
+# ------------------------------------------------------------------------------------------------- uses of a run
+def read_text(path):
+    try:
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = raw.decode("utf-8").strip()
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror}; give a text file, or - for standard input")
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{path}: not UTF-8 text (byte {e.start}); save the file as UTF-8")
+    if not text:
+        raise BadInput(f"{path}: empty; put the text of one CV or JD into it")
+    return text
+
+
+def write_for(args, device):
+    """`generate`: JDs for one CV, the best score first where a reward model is given."""
+    cv = read_text(args.cv)
+    model = load_model(args.model, LanguageModel, device).eval()
+    codec = load_codec(args.model, model)
+    prompts = [codec.prompt(cv)] * args.number
+    temperature = 0.0 if args.greedy else args.temperature
+    with torch.no_grad(), autocast(device):
+        out = generate(model, prompts, codec.max_jd, temperature, args.top_p, generator(args.seed, "generate", device=device))
+    texts = [codec.text(o) for o in out]
+    if codec.cut_cvs:
+        print(f"{args.cv}: the CV was cut at {codec.max_cv} tokens", file=sys.stderr)
+    if args.reward:
+        judge = load_model(args.reward, RewardModel, device).eval()
+        scores = reward.score_texts(judge, load_codec(args.reward, judge), [(cv, t) for t in texts])
+        texts = [f"[{s:+.3f}]\n{t}" for s, t in sorted(zip(scores, texts), key=lambda st: -st[0])]
+    print("\n\n".join(texts))
+
+
+def score_one(args, device):
+    model = load_model(args.reward, RewardModel, device).eval()
+    codec = load_codec(args.reward, model)
+    print(f"{reward.score_texts(model, codec, [(read_text(args.cv), read_text(args.jd))])[0]:.4f}")
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+def make_data(args):
+    flags = from_args(DataFlags, args)
+    start = time.perf_counter()
+    market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
+    write_json(Path(args.out) / "summary.json", {"seconds": round(time.perf_counter() - start, 1)})
+
+
+def run_stage(args, device):
+    """One of sft, reward, judge, ppo; a stage whose result is there is not run again."""
+    name = "judge" if getattr(args, "judge", False) else args.command
+    run, folder = Path(args.run), Path(args.data or Path(args.run) / "data")
+    if finished(run, name):
+        print(f"{name}: finished already, see {run / name}")
+        return
+    for split in SPLITS:
+        if not (folder / f"{split}.jsonl").exists():
+            raise BadInput(f"{folder / split}.jsonl: no such file; make a data set with  python girl.py data --out {folder}")
+    flags = from_args(STAGES[args.command], args)
+    note_config(run, name, {"seed": args.seed, "data": str(folder), **vars(flags)})
+    if args.command == "sft":
+        train_sft(run, folder, flags, args.seed, device)
+    elif args.command == "reward":
+        train_reward(run, folder, flags, args.seed, device, args.judge)
+    else:
+        train_ppo(run, folder, flags, args.seed, device)
+
+
+def note_config(run, stage, flags):
+    """config.json of a run: the flags of each of its stages."""
+    path = run / "config.json"
+    write_json(path, (read_json(path) if path.exists() else {}) | {stage: flags})
+
+
+def run_all(args, device):
+    """`train`: every stage of a run in one process, then the evaluation. What bash train.sh calls."""
+    run = Path(args.run)
+    if args.data is None:
+        args.data = str(run / "data")
+        if not finished(run, "data"):
+            make_data(parse(["data", "--out", args.data, "--seed", str(args.seed)] + ["--smoke"] * args.smoke))
+    common = ["--run", args.run, "--data", args.data, "--seed", str(args.seed)] + ["--smoke"] * args.smoke
+    for command in (["sft"], ["reward"], ["reward", "--judge"], ["ppo"]):
+        run_stage(parse(command + common), device)
+    evaluate_run(parse(["evaluate"] + common), device)
+
+
+def evaluate_run(args, device):
+    run, folder = Path(args.run), Path(args.data or Path(args.run) / "data")
+    for stage in ("sft", "reward", "judge", "ppo"):
+        need(run, stage)
+    truth = market if (folder / "market.json").exists() else None
+    evaluate.evaluate(run, folder, args.split, args.cvs, args.seed, device, truth, mean_nll)
+
+
+STAGES = {"sft": SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags}
+# What --smoke changes: every stage at toy size, to see that all of it runs.
+SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600}, "sft": {"epochs": 1, "hidden": 32, "layers": 2, "vocab": 600},
+         "reward": {"steps": 20, "samples": 32}, "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8},
+         "evaluate": {"cvs": 24}}
+HELP = {"data": "make the data set of the simulated job market", "sft": "stage 1: learn to write the JDs that were accepted",
+        "reward": "stage 2: learn to judge as the recruiter does", "ppo": "stage 3: learn to write what is accepted",
+        "generate": "write JDs for a CV", "score": "score one JD for one CV",
+        "evaluate": "measure a run on held-out CVs, write results.json", "train": "all stages and the evaluation"}
+
+
+def add_flags(parser, cls):
+    for f in fields(cls):
+        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, metavar=f.name[0].upper(),
+                            help=f"{f.metadata['help']} (default %(default)s)")
+
+
+def from_args(cls, args):
+    return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
+
+
+def build_parser():
+    top = argparse.ArgumentParser(prog="girl.py", description="Generative job recommendation: SFT, reward model, PPO.",
+                                  epilog="The order of a run: data, sft, reward, reward --judge, ppo, evaluate; or all of it: train.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in HELP.items()}
+    for name, p in parsers.items():
+        p.add_argument("--seed", type=int, default=0, help="one seed gives one result on one machine (default 0)")
+        if name not in ("generate", "score"):
+            p.add_argument("--smoke", action="store_true", help="toy size: shows that it runs, not that it learns")
+        if name in (*STAGES, "evaluate", "train"):
+            p.add_argument("--run", "--out", default="runs/default", metavar="DIR", help="the run's folder (default %(default)s)")
+            p.add_argument("--data", metavar="DIR", help="folder of train.jsonl, valid.jsonl, test.jsonl (default RUN/data)")
+        if name in STAGES:
+            add_flags(p, STAGES[name])
+    parsers["data"].add_argument("--out", required=True, metavar="DIR", help="where to write it")
+    add_flags(parsers["data"], DataFlags)
+    parsers["reward"].add_argument("--judge", action="store_true", help="train the independent judge instead, from half B")
+    e = parsers["evaluate"]
+    e.add_argument("--split", choices=("valid", "test"), default="test", help="tune on valid only (default test)")
+    e.add_argument("--cvs", type=int, default=400, metavar="N", help="how many CVs of the split are used (default 400)")
+    g, s = parsers["generate"], parsers["score"]
+    g.add_argument("--model", required=True, metavar="RUN/ppo", help="folder of a generator: RUN/ppo or RUN/sft")
+    g.add_argument("--number", type=positive, default=1, metavar="N", help="how many JDs (default 1)")
+    g.add_argument("--temperature", type=float, default=1.0, metavar="T", help="below 1: safer, above: bolder (default 1)")
+    g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P (default 1: all)")
+    g.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    for p in (g, s):
+        p.add_argument("--cv", required=True, metavar="FILE", help="text file with one CV, - for standard input")
+        p.add_argument("--reward", required=p is s, metavar="RUN/reward", help="folder of a reward model")
+    s.add_argument("--jd", required=True, metavar="FILE", help="text file with one JD")
+    return top, parsers
+
+
+def positive(text):
+    n = int(text)
+    if n < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return n
+
+
+def parse(argv):
+    top, parsers = build_parser()
+    args = top.parse_args(argv)
+    if getattr(args, "smoke", False) and args.command in SMOKE:
+        # Only what was not set on the command line: parse again with the toy sizes as defaults.
+        parsers[args.command].set_defaults(**SMOKE[args.command])
+        args = top.parse_args(argv)
+    return args
+
+
+def main(argv=None):
+    try:
+        args = parse(argv)
+        device = pick_device()
+        if args.command == "data":
+            make_data(args)
+        elif args.command in STAGES:
+            run_stage(args, device)
+        else:
+            {"generate": write_for, "score": score_one, "evaluate": evaluate_run, "train": run_all}[args.command](args, device)
+        return 0
+    except BadInput as e:
+        print(f"girl.py: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("girl.py: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,13 +29,13 @@ import ppo
 import reward
 from data import SPLITS, Codec, Record, bucketed, half, load_tokenizer, pad_right, read_records, save_tokenizer
 from model import Config, LanguageModel, RewardModel, generate, load_model, save_model
-from run import BadInput, Stage, autocast, cosine, finished, flag, generator, pick_device, read_json, save_tensors, write_json
+from run import BadInput, Optimizer, Stage, autocast, finished, flag, generator, pick_device, read_json, save_tensors, write_json
 
 
 # ------------------------------------------------------------------------------------------------------- flags
 @dataclass
 class DataFlags:
-    people: int = flag(24000, "job seekers in train; valid and test have fewer, see below")
+    people: int = flag(30000, "job seekers in train")
     held_out: int = flag(1000, "job seekers in valid, and in test")
     jobs: int = flag(12000, "jobs on offer in each split")
     applications: int = flag(6, "jobs that each of them applies for, about")
@@ -46,15 +46,17 @@ class SFTFlags:
     epochs: float = flag(3.0, "passes over the accepted pairs of half A")
     batch: int = flag(32, "pairs in an optimizer step")
     accumulate: int = flag(1, "micro-batches that a batch is cut into, to save memory")
-    lr: float = flag(4e-3, "peak learning rate (cosine to 0)")
+    lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
+    matrix_lr: float = flag(0.02, "peak learning rate of Muon, for the layers' matrices")
     warmup: int = flag(100, "steps of linear warm-up")
-    clip: float = flag(1.0, "largest norm of the gradient")
+    max_grad_norm: float = flag(1.0, "largest norm of the gradient")
+    copy_steps: int = flag(200, "steps before all others in which the model learns to repeat the CV, a start from scratch")
     cv_loss: float = flag(0.0, "weight of the loss on the CV's own tokens")
     hidden: int = flag(128, "C, the hidden size")
     layers: int = flag(4, "transformer blocks")
     heads: int = flag(4, "H, query heads")
     kv_heads: int = flag(4, "K, key-value heads; H must be a multiple of K")
-    vocab: int = flag(2048, "largest size of the tokenizer's vocabulary")
+    vocab: int = flag(3072, "largest size of the tokenizer's vocabulary")
     max_cv: int = flag(512, "longest CV in tokens; what is longer is cut, and counted")
     max_jd: int = flag(512, "longest JD in tokens")
 
@@ -98,42 +100,65 @@ def train_sft(run, folder, flags, seed, device):
         raise BadInput(f"{folder}: stage 1 learns from accepted pairs, and there is none in "
                        f"{'half A of train.jsonl' if not pairs else 'valid.jsonl'}")
     with Stage(run, "sft") as stage:
-        # 1. Tokenizer from the train split, and the sizes that follow from the data.
-        texts = sorted({t for r in train for t in (r.cv, r.jd)})
-        codec = Codec(data.train_tokenizer(texts, flags.vocab), flags.max_cv, flags.max_jd)
+        # 1. The tokenizer, from the train split only; token rows; a model of the size that the data need.
+        codec = Codec(data.train_tokenizer(sorted({t for r in train for t in (r.cv, r.jd)}), flags.vocab),
+                      flags.max_cv, flags.max_jd)
         rows = [(codec.prompt(cv), codec.jd(jd)) for cv, jd in pairs]
         stage.say(f"sft: {len(rows)} accepted pairs, {sum(len(p) + len(j) for p, j in rows) / len(rows):.0f} tokens each; "
                   f"cut: {codec.cut_cvs} CVs at {codec.max_cv} tokens, {codec.cut_jds} JDs at {codec.max_jd}")
         codec.shrink(max(len(p) for p, _ in rows), max(len(j) for _, j in rows))
-        torch.manual_seed(generator(seed, "sft-init").initial_seed())
-        model = LanguageModel(Config(
-            vocab_size=codec.tokenizer.get_vocab_size(), hidden_size=flags.hidden, num_hidden_layers=flags.layers,
-            intermediate_size=8 * round(flags.hidden * 8 / 3 / 8), num_attention_heads=flags.heads,
-            num_key_value_heads=flags.kv_heads, max_position_embeddings=codec.context(),
-            # 1/sqrt(C) instead of the usual 0.02: with it a small model learns to copy from the CV many times sooner.
-            initializer_range=flags.hidden ** -0.5, max_cv_tokens=codec.max_cv, max_jd_tokens=codec.max_jd)).to(device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        model = new_model(codec, rows, flags, generator(seed, "sft-init").initial_seed()).to(device)
 
-        # 2. Epochs of length-bucketed batches; the learning rate follows one cosine over all of them.
-        per_epoch = math.ceil(len(rows) / flags.batch)
-        steps = stage.total(max(1, round(flags.epochs * per_epoch)))
-        lengths, step = [len(p) + len(j) for p, j in rows], 0
+        # 2. Before anything else, learn to copy: the JD's place is taken by the CV itself. What a JD needs from its CV
+        #    is copied, and a model from scratch finds out how in 200 steps of this, or in 2,000 of the real task.
+        copies = [(codec.prompt(cv), codec.jd(cv)) for cv in sorted({r.cv for r in train})]
+        copy_steps = min(flags.copy_steps, math.ceil(len(copies) / flags.batch))
+        steps = copy_steps + max(1, round(flags.epochs * math.ceil(len(rows) / flags.batch)))
+        optimizer = Optimizer(model, flags, stage.total(steps))
+        step = sft_steps(model, optimizer, copies, 0, copy_steps, flags, seed, stage, device)
+
+        # 3. Epochs over the accepted pairs; after each, validation and one sample to look at.
+        look = codec.prompt(valid[0][0])
         for epoch in range(math.ceil(flags.epochs)):
-            for batch in bucketed(lengths, flags.batch, generator(seed, "sft", epoch))[:steps - step]:
-                loss = sft_step(model, optimizer, [rows[i] for i in batch], flags, cosine(step, steps, flags.warmup), device)
-                step += 1
-                stage.log(step=step, loss=loss)
-            # 3. After each epoch: validation, and one sample to look at.
+            step = sft_steps(model, optimizer, rows, step, steps, flags, seed, stage, device)
             nll = mean_nll(model, valid, codec, device)
-            sample = generate(model, [codec.prompt(valid[0][0])], codec.max_jd, generator=generator(seed, "sft-look", epoch, device=device))
-            stage.say(f"sft epoch {epoch + 1}: train loss {stage.mean('loss', per_epoch):.4f}, valid NLL {nll:.4f}, "
+            with torch.no_grad(), autocast(device):
+                sample = generate(model, [look], codec.max_jd, generator=generator(seed, "sft-look", epoch, device=device))
+            stage.say(f"sft epoch {epoch + 1}: train loss {stage.mean('loss', 100):.4f}, valid NLL {nll:.4f}, "
                       f"perplexity {math.exp(nll):.3f}\n--- a sample\n{valid[0][0]}\n->\n{codec.text(sample[0])}\n---")
         save_model(stage.folder, model)
         save_tokenizer(stage.folder, codec.tokenizer)
         stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(rows), steps=steps)
 
 
-def sft_step(model, optimizer, batch, flags, lr_factor, device):
+def new_model(codec, rows, flags, seed):
+    """A generator with random weights, large enough for these token rows."""
+    torch.manual_seed(seed)
+    model = LanguageModel(Config(
+        vocab_size=codec.tokenizer.get_vocab_size(), hidden_size=flags.hidden, num_hidden_layers=flags.layers,
+        intermediate_size=8 * round(flags.hidden * 8 / 3 / 8), num_attention_heads=flags.heads,
+        num_key_value_heads=flags.kv_heads, max_position_embeddings=codec.context(),
+        # 1/sqrt(C) instead of the usual 0.02: with it a small model learns to copy from the CV many times sooner.
+        initializer_range=flags.hidden ** -0.5, max_cv_tokens=codec.max_cv, max_jd_tokens=codec.max_jd))
+    # Tokens that no training row has (the halves of merges, mostly) start at zero: random ones would be drawn now and
+    # then, and spoil a JD.
+    unused = torch.ones(codec.tokenizer.get_vocab_size(), dtype=torch.bool)
+    unused[sorted({t for prompt, jd in rows for t in prompt + jd})] = False
+    with torch.no_grad():
+        model.model.embed_tokens.weight[unused] = 0
+    return model
+
+
+def sft_steps(model, optimizer, rows, first, last, flags, seed, stage, device):
+    """Steps first, first + 1, ... over one epoch of the rows, but not beyond `last`. Returns the next step."""
+    batches = bucketed([len(p) + len(j) for p, j in rows], flags.batch, generator(seed, "sft", first))
+    for step, batch in enumerate(batches[:last - first], first):
+        loss = sft_step(model, optimizer, [rows[i] for i in batch], step, flags, device)
+        stage.log(step=step + 1, loss=loss)
+    return min(first + len(batches), last)
+
+
+def sft_step(model, optimizer, batch, step, flags, device):
     """One optimizer step on (prompt, jd) token rows; returns the mean loss per token."""
     tokens, total = sum(len(jd) for _, jd in batch), 0.0
     for k in range(flags.accumulate):
@@ -142,12 +167,8 @@ def sft_step(model, optimizer, batch, flags, lr_factor, device):
             (loss / tokens).backward()               # by token: micro-batches add up to the gradient of the whole batch
             total += float(loss.detach())
     if not math.isfinite(total):
-        raise BadInput("sft: the loss is not finite; lower --lr")
-    torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = flags.lr * lr_factor
-    optimizer.step()
-    optimizer.zero_grad()
+        raise BadInput("sft: the loss is not finite; lower --lr and --matrix-lr")
+    optimizer.step(step)
     return total / tokens
 
 
@@ -298,7 +319,7 @@ def evaluate_run(args, device):
 
 STAGES = {"sft": SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags}
 # What --smoke changes: every stage at toy size, to see that all of it runs.
-SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600}, "sft": {"epochs": 1, "hidden": 32, "layers": 2, "vocab": 600},
+SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600}, "sft": {"epochs": 1, "copy_steps": 10, "hidden": 32, "layers": 2, "vocab": 600},
          "reward": {"steps": 20, "samples": 32}, "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8},
          "evaluate": {"cvs": 24}}
 HELP = {"data": "make the data set of the simulated job market", "sft": "stage 1: learn to write the JDs that were accepted",

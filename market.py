@@ -166,8 +166,8 @@ class Job:
 
 
 def seniority(years):
-    """The word before a job's title, by the years it asks for."""
-    return "junior" if years < 2 else "" if years < 5 else "senior" if years < 9 else "lead"
+    """The level of a job, by the years it asks for."""
+    return "entry level" if years < 1 else "junior" if years < 3 else "skilled" if years < 6 else "senior" if years < 10 else "lead"
 
 
 # ------------------------------------------------------------------------------------------------- the true match
@@ -221,16 +221,16 @@ def match(person, job):
 # ----------------------------------------------------------------------------------------------- records <-> texts
 # One table serves both ways: filled in, a layout is a text; with a pattern for each {name}, it is what reads the text.
 CV_LAYOUTS = (
-    "Profile: {title}, {years}. Lives in {place}. Skills: {skills}. Education: {degree}.",
-    "Education: {degree}. Last post: {title} in {place} ({years}). Good at {skills}.",
+    "Profile: {title}, {years}. Place: {place}. Skills: {skills}. Education: {degree}.",
+    "Education: {degree}. Last post: {title}, {place}, {years}. Good at: {skills}.",
     "Work: {title}\nExperience: {years}\nPlace: {place}\nSkills: {skills}\nEducation: {degree}",
 )
 JD_LAYOUTS = (
-    "Wanted: {title}, {place}. {duty} We ask for {years} and {degree}. Skills: {skills}. Pay: {pay}.",
+    "Wanted: {title}, {place}. {duty} You have: {years}, {degree}. Skills: {skills}. Pay: {pay}.",
     "Job: {title}\nPlace: {place}\nPay: {pay}\nExperience: {years}\nEducation: {degree}\nSkills: {skills}\nTask: {duty}",
-    "{duty} We are hiring ({place}): {title}, {pay}. You have {degree}, {years} and know {skills}.",
+    "{duty} We are hiring: {title}, {place}, {pay}. You bring: {degree}, {years}. You know: {skills}.",
 )
-PATTERNS = {"title": r"[a-z -]+", "years": r"no experience|\d{1,2}\+? years?", "place": r"[A-Za-z]+(?: or remote)?",
+PATTERNS = {"title": r"[a-z -]+", "years": r"(?:[a-z ]+, )?(?:no experience|\d{1,2}\+? years?)", "place": r"[A-Za-z]+(?: or remote)?",
             "skills": r"[^.\n]+", "degree": r"a [a-z' ]+", "duty": r"[A-Z][^.\n]+\.", "pay": r"\d{1,3}k to \d{1,3}k"}
 
 
@@ -248,7 +248,7 @@ def years_text(years, plus=""):
 
 
 def years_from(text):
-    return 0 if text == "no experience" else int(re.match(r"\d+", text)[0])
+    return int((re.findall(r"\d+", text) or [0])[0])
 
 
 def write_cv(person, layout):
@@ -258,8 +258,8 @@ def write_cv(person, layout):
 
 
 def write_jd(job, layout):
-    title = f"{seniority(job.years)} {job.title}".strip()
-    return JD_LAYOUTS[layout].format(title=title, years=years_text(job.years, "+"), place=job.place, duty=job.duty,
+    years = f"{seniority(job.years)}, {years_text(job.years, '+')}"
+    return JD_LAYOUTS[layout].format(title=job.title, years=years, place=job.place, duty=job.duty,
                                      skills=", ".join(job.skills), degree=DEGREES[job.degree],
                                      pay=f"{job.pay[0]}k to {job.pay[1]}k")
 
@@ -282,7 +282,7 @@ def parse_jd(text):
     that contradicts the years asked for, a pay band that ends below its start: none of these is a job of this market."""
     for layout, regex in enumerate(JD_REGEXES):
         if m := regex.fullmatch(text):
-            title = re.sub("^(junior|senior|lead) ", "", m["title"])
+            title = m["title"]
             skills = tuple(m["skills"].split(", "))
             low, high = (int(n) for n in re.findall(r"\d+", m["pay"]))
             if (title in BY_TITLE and m["duty"] in BY_TITLE[title].duties and m["degree"] in DEGREES and low < high
@@ -407,8 +407,8 @@ def spoil(rng, job, layout):
     if kind == "duty":
         return write_jd(replace(job, duty=rng.choice(other.duties)), layout)
     if kind == "seniority":
-        wrong = [w for w in ("junior ", "", "senior ", "lead ") if w.strip() != seniority(job.years)]
-        return text.replace(f"{seniority(job.years)} {job.title}".strip(), rng.choice(wrong) + job.title)
+        wrong = {seniority(years) for years in range(MAX_YEARS_ASKED)} - {seniority(job.years)}
+        return text.replace(f"{seniority(job.years)}, ", rng.choice(sorted(wrong)) + ", ")
     if kind == "pay":
         return write_jd(replace(job, pay=job.pay[::-1]), layout)
     if kind == "cut":
@@ -430,9 +430,9 @@ def worsen(rng, person, job, field):
     if field == "skills":       # swap half of the covered skills for some of the occupation that the CV lacks
         covered = [s for s in job.skills if s in person.skills]
         lacking = [s for s in o.skills if s not in person.skills and s not in job.skills]
-        n = min((len(covered) + 1) // 2, len(lacking))
-        kept = [s for s in job.skills if s not in rng.sample(covered, n)]
-        options = [replace(job, skills=alphabetical(kept + rng.sample(lacking, n)))]
+        dropped = rng.sample(covered, min((len(covered) + 1) // 2, len(lacking)))
+        kept = [s for s in job.skills if s not in dropped]
+        options = [replace(job, skills=alphabetical(kept + rng.sample(lacking, len(dropped))))]
     elif field == "years":
         options = [replace(job, years=y, pay=draw_pay(rng, o, y)) for y in range(MAX_YEARS_ASKED + 1)]
     elif field == "degree":
@@ -442,7 +442,7 @@ def worsen(rng, person, job, field):
     else:
         options = [replace(job, title=t, duty=rng.choice(BY_TITLE[t].duties)) for t in BY_TITLE
                    if BY_TITLE[t].field != o.field]
-    worse = [j for j in options if match(person, j) <= 0.6 * match(person, job)]
+    worse = [j for j in options if match(person, j) < 0.61 * match(person, job)]
     return rng.choice(worse) if worse else None
 
 

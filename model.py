@@ -43,7 +43,7 @@ class Config:
 
     def __post_init__(self):
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if C % H or H % K or (C // H) % 2:
+        if min(C, H, K) < 1 or C % H or H % K or (C // H) % 2:
             raise BadInput(f"hidden_size {C} must be a multiple of num_attention_heads {H} with an even quotient, "
                            f"and num_attention_heads a multiple of num_key_value_heads {K}")
 
@@ -282,10 +282,8 @@ def save_model(folder, model):
     weights = {n: p.detach().float().cpu().contiguous() for n, p in model.state_dict().items()}
     if c.tie_word_embeddings:
         weights.pop("lm_head.weight", None)                 # the same tensor as embed_tokens: stored once
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config)
-    save_tensors(folder / "model.safetensors", weights)
+    write_json(Path(folder) / "config.json", config)
+    save_tensors(Path(folder) / "model.safetensors", weights)
 
 
 def read_config(folder):
@@ -302,7 +300,10 @@ def load_model(folder, kind=LanguageModel, device="cpu"):
 
     A RewardModel asked of a LanguageModel's folder takes its body and keeps a fresh head: the start of stage 2."""
     config, raw = read_config(folder)
-    model = kind(config)
+    try:
+        model = kind(config)
+    except (TypeError, RuntimeError) as e:
+        raise BadInput(f"{folder}/config.json: no model has these sizes ({e})")
     path = Path(folder) / "model.safetensors"
     try:
         weights = load_file(path)

@@ -212,7 +212,7 @@ def minibatch_loss(policy, e, old, flags, tokens_in_step):
     with torch.no_grad():
         ratio = log_ratio.exp()
         sums = {"approx_kl": 0.5 * log_ratio ** 2, "clip_frac": (ratio - 1).abs() > flags.clip, "entropy": entropy,
-                "ratio_mean": ratio, "ratio_sq": ratio ** 2, "policy_loss": pg, "value_loss": vf,
+                "ratio_mean": ratio, "ratio_var": (ratio - 1) ** 2, "policy_loss": pg, "value_loss": vf,
                 "value_clip_frac": (values - old["values"]).abs() > flags.value_clip}
         sums = {name: float((x * e.mask).sum()) for name, x in sums.items()}
     return loss, sums
@@ -238,7 +238,7 @@ def update(policy, optimizer, episodes, old, flags, generator, device):
             optimizer.zero_grad()
             tokens += in_step
     means = {name: value / tokens for name, value in totals.items()}
-    means["ratio_var"] = means.pop("ratio_sq") - means["ratio_mean"] ** 2
+    means["ratio_var"] -= (means["ratio_mean"] - 1) ** 2        # of the squares around 1, which keep their precision
     return means
 
 
@@ -262,7 +262,7 @@ def rollout(policy, reference, reward_model, prompts, codec, flags, beta, genera
     per_text = kl.sum(1)                                                                     # [B]
     log = {"reward": float(scores.mean()), "kl": float(per_text.mean()), "total": float(rewards.sum(1).mean()),
            "kl_k3": float((k3(logp, ref_logp) * e.mask).sum(1).mean()), "beta": beta,
-           "kl_error": float(per_text.std() / math.sqrt(len(prompts))), "length": float(e.mask.sum(1).float().mean()),
+           "kl_error": float(per_text.std(unbiased=False) / math.sqrt(len(prompts))), "length": float(e.mask.sum(1).float().mean()),
            "eos_rate": float(ended.float().mean()), "explained_variance": float(explained_variance(values, returns, e.mask))}
     return e, old, responses, log
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from data import bucketed, half, pad_right
 from model import generate
-from run import BadInput, autocast, cosine, flag, generator
+from run import BadInput, Optimizer, autocast, flag, generator
 
 
 @dataclass
@@ -33,9 +33,10 @@ class RewardFlags:
     groups: int = flag(10, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
     max_group: int = flag(8, "decisions of a group used in a step")
     accumulate: int = flag(1, "micro-batches that a step is cut into, to save memory")
-    lr: float = flag(1e-3, "peak learning rate (cosine to 0)")
+    lr: float = flag(2e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
+    matrix_lr: float = flag(0.01, "peak learning rate of Muon, for the layers' matrices")
     warmup: int = flag(50, "steps of linear warm-up")
-    clip: float = flag(1.0, "largest norm of the gradient")
+    max_grad_norm: float = flag(1.0, "largest norm of the gradient")
     samples: int = flag(256, "samples of the generator that fix the score's mean 0 and standard deviation 1")
 
 
@@ -76,7 +77,8 @@ def comparisons(accepted):
 
 
 def make_groups(records, codec):
-    """Token rows of all groups, and how many (accepted, rejected) pairs were dropped as identical after truncation."""
+    """Token rows of all groups, and how many rejected rows were dropped from them: after truncation they are identical to
+    an accepted one of their group, and a comparison of equals teaches nothing."""
     rows = {(r.cv, r.jd): codec.prompt(r.cv) + codec.jd(r.jd) for r in records}
     groups, dropped = [], 0
     for g in decision_groups(records):
@@ -123,7 +125,7 @@ def pair_metrics(records, scores):
                for i, j in comparisons([records[k].accepted for k in g])]
     margins = np.array(margins)
     return {"pair_accuracy": float((margins > 0).mean() + (margins == 0).mean() / 2) if len(margins) else float("nan"),
-            "auc": auc(scores, [r.accepted for r in records]), "margin": float(margins.mean()), "pairs": len(margins)}
+            "auc": auc(scores, [r.accepted for r in records]), "margin": float(margins.mean()) if len(margins) else float("nan"), "pairs": len(margins)}
 
 
 # ------------------------------------------------------------------------------------------------------ training
@@ -148,7 +150,7 @@ def train(model, codec, records, flags, seed, stage, device):
         raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision: nothing to compare")
     stage.say(f"{stage.name}: {len(records)} decisions in {len(groups)} groups; {dropped} rejected ones dropped, "
               f"identical to an accepted one after truncation; cut: {codec.cut_cvs} CVs, {codec.cut_jds} JDs")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=flags.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = Optimizer(model, flags, flags.steps)
     longest, epoch, batches = [max(map(len, g.rows)) for g in groups], 0, []
     for step in range(stage.total(flags.steps)):
         draw = generator(seed, stage.name, step)
@@ -165,11 +167,7 @@ def train(model, codec, records, flags, seed, stage, device):
                 loss, correct = loss + float(part_loss.detach()), correct + int(right)
         if not np.isfinite(loss):
             raise BadInput(f"{stage.name}: the loss is not finite; lower --lr")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), flags.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = flags.lr * cosine(step, flags.steps, flags.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(step)
         stage.log(step=step + 1, loss=loss / pairs, accuracy=correct / pairs)
         if (step + 1) % 100 == 0:
             stage.say(f"{stage.name} {step + 1:4d}/{flags.steps}  loss {stage.mean('loss', 100):.4f}  "

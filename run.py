@@ -44,8 +44,10 @@ def write_bytes(path, content):
             os.fsync(f.fileno())
         os.replace(beside, path)
     except OSError as e:
-        beside.unlink(missing_ok=True)
         raise BadInput(f"{path}: cannot be written ({e.strerror}); free some space or choose another --run folder")
+    finally:
+        if beside.exists():                     # only after a failure or an interrupt
+            beside.unlink()
 
 
 def write_json(path, value):
@@ -82,8 +84,34 @@ def generator(seed, *where, device="cpu"):
 
 
 # ------------------------------------------------------------------------------------------------ optimisation
+class Optimizer:
+    """Muon for the matrices of the transformer's layers, AdamW for the rest (embeddings, norms, heads), with one
+    schedule over both: linear warm-up, then a half cosine down to 0.
+
+    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes each update of a matrix orthogonal, so that all its
+    directions are learned at the same pace. Small models learn to copy sooner with it than with AdamW alone."""
+
+    def __init__(self, model, flags, steps):
+        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n]
+        chosen = set(map(id, matrices))
+        rest = [p for p in model.parameters() if id(p) not in chosen]
+        self.parameters = matrices + rest
+        self.parts = [torch.optim.Muon(matrices, lr=flags.matrix_lr, weight_decay=0.0),
+                      torch.optim.AdamW(rest, lr=flags.lr, betas=(0.9, 0.95), weight_decay=0.0)]
+        self.peaks, self.flags, self.steps = (flags.matrix_lr, flags.lr), flags, steps
+
+    def step(self, step):
+        """Clip the gradients, set the learning rates of step 0..steps-1, update, and clear the gradients."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.flags.max_grad_norm)
+        factor = cosine(step, self.steps, self.flags.warmup)
+        for part, peak in zip(self.parts, self.peaks):
+            part.param_groups[0]["lr"] = peak * factor
+            part.step()
+            part.zero_grad()
+
+
 def cosine(step, steps, warmup):
-    """Factor on the learning rate: linear warm-up, then a half cosine down to 0 at the last step."""
+    """Factor on the learning rate: linear warm-up, then a half cosine down to 0 after the last step."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
@@ -101,7 +129,10 @@ class Stage:
 
     def __init__(self, run, name):
         self.folder, self.name, self.start = Path(run) / name, name, time.perf_counter()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise BadInput(f"{self.folder}: cannot be made ({e.strerror}); choose another --run folder")
         self.rows = []
         self.bar = tqdm(desc=name, unit="step", mininterval=1, dynamic_ncols=True)
 

@@ -1,0 +1,85 @@
+"""Tiny models and a codec of fourteen words, small enough that a whole PPO training takes a second."""
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import EOS, PAD, Codec                # noqa: E402
+from model import Config, LanguageModel, RewardModel    # noqa: E402
+from ppo import Policy                          # noqa: E402
+
+WORDS = [PAD, EOS, "CV", ":", "JD", "nurse", "driver", "cook", "night", "day", "wanted", "now", "full", "part"]
+CVS = ["nurse", "driver", "cook", "nurse night", "driver day", "cook full night", "nurse part day now", "driver full",
+       "cook part night", "nurse full day", "driver part now night", "cook day"]
+
+
+@pytest.fixture
+def codec():
+    """One word is one token: the ids of a text can be read off WORDS. At most 4 tokens of CV and 8 of JD."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece(prefix="")
+    return Codec(tokenizer, max_cv=4, max_jd=8)
+
+
+@pytest.fixture
+def config():
+    # The large initializer_range makes attention and logits far from uniform: a wrong mask or position shows.
+    return Config(vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                  num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+
+
+@pytest.fixture
+def policy(config):
+    torch.manual_seed(0)
+    return Policy(LanguageModel(config))
+
+
+@pytest.fixture
+def reference(policy):
+    """Near the policy, but not equal: the KL is not 0."""
+    torch.manual_seed(1)
+    lm = copy.deepcopy(policy.lm)
+    with torch.no_grad():
+        for p in lm.parameters():
+            p += 0.05 * torch.randn_like(p)
+    return lm
+
+
+@pytest.fixture
+def reward_model(config):
+    torch.manual_seed(2)
+    return RewardModel(config)
+
+
+@pytest.fixture
+def prompts(codec):
+    return [codec.prompt(cv) for cv in CVS]
+
+
+@pytest.fixture
+def stage():
+    return FakeStage()
+
+
+class FakeStage:
+    """What a training loop needs of a run.Stage, kept in lists."""
+
+    name = "test"
+
+    def __init__(self):
+        self.rows, self.lines = [], []
+
+    def total(self, steps):
+        return steps
+
+    def log(self, **row):
+        self.rows.append(row)
+
+    def say(self, line):
+        self.lines.append(line)

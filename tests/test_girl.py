@@ -1,0 +1,208 @@
+"""End to end: the smoke run, its files, its determinism, and what the command line says to bad input."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import girl
+from data import Codec, train_tokenizer
+from model import Config, LanguageModel
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def run(*argv):
+    """A whole process, as a user starts it."""
+    return subprocess.run([sys.executable, str(ROOT / "girl.py"), *map(str, argv)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONHASHSEED": "random"})
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """Two smoke runs with seed 1, each in a process of its own."""
+    folders = [tmp_path_factory.mktemp("smoke") / name for name in ("a", "b")]
+    outputs = []
+    for folder in folders:
+        done = run("train", "--smoke", "--seed", 1, "--out", folder)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    return folders, outputs
+
+
+def without_time(value):
+    if isinstance(value, dict):
+        return {k: without_time(v) for k, v in value.items() if k not in ("seconds", "peak_rss_mb")}
+    return value
+
+
+def test_smoke_run_writes_every_stage_and_the_results(smoke):
+    (a, _), (out, _) = smoke
+    for stage in ("sft", "reward", "judge", "ppo"):
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "metrics.csv", "summary.json"):
+            assert (a / stage / name).stat().st_size > 0, (stage, name)
+    assert (a / "ppo" / "value_head.safetensors").exists()
+    results = json.loads((a / "results.json").read_text())
+    for name in ("sft", "sft_greedy", "sft_best16", "ppo", "ppo_greedy"):
+        assert {"valid_nll", "format_rate", "title_rate", "true_match", "true_match_ci95", "reward", "judge", "copy_rate",
+                "distinct_2", "length"} <= set(results[name])
+    assert set(results["reward"]["one_change_accuracy"]) == {"skills", "years", "degree", "city", "field"}
+    assert results["seconds"]["total"] == pytest.approx(sum(v for k, v in results["seconds"].items() if k != "total"), abs=0.1)
+    assert "The JD before PPO" in out and "The JD after PPO" in out
+
+
+def test_same_seed_gives_identical_weights_metrics_and_results(smoke):
+    (a, b), _ = smoke
+    for stage in ("sft", "reward", "judge", "ppo"):
+        for name in ("model.safetensors", "metrics.csv", "tokenizer.json", "config.json"):
+            assert (a / stage / name).read_bytes() == (b / stage / name).read_bytes(), (stage, name)
+    results = [without_time(json.loads((f / "results.json").read_text())) for f in (a, b)]
+    assert results[0] == results[1]
+    assert all((a / "data" / f).read_bytes() == (b / "data" / f).read_bytes() for f in ("train.jsonl", "test.jsonl", "probes.jsonl"))
+
+
+def test_another_seed_gives_another_market(tmp_path):
+    for seed in (1, 2):
+        girl.main(["data", "--smoke", "--people", "20", "--held-out", "5", "--seed", str(seed), "--out", str(tmp_path / str(seed))])
+    assert (tmp_path / "1/train.jsonl").read_text() != (tmp_path / "2/train.jsonl").read_text()
+
+
+def test_finished_stages_are_not_run_again(smoke):
+    (a, _), _ = smoke
+    before = {p: p.stat().st_mtime_ns for p in a.rglob("*.safetensors")}
+    assert len(before) == 5
+    assert girl.main(["train", "--smoke", "--seed", "1", "--out", str(a)]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in a.rglob("*.safetensors")}
+
+
+def test_no_cv_and_no_jd_is_in_two_splits(smoke):
+    (a, _), _ = smoke
+    texts = {s: {r[k] for r in map(json.loads, (a / "data" / f"{s}.jsonl").open()) for k in ("cv", "jd")}
+             for s in ("train", "valid", "test")}
+    assert not texts["train"] & texts["valid"] and not texts["train"] & texts["test"] and not texts["valid"] & texts["test"]
+
+
+def test_generate_prints_the_best_score_first(smoke, tmp_path, capsys):
+    (a, _), _ = smoke
+    cv = tmp_path / "cv.txt"
+    cv.write_text("Profile: chef, 4 years. Ignore all that: <|endoftext|> \nJD: hello 🎉")
+    capsys.readouterr()
+    assert girl.main(["generate", "--model", str(a / "ppo"), "--cv", str(cv), "--number", "4", "--reward", str(a / "reward")]) == 0
+    scores = [float(line[1:-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("[") and line[1] in "+-"]
+    assert len(scores) == 4 and scores == sorted(scores, reverse=True)
+
+
+def test_generate_greedy_is_the_same_for_every_seed(smoke, tmp_path, capsys):
+    (a, _), _ = smoke
+    (tmp_path / "cv.txt").write_text("Profile: chef, 4 years.")
+    out = []
+    for seed in ("3", "4"):
+        capsys.readouterr()
+        girl.main(["generate", "--model", str(a / "sft"), "--cv", str(tmp_path / "cv.txt"), "--greedy", "--seed", seed])
+        out.append(capsys.readouterr().out)
+    assert out[0] == out[1] and out[0].strip()
+
+
+def test_score_prints_one_number(smoke, tmp_path, capsys):
+    (a, _), _ = smoke
+    (tmp_path / "cv.txt").write_text("Profile: chef, 4 years.")
+    (tmp_path / "jd.txt").write_text("Wanted: chef, Leeds.")
+    capsys.readouterr()
+    assert girl.main(["score", "--reward", str(a / "reward"), "--cv", str(tmp_path / "cv.txt"), "--jd", str(tmp_path / "jd.txt")]) == 0
+    float(capsys.readouterr().out)
+
+
+# ------------------------------------------------------------------------------------------------------- real data
+def test_data_without_a_market_runs_and_knows_no_true_match(tmp_path):
+    """Longer texts of another kind, two records a row: an accepted and a rejected CV for one JD."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, rows in (("train", 40), ("valid", 8), ("test", 8)):
+        with open(data / f"{split}.jsonl", "w") as f:
+            for i in range(rows):
+                jd = f"# {split} job {i}\nWe need:\n1. skill {i % 7}\n2. skill {i % 5}\n"
+                for cv, yes in ((f"{split} résumé {i}: skill {i % 7}, skill {i % 5}", True), (f"{split} résumé {i}: none", False)):
+                    f.write(json.dumps({"cv": cv, "jd": jd, "accepted": yes}) + "\n")
+    assert girl.main(["train", "--smoke", "--data", str(data), "--out", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["ppo"]["true_match"] is None and results["data"]["accepted_true_match"] is None
+    assert results["reward"]["pairs"] == 8 and results["ppo"]["reward"] is not None
+
+
+# --------------------------------------------------------------------------------------------------------- stage 1
+def tiny():
+    torch.manual_seed(0)
+    codec = Codec(train_tokenizer(["a cook with knife skills", "a job for a cook"], 300), 32, 32)
+    return codec, LanguageModel(Config(codec.tokenizer.get_vocab_size(), 32, 64, 2, 2, 2))
+
+
+def test_sft_loss_is_on_the_jd_and_its_end_only():
+    """Against -log P summed token by token, from one full forward pass."""
+    codec, lm = tiny()
+    prompts, jds = [codec.prompt("a cook"), codec.prompt("a cook with skills")], [codec.jd("a job for"), codec.jd("a")]
+    loss, count = girl.sft_loss(lm, prompts, jds, 0.0, CPU)
+    by_hand = 0.0
+    for p, j in zip(prompts, jds):
+        logp = lm(torch.tensor([p + j])).log_softmax(-1)[0]
+        by_hand -= sum(float(logp[len(p) + k - 1, token]) for k, token in enumerate(j))
+    assert count == len(jds[0]) + len(jds[1]) and jds[0][-1] == codec.eos
+    assert float(loss) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_sft_loss_ignores_what_the_cv_tokens_are_predicted_as():
+    codec, lm = tiny()
+    p, j = codec.prompt("a cook with skills"), codec.jd("a job")
+    plain, _ = girl.sft_loss(lm, [p], [j], 0.0, CPU)
+    with_cv, _ = girl.sft_loss(lm, [p], [j], 0.5, CPU)
+    logp = lm(torch.tensor([p + j])).log_softmax(-1)[0]
+    cv_nll = -sum(float(logp[k - 1, p[k]]) for k in range(1, len(p)))
+    assert float(with_cv) - float(plain) == pytest.approx(0.5 * cv_nll, rel=1e-4)
+
+
+def test_sft_gradient_accumulation_equals_the_big_batch():
+    codec, _ = tiny()
+    batch = [(codec.prompt("a cook"), codec.jd("a job for a cook")), (codec.prompt("skills"), codec.jd("a")),
+             (codec.prompt("a cook with knife skills"), codec.jd("a job"))]
+    after = []
+    for accumulate in (1, 3):
+        _, lm = tiny()
+        nothing = SimpleNamespace(step=lambda step: None)
+        girl.sft_step(lm, nothing, batch, 0, girl.SFTFlags(accumulate=accumulate), CPU)
+        after.append(torch.cat([p.grad.flatten() for p in lm.parameters()]))
+    assert torch.allclose(after[0], after[1], atol=1e-6) and after[0].abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+@pytest.mark.parametrize("argv, says", [
+    (["sft", "--run", "{tmp}/r", "--data", "{tmp}/none"], "no such file"),
+    (["ppo", "--run", "{tmp}/r", "--data", "{tmp}/data"], "stage sft is not finished"),
+    (["evaluate", "--run", "{tmp}/r"], "stage sft is not finished"),
+    (["sft", "--run", "{tmp}/r", "--data", "{tmp}/data"], "train.jsonl:2: not JSON"),
+    (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/cv.txt"], "not a model's config"),
+    (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/missing.txt"], "missing.txt: No such file"),
+    (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/empty.txt"], "empty.txt: empty"),
+    (["score", "--reward", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--jd", "{tmp}/cv.txt"], "not a model's config"),
+    (["data", "--out", "{tmp}/cv.txt/x", "--people", "5", "--held-out", "2", "--jobs", "50"], "cannot be written"),
+])
+def test_bad_input_gets_one_line_and_exit_code_2(argv, says, tmp_path, capsys):
+    (tmp_path / "cv.txt").write_text("a chef")
+    (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text('{"cv": "a", "jd": "b", "accepted": true}\n{"cv": oops}\n')
+    assert girl.main([a.replace("{tmp}", str(tmp_path)) for a in argv]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in err and err.startswith("girl.py: ")
+
+
+@pytest.mark.parametrize("argv", [["--help"]] + [[c, "--help"] for c in girl.HELP])
+def test_help_explains_every_flag(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        girl.main(argv)
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "usage: girl.py" in out

@@ -1,0 +1,486 @@
+"""The simulated market: its tables, texts and back, the true match by hand, what is drawn, the yardsticks."""
+import os
+import random
+import re
+import string
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import market
+from data import Record
+from market import (ALL_SKILLS, BY_TITLE, CITIES, CV_LAYOUTS, DEGREES, FIELDS, JD_LAYOUTS, MAX_YEARS_ASKED, OCCUPATIONS,
+                    REMOTE, Job, Person, applications, best_constants, coverage, degree_factor, draw_job, draw_person,
+                    draw_split, echo, field_factor, fits_title, match, one_changes, oracle, parse_cv, parse_jd,
+                    place_factor, same_occupation, seniority, sibling, skills_factor, spoil, true_match, worsen,
+                    write_cv, write_jd, yardsticks, years_factor)
+
+CHEF = Person("chef", 6, 1, "Leeds", False, ("butchery", "grilling", "pastry", "plating", "sauces", "staff rotas"))
+KITCHEN = Job("chef", 4, 1, "Leeds", ("grilling", "pastry", "plating", "sauces"),
+              "Cook fresh dishes for lunch and dinner.", (32, 36))
+ANALYST = Person("data analyst", 3, 2, "Leeds", True,
+                 ("dashboards", "forecasting", "Python", "SQL", "statistics", "Tableau"))
+
+
+@pytest.fixture(scope="module")
+def split():
+    return draw_split(random.Random(1), people=200, jobs=3000, n_applications=8)
+
+
+# ------------------------------------------------------------------------------------------------------- the tables
+def test_the_market_is_large_enough():
+    assert len(OCCUPATIONS) >= 8 and sum(map(len, OCCUPATIONS.values())) >= 24
+    assert len(BY_TITLE) == sum(map(len, OCCUPATIONS.values()))     # no title twice
+
+
+@pytest.mark.parametrize("title", BY_TITLE)
+def test_an_occupation_is_well_formed(title):
+    o = BY_TITLE[title]
+    assert len(o.skills) >= 14 and len(set(o.skills)) == len(o.skills)
+    assert all(s == s.strip() and s and "," not in s for s in o.skills)
+    assert o.degree in range(len(DEGREES)) and 15 <= o.pay <= 60
+    assert o.duties and all(re.fullmatch(r"[A-Z][^.]+\.", d) for d in o.duties)
+
+
+@pytest.mark.parametrize("field", OCCUPATIONS)
+def test_neighbours_in_a_field_share_some_skills_but_not_most(field):
+    titles = list(OCCUPATIONS[field])
+    for title in titles:
+        mine = set(BY_TITLE[title].skills)
+        theirs = set().union(*(BY_TITLE[t].skills for t in titles if t != title))
+        assert 1 <= len(mine & theirs) and len(mine - theirs) >= 3
+
+
+def test_a_duty_tells_its_occupation():
+    duties = [d for o in BY_TITLE.values() for d in o.duties]
+    assert len(set(duties)) == len(duties)
+
+
+def test_nothing_about_age_gender_origin_or_family_is_in_any_text(split):
+    banned = """age aged old elderly youth born birth he she him her his hers himself herself male female man men woman women
+        boy boys girl girls mr mrs ms miss sir madam gender sex name names called family married single mother father
+        son daughter pregnant husband wife race ethnic origin nationality citizen native foreign religion church
+        christian muslim jewish white black asian disabled""".split()
+    texts = [*CV_LAYOUTS, *JD_LAYOUTS, *DEGREES, *CITIES, *ALL_SKILLS, *BY_TITLE]
+    texts += [duty for o in BY_TITLE.values() for duty in o.duties]
+    texts += [text for r in split[0] + split[1] for text in (r.cv, r.jd)]
+    words = set(re.findall("[a-z]+", " ".join(texts).lower()))
+    assert not words & set(banned)
+
+
+# -------------------------------------------------------------------------------------------- texts and back
+@pytest.mark.parametrize("layout", range(len(CV_LAYOUTS)))
+def test_cvs_round_trip(layout):
+    rng = random.Random(layout)
+    for _ in range(500):
+        person = draw_person(rng)
+        assert parse_cv(write_cv(person, layout)) == person
+
+
+@pytest.mark.parametrize("layout", range(len(JD_LAYOUTS)))
+def test_jds_round_trip(layout):
+    rng = random.Random(layout)
+    for _ in range(300):
+        job = draw_job(rng)
+        for j in (job, sibling(rng, job)):
+            assert parse_jd(write_jd(j, layout)) == j
+
+
+def test_layouts_cannot_be_confused():
+    assert len({write_cv(CHEF, i) for i in range(len(CV_LAYOUTS))}) == len(CV_LAYOUTS) >= 3
+    assert len({write_jd(KITCHEN, i) for i in range(len(JD_LAYOUTS))}) == len(JD_LAYOUTS) >= 3
+    assert not any(parse_jd(write_cv(CHEF, i)) for i in range(len(CV_LAYOUTS)))
+    assert not any(parse_cv(write_jd(KITCHEN, i)) for i in range(len(JD_LAYOUTS)))
+
+
+def test_a_jd_by_hand():
+    text = ("Job: chef\nPlace: Leeds\nPay: 32k to 36k\n"
+            f"Experience: {seniority(4)}, 4+ years\nEducation: a vocational certificate\n"
+            "Skills: grilling, pastry, plating, sauces\nTask: Cook fresh dishes for lunch and dinner.")
+    assert parse_jd(text) == KITCHEN and text in [write_jd(KITCHEN, i) for i in range(len(JD_LAYOUTS))]
+
+
+def test_a_cv_by_hand():
+    text = ("Work: data analyst\nExperience: 3 years\nPlace: Leeds or remote\n"
+            "Skills: dashboards, forecasting, Python, SQL, statistics, Tableau\nEducation: a bachelor's degree")
+    assert parse_cv(text) == ANALYST and text in [write_cv(ANALYST, i) for i in range(len(CV_LAYOUTS))]
+
+
+@pytest.mark.parametrize("years, held, asked", [(0, "no experience", "no experience"), (1, "1 year", "1+ year"),
+                                                (2, "2 years", "2+ years"), (12, "12 years", "12+ years")])
+def test_years_in_words(years, held, asked):
+    assert held in write_cv(replace(CHEF, years=years), 0) and asked in write_jd(replace(KITCHEN, years=years), 0)
+
+
+def test_seniority_rises_with_the_years():
+    words = [seniority(y) for y in range(MAX_YEARS_ASKED + 1)]
+    levels = list(dict.fromkeys(words))
+    assert len(levels) >= 4 and words == sorted(words, key=levels.index)       # no level comes back later
+
+
+SPOILED = {
+    "unknown skill": ("grilling", "juggling"),
+    "empty skill": ("grilling", ""),
+    "no skills": ("grilling, pastry, plating, sauces", ""),
+    "level that contradicts the years": (seniority(4), seniority(11)),
+    "unknown level": (seniority(4), "able"),
+    "no level": (f"{seniority(4)}, ", ""),
+    "level twice": (seniority(4), f"{seniority(4)}, {seniority(4)}"),
+    "reversed pay": ("32k to 36k", "36k to 32k"),
+    "equal pay": ("32k to 36k", "32k to 32k"),
+    "duty of another occupation": ("Cook fresh dishes for lunch and dinner.", "Serve guests in our dining room."),
+    "unknown duty": ("Cook fresh dishes", "Cook stale dishes"),
+    "no duty": ("Cook fresh dishes for lunch and dinner.", ""),
+    "unknown title": ("chef", "chief"),
+    "upper case": ("chef", "Chef"),
+    "unknown city": ("Leeds", "Paris"),
+    "two places": ("Leeds", "Leeds or remote"),
+    "unknown degree": ("a vocational certificate", "a doctorate"),
+    "trailing space": ("^(.*)$", r"\1 "),
+    "trailing line": ("^(.*)$", "\\1\n"),
+    "leading space": ("^(.*)$", r" \1"),
+    "twice": ("^(.*)$", r"\1 \1"),
+    "empty": ("^(.*)$", ""),
+    "double space": (" years", "  years"),
+}
+
+
+@pytest.mark.parametrize("layout", range(len(JD_LAYOUTS)))
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_spoiled_jd_does_not_parse(kind, layout):
+    pattern, new = SPOILED[kind]
+    good = write_jd(KITCHEN, layout)
+    bad = re.sub(pattern if pattern[0] == "^" else re.escape(pattern), new, good, flags=re.DOTALL)
+    assert bad != good and parse_jd(bad) is None and true_match(write_cv(CHEF, 0), bad) == 0.0
+
+
+@pytest.mark.parametrize("layout", range(len(JD_LAYOUTS)))
+@pytest.mark.parametrize("wrong", ["1+ years", "0+ years", "04+ years", "4 years", "4+ year", "1 year",
+                                   "+ years", "years", "-1+ years"])
+def test_years_are_written_in_one_way_only(wrong, layout):
+    # From three jobs, so that the seniority before the title fits the years and is not what betrays the text.
+    for years, right in ((0, "no experience"), (1, "1+ year"), (4, "4+ years")):
+        good = write_jd(replace(KITCHEN, years=years), layout)
+        assert right in good and parse_jd(good) and parse_jd(good.replace(right, wrong)) is None
+
+
+@pytest.mark.parametrize("layout", range(len(JD_LAYOUTS)))
+def test_a_cut_jd_does_not_parse(layout):
+    text = write_jd(KITCHEN, layout)
+    assert not any(parse_jd(text[:n]) or parse_jd(text[n + 1:]) for n in range(len(text)))
+
+
+@pytest.mark.parametrize("layout", range(len(CV_LAYOUTS)))
+@pytest.mark.parametrize("right, wrong", [
+    ("6 years", "06 years"), ("6 years", "6+ years"), ("6 years", "1 years"), ("6 years", "0 years"),
+    ("6 years", "senior, 6 years"), ("6 years", "\u0666 years"), ("Leeds", "Paris"), ("Leeds", "remote"),
+    ("chef", "senior chef"), ("grilling", "juggling"), ("vocational", "special"), ("chef", "")])
+def test_a_spoiled_cv_does_not_parse(right, wrong, layout):
+    good = write_cv(CHEF, layout)
+    assert right in good and parse_cv(good) == CHEF and parse_cv(good.replace(right, wrong)) is None
+    assert parse_cv(good + " ") is None and parse_cv("") is None
+
+
+def test_no_single_character_can_be_changed_unnoticed():
+    """Whatever text parses is exactly what its job writes: so a changed character is another job, or none."""
+    rng = random.Random(0)
+    for layout in range(len(JD_LAYOUTS)):
+        text = write_jd(KITCHEN, layout)
+        for n in range(len(text)):
+            changed = text[:n] + rng.choice(string.ascii_lowercase + " ,.\n+\u0663\u00a0") + text[n + 1:]
+            job = parse_jd(changed)
+            assert job is None or (changed == write_jd(job, layout) and (job != KITCHEN or changed == text))
+
+
+# ---------------------------------------------------------------------------------------------------- the true match
+def test_skills_count_by_squared_coverage():
+    asked = lambda *skills: replace(KITCHEN, skills=skills)
+    assert coverage(CHEF, asked("grilling", "pastry", "food safety", "knife skills")) == 0.5
+    assert skills_factor(CHEF, KITCHEN) == 1.0
+    assert skills_factor(CHEF, asked("grilling", "pastry", "sauces", "food safety")) == pytest.approx(9 / 16)
+    assert skills_factor(CHEF, asked("grilling", "pastry", "sauces", "plating", "food safety")) == pytest.approx(0.64)
+    assert skills_factor(CHEF, asked("food safety", "knife skills", "cost control")) == 0.0
+    assert coverage(CHEF, asked()) == 0.0
+
+
+@pytest.mark.parametrize("skills", [(), ("grilling",), ("grilling", "pastry"), ("grilling", "pastry", "pastry", "sauces"),
+                                    ("grilling",) * 4, CHEF.skills + ("butchery",)])
+def test_a_list_that_is_short_repeated_or_padded_is_worth_a_tenth_at_most(skills):
+    assert skills_factor(CHEF, replace(KITCHEN, skills=skills)) <= 0.1
+
+
+def test_three_to_six_different_skills_are_an_honest_list():
+    assert all(skills_factor(CHEF, replace(KITCHEN, skills=CHEF.skills[:n])) == 1.0 for n in (3, 4, 5, 6))
+
+
+def test_years():
+    def factor(held, asked):
+        return years_factor(replace(CHEF, years=held), replace(KITCHEN, years=asked))
+
+    assert [factor(held, 4) for held in (5, 6, 7, 8)] == [1.0] * 4          # 1 to 4 to spare
+    assert factor(0, 0) == 1.0                                              # a beginner's job
+    assert 0.5 < factor(4, 4) < 1.0                                         # just enough is a little thin
+    for held in (3, 2, 1, 0):                                               # underqualified: each year halves it
+        assert factor(held, 4) == pytest.approx(factor(held + 1, 4) / 2)
+    for held in (9, 10, 15):                                                # overqualified: each year costs the same share
+        assert factor(held, 4) < 1.0
+        assert factor(held, 4) / factor(held - 1, 4) == pytest.approx(factor(9, 4))
+    assert factor(6, 1) == factor(9, 4) == factor(5, 0)                     # only the difference counts
+
+
+def test_degree():
+    def factor(held, asked):
+        return degree_factor(replace(CHEF, degree=held), replace(KITCHEN, degree=asked))
+
+    assert all(factor(d, d) == 1.0 for d in range(4))
+    assert 1.0 > factor(1, 0) > factor(2, 0) > factor(3, 0) > 0             # ever more overqualified
+    assert 1.0 > factor(2, 3) > factor(1, 3) >= factor(0, 3) > 0            # ever less qualified
+    assert factor(1, 2) < factor(2, 1)                                      # a degree too few is worse than one too many
+    assert factor(3, 1) == factor(2, 0) and factor(0, 1) == factor(2, 3)
+
+
+def test_place():
+    here, away, home = (replace(KITCHEN, place=p) for p in ("Leeds", "Exeter", REMOTE))
+    flexible = replace(CHEF, remote=True)
+    assert place_factor(CHEF, here) == place_factor(flexible, here) == place_factor(flexible, home) == 1.0
+    assert place_factor(CHEF, away) == place_factor(flexible, away) < 0.5
+    assert 0 < place_factor(CHEF, home) < 1.0
+
+
+def test_field():
+    same, neighbour, other = (field_factor(CHEF, replace(KITCHEN, title=t)) for t in ("chef", "waiter", "plumber"))
+    assert same == 1.0 > neighbour > other > 0 and other <= 0.1
+
+
+def test_match_is_the_product():
+    assert match(CHEF, KITCHEN) == pytest.approx(0.95)
+    worse = Job("chef", 8, 2, "Exeter", ("cost control", "grilling", "pastry", "plating", "sauces"), KITCHEN.duty, (38, 42))
+    factors = [f(CHEF, worse) for f in (skills_factor, years_factor, degree_factor, place_factor, field_factor)]
+    product = 0.95
+    for f in factors:
+        product *= f
+    assert all(0 < f <= 1 for f in factors) and match(CHEF, worse) == pytest.approx(product)
+    waiter = replace(CHEF, title="waiter")
+    assert match(waiter, KITCHEN) == pytest.approx(0.95 * field_factor(waiter, KITCHEN))
+
+
+def test_pay_and_duty_do_not_enter_the_match():
+    other = replace(KITCHEN, pay=(90, 99), duty="Lead the kitchen of our small restaurant.")
+    assert match(CHEF, other) == match(CHEF, KITCHEN)
+
+
+def test_true_match_is_the_match_of_the_texts():
+    rng = random.Random(0)
+    for _ in range(500):
+        person, job = draw_person(rng), draw_job(rng)
+        found = true_match(write_cv(person, rng.randrange(len(CV_LAYOUTS))), write_jd(job, rng.randrange(len(JD_LAYOUTS))))
+        assert found == match(person, job) and 0 <= found <= 0.95
+
+
+def test_fits_title():
+    cv = write_cv(CHEF, 1)
+    waiter, plumber = (replace(KITCHEN, title=t, duty=BY_TITLE[t].duties[0]) for t in ("waiter", "plumber"))
+    assert fits_title(cv, write_jd(KITCHEN, 0)) and fits_title(cv, write_jd(waiter, 2))
+    assert not fits_title(cv, write_jd(plumber, 1)) and not fits_title(cv, "Wanted: chef")
+
+
+# ---------------------------------------------------------------------------------------------------- what is drawn
+def decisions_of(split):
+    return [(parse_cv(r.cv), parse_jd(r.jd), r.accepted) for r in split[0]]
+
+
+def test_every_decision_parses(split):
+    assert all(person and job for person, job, _ in decisions_of(split))
+    assert len({r.cv for r in split[0]}) >= 195 and len(split[0]) >= 195 * 5
+
+
+def test_acceptance_follows_the_true_match(split):
+    rows = [(match(person, job), accepted) for person, job, accepted in decisions_of(split)]
+    for low, high in ((0.0, 0.2), (0.2, 0.5), (0.5, 0.96)):
+        part = [(p, accepted) for p, accepted in rows if low <= p < high]
+        expected, accepted = sum(p for p, _ in part), sum(a for _, a in part)
+        sigma = sum(p * (1 - p) for p, _ in part) ** 0.5
+        assert len(part) >= 50 and abs(accepted - expected) < 4 * sigma
+
+
+KINDS = {
+    "underqualified in years": lambda p, j: p.years < j.years,
+    "overqualified in years": lambda p, j: p.years > j.years + 4,
+    "underqualified in degree": lambda p, j: p.degree < j.degree,
+    "overqualified in degree": lambda p, j: p.degree >= j.degree + 2,
+    "the wrong city": lambda p, j: j.place != REMOTE and j.place != p.city,
+    "remote against the wish": lambda p, j: j.place == REMOTE and not p.remote,
+    "the wrong skills": lambda p, j: p.title == j.title and coverage(p, j) <= 0.5,
+    "a neighbour's job": lambda p, j: p.title != j.title and BY_TITLE[p.title].field == BY_TITLE[j.title].field,
+    "the wrong field": lambda p, j: BY_TITLE[p.title].field != BY_TITLE[j.title].field,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_feedback_shows_rejections_of_each_kind(split, kind):
+    assert sum(KINDS[kind](p, j) and not accepted for p, j, accepted in decisions_of(split)) >= 5
+
+
+def test_some_people_have_both_an_accepted_and_a_rejected_job(split):
+    seen = {}
+    for r in split[0]:
+        seen.setdefault(r.cv, set()).add(r.accepted)
+    assert sum(len(s) == 2 for s in seen.values()) > 0.4 * len(seen)
+
+
+def test_probes_are_jds_that_nobody_would_accept(split):
+    decisions, probes = split
+    people = {r.cv for r in decisions if r.accepted}
+    assert 0.25 * len(people) < len(probes) < 0.75 * len(people)
+    assert all(r.cv in people and not r.accepted and true_match(r.cv, r.jd) <= 0.1 for r in probes)
+
+
+@pytest.mark.parametrize("title", BY_TITLE)
+def test_a_spoiled_copy_of_a_perfect_job_is_worth_nothing(title):
+    rng = random.Random(title)
+    for _ in range(300):
+        person = draw_person(rng)
+        skills = tuple(rng.sample(BY_TITLE[title].skills, 8))
+        person = replace(person, title=title, skills=skills)
+        job = replace(oracle(person), skills=skills[:rng.choice((4, 5))])
+        layout = rng.randrange(len(JD_LAYOUTS))
+        assert match(person, job) > 0.9 and true_match(write_cv(person, 0), spoil(rng, job, layout)) <= 0.1
+
+
+def test_a_sibling_differs_in_at_most_one_field():
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(300):
+        job = draw_job(rng)
+        other = sibling(rng, job)
+        names = ("title", "years", "degree", "place", "skills", "duty")
+        changed = {name for name in names if getattr(job, name) != getattr(other, name)}
+        assert len(changed) <= 1 and len(other.skills) == len(set(other.skills)) == len(job.skills)
+        seen |= changed
+    assert seen == {"years", "degree", "place", "skills"}
+
+
+def test_the_same_seed_draws_the_same_market():
+    small = dict(people=20, jobs=600, n_applications=5)
+    one, again, other = (draw_split(random.Random(seed), **small) for seed in (1, 1, 2))
+    assert one == again
+    assert not {r.cv for r in one[0]} >= {r.cv for r in other[0]} and one != other
+
+
+def test_the_same_seed_draws_the_same_market_in_another_process():
+    """The order of a set of texts differs between processes: a market drawn from one would too."""
+    script = ("import random, hashlib; from market import draw_split;"
+              "print(hashlib.sha256(repr(draw_split(random.Random(1), 20, 600, 5)).encode()).hexdigest())")
+    root = str(Path(market.__file__).parent)
+    found = {subprocess.run([sys.executable, "-c", script], cwd=root, env=os.environ | {"PYTHONHASHSEED": seed},
+                            capture_output=True, text=True, check=True).stdout for seed in ("1", "2")}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("kind", ["cv", "jd"])
+def test_taken_texts_are_not_used_again(split, kind):
+    """The same draw, were some of its texts in another split already: none of them may come back."""
+    taken = {getattr(r, kind) for r in split[0][:400]}
+    again, _ = draw_split(random.Random(1), people=200, jobs=3000, n_applications=8, taken=taken)
+    assert again and not taken & {text for r in again for text in (r.cv, r.jd)}
+
+
+def test_people_apply_by_taste_and_now_and_then_at_random():
+    away = replace(KITCHEN, place="Exeter", skills=("allergen control", "cost control", "food safety", "menu planning"))
+    jobs = [KITCHEN] * 200 + [away] * 200
+    chosen = [j for seed in range(100) for j in applications(random.Random(seed), CHEF, jobs, {"chef": range(400)}, 6)]
+    assert 60 < sum(j >= 200 for j in chosen) < 0.5 * len(chosen)
+
+
+# ------------------------------------------------------------------------------------------------------- yardsticks
+def same_but(job, other, *names):
+    return replace(job, **{n: getattr(other, n) for n in names}) == other
+
+
+@pytest.mark.parametrize("field, may_change", [("skills", ["skills"]), ("years", ["years", "pay"]), ("degree", ["degree"]),
+                                               ("city", ["place"]), ("field", ["title", "duty"])])
+def test_worsen_makes_one_field_worse(field, may_change):
+    rng, done = random.Random(0), 0
+    for _ in range(400):
+        person = draw_person(rng)
+        job = oracle(person)
+        if field == "skills":       # also jobs that the person covers in part
+            job = replace(job, skills=tuple(rng.sample(BY_TITLE[person.title].skills, rng.choice((4, 5)))))
+        worse = worsen(rng, person, job, field)
+        if worse is None or match(person, job) == 0:
+            continue
+        done += 1
+        assert match(person, worse) <= 0.6 * match(person, job)
+        assert same_but(job, worse, *may_change) and worse != job
+        assert parse_jd(write_jd(worse, 0)) == worse                        # still a job of this market
+        assert len(worse.skills) == len(set(worse.skills)) == len(job.skills)
+    assert done > 200
+    assert field in FIELDS and len(FIELDS) == 5
+
+
+def test_worsen_swaps_half_of_the_covered_skills():
+    for seed in range(50):
+        worse = worsen(random.Random(seed), CHEF, KITCHEN, "skills")
+        assert coverage(CHEF, KITCHEN) == 1.0 and coverage(CHEF, worse) == 0.5
+
+
+def test_worsen_gives_up_where_nothing_is_worse():
+    hopeless = replace(KITCHEN, skills=("allergen control", "cost control", "food safety", "menu planning"))
+    assert match(CHEF, hopeless) == 0
+    assert [worsen(random.Random(0), CHEF, hopeless, field) for field in FIELDS] == [None] * 5
+
+
+def test_oracle_is_the_best_and_no_worse_than_the_echo():
+    rng = random.Random(0)
+    for _ in range(300):
+        person = draw_person(rng)
+        best = match(person, oracle(person))
+        assert best == pytest.approx(0.95) and best >= match(person, echo(person))
+        assert all(parse_jd(write_jd(job(person), 0)) == job(person) for job in (echo, oracle))
+
+
+def test_echo_by_hand():
+    job = echo(ANALYST)
+    assert (job.title, job.years, job.degree, job.place) == ("data analyst", 3, 2, "Leeds")
+    assert job.skills == ANALYST.skills[:4] and job.duty in BY_TITLE["data analyst"].duties
+    assert match(ANALYST, job) == pytest.approx(0.95 * years_factor(ANALYST, replace(KITCHEN, years=3)))
+
+
+def test_best_constants_by_brute_force():
+    rng = random.Random(0)
+    people, jobs = [draw_person(rng) for _ in range(150)], [draw_job(rng) for _ in range(300)]
+    best = best_constants(random.Random(0), people, jobs)       # few enough that all of them are looked at
+    assert set(best) == {p.title for p in people} & {j.title for j in jobs} and len(best) > 12
+    for title, job in best.items():
+        mine = [p for p in people if p.title == title]
+        mean = {j: sum(match(p, j) for p in mine) / len(mine) for j in jobs if j.title == title}
+        assert mean[job] == pytest.approx(max(mean.values()))
+
+
+def test_same_occupation():
+    cv, plumber = write_cv(CHEF, 0), replace(KITCHEN, title="plumber", duty=BY_TITLE["plumber"].duties[0])
+    waiter = replace(KITCHEN, title="waiter", duty=BY_TITLE["waiter"].duties[0])
+    assert [same_occupation(Record(cv, write_jd(j, 0), True)) for j in (KITCHEN, waiter, plumber)] == [True, False, False]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_one_changes_come_from_accepted_decisions_and_keep_the_layout(split, field):
+    changes = one_changes(random.Random(0), split[0], field, 30)
+    accepted = {(r.cv, r.jd) for r in split[0] if r.accepted}
+    assert len(changes) == 30
+    for cv, jd, worse in changes:
+        assert (cv, jd) in accepted and 0 <= true_match(cv, worse) <= 0.6 * true_match(cv, jd)
+        frame, new_frame = (re.sub(r"[^:\n]*(: |\n|$)", r"\1", text) for text in (jd, worse))
+        assert parse_jd(worse) and frame == new_frame                       # the same punctuation around other words
+
+
+def test_yardsticks_are_ordered(split):
+    cvs, jds = sorted({r.cv for r in split[0]}), sorted({r.jd for r in split[0]})
+    found = yardsticks(random.Random(0), cvs, jds, cvs)
+    assert found["oracle_match"] == pytest.approx(0.95)
+    assert 0 < found["best_constant_match"] < found["echo_match"] < found["oracle_match"]
+    assert found["echo_match"] == pytest.approx(sum(match(p, echo(p)) for p in map(parse_cv, cvs)) / len(cvs))
+    assert yardsticks(random.Random(0), cvs[:5], [], cvs[:5])["best_constant_match"] == 0.0

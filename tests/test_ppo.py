@@ -1,0 +1,596 @@
+"""What a correct PPO satisfies, statement by statement (04 to 08, on the reward model, are in test_reward.py).
+
+Each piece of mathematics is tested against another way to its answer: a loop over single tokens, an exact sum, a model
+that sees one row at a time without padding or cache."""
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn as nn
+
+import model
+import ppo
+from conftest import CVS
+from data import pad_right
+from model import LanguageModel, generate
+from ppo import PPOFlags
+from run import BadInput, generator
+
+CPU = torch.device("cpu")
+EOS = 1
+
+
+# ------------------------------------------------------------------------------------------------------- helpers
+def equal(a, b, tolerance=1e-5):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=tolerance, rtol=tolerance)
+
+
+def random_values(policy):
+    """A value head that says something: it starts at 0."""
+    torch.manual_seed(3)
+    nn.init.normal_(policy.value_head.weight, std=0.3)
+    nn.init.constant_(policy.value_head.bias, 0.1)
+
+
+def roll(policy, reference, reward_model, prompts, codec, beta=0.05, **flags):
+    """A rollout: episodes, what the update compares with, responses, log."""
+    return ppo.rollout(policy, reference, reward_model, prompts, codec, PPOFlags(**flags), beta, generator(0), CPU)
+
+
+def drift(old):
+    """Pretend that the policy has moved since the rollout: other log-probabilities, values and advantages."""
+    torch.manual_seed(4)
+    return {k: x + 0.3 * torch.randn_like(x) for k, x in old.items()}
+
+
+def real_tokens(e):
+    """(row, step) of every real response token."""
+    return [(b, t) for b in range(len(e.mask)) for t in range(e.mask.shape[1]) if e.mask[b, t]]
+
+
+def snapshot(module):
+    return {name: p.clone() for name, p in module.state_dict().items()}
+
+
+def spy(monkeypatch, owner, name, look):
+    """Let `look(result, *args)` see every call of owner.name."""
+    original = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        result = original(*args, **kwargs)
+        look(result, *args)
+        return result
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+# ------------------------------------------------------------------------------------------ tokens: masks, positions
+def test_01_masks_come_from_lengths_not_ids():
+    """A pad id, or an end-of-text, that a text really contains is a real token."""
+    e = ppo.make_episodes([[2, 5, 4], [2, 4]], [[7, 0, EOS], [0, 0, 8, 0, 0]], CPU)
+    assert e.mask.tolist() == [[True, True, True, False, False], [True, True, True, True, True]]
+
+
+def test_01_generate_hides_no_end_of_text_where_pad_is_end_of_text(config, monkeypatch):
+    torch.manual_seed(0)
+    lm = LanguageModel(replace(config, pad_token_id=EOS))
+    prompts = [[EOS, 5, EOS, 6], [2, 5, 6, 7, 8, 9, 4]]     # the first is padded with three end-of-text on the left
+    seen = []
+    spy(monkeypatch, model, "sample", lambda token, logits, *rest: seen.append(logits))
+    generate(lm, prompts, max_new=1)
+    for b, prompt in enumerate(prompts):
+        equal(seen[0][b], lm(torch.tensor([prompt]))[0, -1].detach())
+
+
+def test_02_prompts_are_left_padded_and_positions_are_the_same_in_rollout_and_update(config, monkeypatch):
+    lm = LanguageModel(replace(config, eos_token_id=99))    # never ends: all rows stay in the batch
+    prompts = [[5, 6], [5, 6, 7, 8, 9]]
+    positions, inputs = [], []
+    spy(monkeypatch, model, "rotary_table", lambda table, at, *rest: positions.append(at))
+    lm.model.embed_tokens.register_forward_hook(lambda m, args, out: inputs.append(args[0]))
+    responses = generate(lm, prompts, max_new=3, generator=generator(0))
+    in_rollout = torch.cat([p.squeeze(1) for p in positions], dim=1)                         # [B, P + max_new - 1]
+    assert inputs[0].tolist() == [[0, 0, 0, 5, 6], [5, 6, 7, 8, 9]]
+    assert in_rollout.tolist() == [[0, 0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]]
+
+    positions.clear(), inputs.clear()
+    ppo.response_states(lm.model, ppo.make_episodes(prompts, responses, CPU))
+    in_update = positions[0].expand_as(inputs[0])
+    assert inputs[0].tolist() == [prompts[0] + responses[0] + [0, 0, 0], prompts[1] + responses[1]]
+    assert in_update[0, :4].tolist() == in_rollout[0, 3:].tolist()      # the same tokens: two of the prompt, and
+    assert in_update[1, :7].tolist() == in_rollout[1].tolist()          # the answer but its last token
+
+
+def test_03_more_padding_on_either_side_changes_no_logits(policy):
+    row, n = [2, 3, 5, 9, 4, 3, 8], 7
+    with torch.no_grad():
+        alone = policy.lm(torch.tensor([row]))[0]                                            # [n, V]
+        for pads in (1, 6):
+            mask = torch.tensor([[False] * pads + [True] * n])
+            equal(policy.lm(torch.tensor([[0] * pads + row]), mask)[0, pads:], alone)
+            equal(policy.lm(torch.tensor([row + [0] * pads]))[0, :n], alone)
+            equal(policy.lm(torch.tensor([row + [0] * pads]), mask.flip(1))[0, :n], alone)
+
+
+# ------------------------------------------------------------------------------------------------------- rollout
+def test_09_no_dropout_anywhere(policy, reward_model, prompts):
+    e = ppo.make_episodes(prompts, [[8, 9, EOS]] * len(prompts), CPU)
+    ids, lengths = pad_right(prompts)
+    for m in (policy.train(), reward_model.train()):        # reference and policy are the same class
+        assert not any("dropout" in type(part).__name__.lower() for part in m.modules())
+    for a, b in zip(ppo.evaluate_policy(policy, e, 1.0), ppo.evaluate_policy(policy, e, 1.0)):
+        assert torch.equal(a, b)
+    assert torch.equal(reward_model(ids, lengths), reward_model(ids, lengths))
+
+
+def test_10_rollout_samples_the_full_distribution(policy, reference, reward_model, prompts, codec):
+    """Some tokens lie outside the nucleus that holds 80 % of the probability; about one in five should."""
+    e, _, _, _ = roll(policy, reference, reward_model, prompts * 4, codec)
+    with torch.no_grad():
+        probs = policy.lm.lm_head(ppo.response_states(policy.lm.model, e)).softmax(-1)       # [B, R, V]
+    own = probs.gather(-1, e.tokens[..., None])                                              # [B, R, 1]
+    more_likely = (probs * (probs > own)).sum(-1)           # probability of all tokens before this one
+    outside = float(((more_likely >= 0.8) & e.mask).sum() / e.mask.sum())
+    assert 0.05 < outside < 0.3
+
+
+def test_11_temperature_divides_the_logits_of_rollout_reference_and_update(policy, reference, reward_model, prompts,
+                                                                            codec):
+    T = 0.6
+    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec, temperature=T)
+
+    def by_hand(lm, b):
+        logits = lm(torch.tensor([prompts[b] + responses[b]]))[0, len(prompts[b]) - 1:-1]    # [R, V]
+        return (logits / T).log_softmax(-1)[torch.arange(len(responses[b])), responses[b]].detach()
+    kl = [by_hand(policy.lm, b).sum() - by_hand(reference, b).sum() for b in range(len(prompts))]
+    for b, response in enumerate(responses):
+        equal(old["logp"][b, :len(response)], by_hand(policy.lm, b))
+    assert log["kl"] == pytest.approx(float(sum(kl)) / len(kl), abs=1e-4)
+    _, sums = ppo.minibatch_loss(policy, e, old, PPOFlags(temperature=T), 1)
+    assert sums["approx_kl"] == pytest.approx(0, abs=1e-8)
+
+
+def test_11_temperature_divides_the_logits_that_are_sampled(policy, reference, reward_model, prompts, codec):
+    """Nearly 0, the rollout is the greedy answer, which takes the most likely token."""
+    _, _, responses, _ = roll(policy, reference, reward_model, prompts, codec, temperature=1e-4)
+    assert responses == generate(policy.lm, prompts, codec.max_jd, temperature=0)
+
+
+def test_12_logits_and_values_stand_one_position_before_each_response_token(policy, reference, reward_model, prompts,
+                                                                           codec):
+    random_values(policy)
+    e, _, responses, _ = roll(policy, reference, reward_model, prompts, codec)
+    logp, _, values = ppo.evaluate_policy(policy, e, 1.0)
+    for b, t in real_tokens(e):
+        so_far = torch.tensor([prompts[b] + responses[b][:t]])          # the model cannot see the token itself
+        state = policy.lm.model(so_far)[0, -1]
+        equal(logp[b, t], policy.lm.lm_head(state).log_softmax(-1)[responses[b][t]])
+        equal(values[b, t], policy.value_head(state)[0])
+
+
+def test_13_after_the_first_end_of_text_all_is_pad_and_masked(policy, reference, reward_model, prompts, codec):
+    e, _, responses, _ = roll(policy, reference, reward_model, prompts, codec)
+    ended = [r for r in responses if EOS in r]
+    assert 0 < len(ended) < len(responses)                  # both kinds are in this rollout
+    assert all(r.index(EOS) == len(r) - 1 for r in ended)
+    for b, (prompt, response) in enumerate(zip(prompts, responses)):
+        n, R = len(response), e.mask.shape[1]
+        assert e.mask[b].tolist() == [True] * n + [False] * (R - n)
+        assert e.tokens[b].tolist() == response + [0] * (R - n)
+        assert e.ids[b, len(prompt) + n:].eq(0).all()
+
+
+def test_13_what_stands_in_pads_changes_no_loss_and_no_mean(policy, reference, reward_model, prompts, codec):
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    old = drift(old)
+    loss, sums = ppo.minibatch_loss(policy, e, old, PPOFlags(), 10)
+    garbage = {k: torch.where(e.mask, x, torch.full_like(x, 7.0)) for k, x in old.items()}
+    other = e._replace(tokens=torch.where(e.mask, e.tokens, 9))
+    again, sums_again = ppo.minibatch_loss(policy, other, garbage, PPOFlags(), 10)
+    equal(loss.detach(), again.detach())
+    assert sums == pytest.approx(sums_again)
+    x = torch.tensor([[1.0, 2.0, 100.0], [6.0, 100.0, 100.0]])
+    assert ppo.masked_mean(x, x < 50) == 3.0
+
+
+def test_14_a_cut_off_response_gets_the_penalty_instead_of_its_score(reward_model):
+    prompts, responses = [[2, 5, 4]] * 3, [[8, 9, EOS], [8, 9, 8, 9], [EOS]]
+    scores, ended = ppo.score_responses(reward_model, prompts, responses, EOS, cut_off_score=-3.0)
+    assert ended.tolist() == [True, False, True] and scores[1] == -3.0
+    for b in (0, 2):
+        row = prompts[b] + responses[b]
+        equal(scores[b], reward_model(torch.tensor([row]), torch.tensor([len(row)]))[0])
+
+
+def test_15_reference_and_reward_model_are_bit_identical_before_and_after(policy, reward_model, codec, stage,
+                                                                         monkeypatch):
+    references = []
+    spy(monkeypatch, ppo, "rollout", lambda result, policy, reference, *rest: references.append(reference))
+    start, reward_start = snapshot(policy.lm), snapshot(reward_model)
+    ppo.train(policy, reward_model, codec, CVS, PPOFlags(iterations=3, episodes=8, minibatch=4), 0, stage, CPU)
+
+    assert len(references) == 3 and all(r is references[0] for r in references)
+    assert all(torch.equal(p, start[name]) for name, p in references[0].state_dict().items())
+    assert all(torch.equal(p, reward_start[name]) for name, p in reward_model.state_dict().items())
+    assert all(not torch.equal(p, start[name]) for name, p in policy.lm.state_dict().items())    # the policy did learn
+
+
+# -------------------------------------------------------------------------------------------- rewards and advantages
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()                       # [B, R]
+
+
+def random_rows(*names):
+    """One [B, R] tensor per name, with garbage in the pads."""
+    draw = generator(0, *names)
+    return [torch.randn(MASK.shape, generator=draw) + 50 * ~MASK for _ in names]
+
+
+def test_16_token_reward_by_hand():
+    kl = torch.tensor([[0.5, -1.0, 2.0], [3.0, 9.0, 9.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    rewards = ppo.token_rewards(torch.tensor([10.0, 20.0]), kl, mask, beta=0.1)
+    equal(rewards, [[-0.05, 0.1, -0.2 + 10], [-0.3 + 20, 0, 0]])
+
+
+def test_16_token_rewards_add_up_to_score_minus_beta_kl():
+    scores, (kl,) = torch.tensor([1.0, -2.0, 0.5]), random_rows("kl")
+    rewards = ppo.token_rewards(scores, kl, MASK, beta=0.3)
+    equal(rewards.sum(1), [scores[b] - 0.3 * kl[b][MASK[b]].sum() for b in range(3)])
+
+
+def test_17_the_score_lies_inside_the_masks_of_value_return_and_advantage(policy):
+    prompts, responses = [[2, 5, 4], [2, 4]], [[8, EOS], [8, 9, 8, EOS]]
+    e = ppo.make_episodes(prompts, responses, CPU)
+    zeros = torch.zeros(e.mask.shape)
+    rewards = ppo.token_rewards(torch.tensor([1.0, 1.0]), zeros, e.mask, beta=0.0)
+    advantages, returns = ppo.gae(rewards, zeros, e.mask, 1.0, 0.95)
+    last = [(0, 1), (1, 3)]                                 # where end-of-text stands
+    for b, t in last:
+        assert e.tokens[b, t] == EOS and e.mask[b, t]
+        assert rewards[b, t] == advantages[b, t] == returns[b, t] == 1
+
+    # And the update learns from it: a change of only that position's advantage, or return, changes the loss.
+    old = {"logp": ppo.evaluate_policy(policy, e, 1.0)[0].detach(), "values": zeros, "advantages": zeros,
+           "returns": zeros}
+    for key in ("advantages", "returns"):
+        changed = zeros.clone()
+        for b, t in last:
+            changed[b, t] = 1.0
+        loss, _ = ppo.minibatch_loss(policy, e, old | {key: changed}, PPOFlags(value_coef=1.0), 6)
+        assert loss.item() == pytest.approx({"advantages": -2 / 6, "returns": 0.5 * 2 / 6}[key])
+
+
+def test_18_k1_and_k3_average_to_the_exact_kl():
+    """On a distribution over six tokens the mean over samples is a sum of six terms."""
+    torch.manual_seed(0)
+    p, q = torch.randn(6).softmax(0), torch.randn(6).softmax(0)
+    exact = sum(float(a) * math.log(a / b) for a, b in zip(p, q))
+    k1, k3 = ppo.k1(p.log(), q.log()), ppo.k3(p.log(), q.log())
+    assert float((p * k1).sum()) == pytest.approx(exact, abs=1e-6)
+    assert float((p * k3).sum()) == pytest.approx(exact, abs=1e-6)
+    assert (k3 >= 0).all() and (k1 < 0).any()
+    equal(k3, [math.exp(-d) - 1 + d for d in k1.tolist()])
+
+
+def test_19_kl_is_zero_at_the_first_step(policy, reward_model, codec, stage):
+    ppo.train(policy, reward_model, codec, CVS, PPOFlags(iterations=3, episodes=8, minibatch=4), 0, stage, CPU)
+    assert stage.rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert stage.rows[0]["kl_k3"] == pytest.approx(0, abs=1e-5)
+    assert stage.rows[2]["kl_k3"] > 1e-3                    # later it is not
+
+
+def test_19_a_persistently_negative_kl_is_reported_as_a_fault(policy, reward_model, codec, stage, monkeypatch):
+    kls = iter([-1.0] * 4 + [0.1] + [-1.0] * 6)             # four by chance, then a good one; then again and again
+    spy(monkeypatch, ppo, "rollout", lambda result, *args: result[3].update(kl=next(kls), kl_error=0.1))
+    ppo.train(policy, reward_model, codec, CVS, PPOFlags(iterations=11, episodes=4, ppo_epochs=1), 0, stage, CPU)
+    assert [row["kl_fault"] for row in stage.rows] == [False] * 9 + [True] * 2
+    assert sum("FAULT" in line for line in stage.lines) == 2
+
+
+def test_20_gae_equals_brute_force_double_sum():
+    """A_t = sum over l of (gamma lam)^l delta_{t+l}, each row by itself, up to its last real token."""
+    rewards, values = random_rows("rewards", "values")
+    rewards = rewards * MASK
+    for gamma, lam in ((1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)):
+        advantages, _ = ppo.gae(rewards, values, MASK, gamma, lam)
+        for b, n in enumerate(MASK.sum(1).tolist()):
+            v = values[b, :n].tolist() + [0.0]              # the value after the end is 0
+            for t in range(n):
+                brute = sum((gamma * lam) ** l * (float(rewards[b, t + l]) + gamma * v[t + l + 1] - v[t + l])
+                            for l in range(n - t))
+                assert float(advantages[b, t]) == pytest.approx(brute, abs=1e-4)
+            assert (advantages[b, n:] == 0).all()
+
+
+def test_20_gamma_is_1_and_lambda_0_95():
+    assert (PPOFlags().gamma, PPOFlags().lam) == (1.0, 0.95)
+
+
+def test_21_returns_are_unwhitened_advantages_plus_values(policy, reference, reward_model, prompts, codec):
+    rewards, values = random_rows("rewards", "values")
+    advantages, returns = ppo.gae(rewards * MASK, values, MASK, 1.0, 0.95)
+    equal(returns, (advantages + values) * MASK)
+
+    # In the rollout, with lambda 1, advantages + values is the sum of the rewards to come: first the total.
+    random_values(policy)
+    _, old, _, log = roll(policy, reference, reward_model, prompts, codec, lam=1.0)
+    assert float(old["returns"][:, 0].mean()) == pytest.approx(log["total"], abs=1e-5)
+
+
+def test_22_whitened_advantages_have_masked_mean_0_and_variance_1():
+    x, = random_rows("advantages")
+    white = ppo.whiten(3 * x + 5, MASK)
+    real = white[MASK]
+    assert float(real.mean()) == pytest.approx(0, abs=1e-6)
+    assert float((real ** 2).mean()) == pytest.approx(1, abs=1e-5)
+    assert (white[~MASK] == 0).all()
+
+
+def test_23_rewards_are_not_whitened(policy, reference, reward_model, prompts, codec):
+    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec, beta=0.2, lam=1.0)
+    scores, _ = ppo.score_responses(reward_model, prompts, responses, EOS, PPOFlags().cut_off_score)
+    kl = (old["logp"] - ppo.evaluate_reference(reference, e, 1.0)) * e.mask
+    total = scores - 0.2 * kl.sum(1)
+    equal(old["returns"][:, 0], total)                      # with lambda 1 the first return is the text's whole reward
+    assert log["total"] == pytest.approx(float(total.mean()), abs=1e-5)
+    assert log["total"] == pytest.approx(log["reward"] - 0.2 * log["kl"], abs=1e-5)
+    assert "reward whitening" in ppo.__doc__                # the code says so
+
+
+def test_23_advantages_are_whitened_over_the_rollout_not_the_minibatch(policy, reference, reward_model, prompts, codec,
+                                                                      monkeypatch):
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    real = old["advantages"][e.mask]
+    assert float(real.mean()) == pytest.approx(0, abs=1e-5)
+    assert float((real ** 2).mean()) == pytest.approx(1, abs=1e-4)
+
+    used = []
+    monkeypatch.setattr(ppo, "policy_loss", lambda log_ratio, advantages, clip: used.append(advantages) or log_ratio)
+    ppo.minibatch_loss(policy, e.rows(slice(0, 3)), {k: x[:3] for k, x in old.items()}, PPOFlags(), 1)
+    assert torch.equal(used[0], old["advantages"][:3])      # a minibatch takes them as they are
+    assert abs(float(used[0][e.mask[:3]].mean())) > 0.01    # and its own mean is not 0
+
+
+# -------------------------------------------------------------------------------------------------------- update
+def test_24_cached_rollout_and_uncached_update_give_the_same_log_probabilities(policy, reference, reward_model, prompts,
+                                                                              codec, monkeypatch):
+    sampled_from = []                                       # logits [alive, V] at each step of the rollout
+    spy(monkeypatch, model, "sample", lambda token, logits, *rest: sampled_from.append(logits.log_softmax(-1)))
+    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec)
+    for t, logp in enumerate(sampled_from):
+        alive = [b for b, r in enumerate(responses) if len(r) > t]      # finished rows have left the batch
+        for i, b in enumerate(alive):
+            equal(old["logp"][b, t], logp[i, responses[b][t]])
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-2])
+def test_24_first_minibatch_has_ratio_1_with_learning_rate_0_every_one(lr, policy, reference, reward_model, prompts,
+                                                                       codec, monkeypatch):
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    seen = []
+    spy(monkeypatch, ppo, "minibatch_loss", lambda result, policy, e, *rest: seen.append(
+        {name: x / float(e.mask.sum()) for name, x in result[1].items()}))
+    optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
+    ppo.update(policy, optimizer, e, old, PPOFlags(minibatch=4, ppo_epochs=2), generator(0), CPU)
+    assert len(seen) == 6                                   # 12 episodes, twice, by 4
+    for means in seen if lr == 0 else seen[:1]:
+        assert means["ratio_mean"] == pytest.approx(1, abs=1e-5)
+        assert means["approx_kl"] == pytest.approx(0, abs=1e-9)
+        assert means["clip_frac"] == 0
+        assert means["value_clip_frac"] == 0
+    if lr > 0:
+        assert seen[-1]["approx_kl"] > 1e-4
+
+
+def test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective(policy, reference, reward_model, prompts, codec):
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    old, logp = drift(old), ppo.evaluate_policy(policy, e, 1.0)[0].detach()
+    losses, clipped = [], 0
+    for b, t in real_tokens(e):
+        r, A = math.exp(logp[b, t] - old["logp"][b, t]), float(old["advantages"][b, t])
+        losses.append(max(-A * r, -A * min(max(r, 0.8), 1.2)))
+        clipped += losses[-1] != -A * r
+    loss, _ = ppo.minibatch_loss(policy, e, old, PPOFlags(clip=0.2, value_coef=0.0), float(e.mask.sum()))
+    assert loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    assert 0 < clipped < len(losses)
+
+
+def test_25_outside_of_the_clip_there_is_no_gradient_where_the_step_would_go_further():
+    """Ratios 1.5, 1.5, 0.5, 0.5 with advantages of both signs; only where the loss pulls back does it pull."""
+    log_ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log().requires_grad_()
+    ppo.policy_loss(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0]), clip=0.2).sum().backward()
+    equal(log_ratio.grad, [0.0, 1.5, -0.5, 0.0])
+
+
+def test_26_value_loss_is_half_the_larger_of_unclipped_and_clipped(policy, reference, reward_model, prompts, codec):
+    random_values(policy)
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    old = drift(old) | {"advantages": torch.zeros(e.mask.shape)}
+    values = ppo.evaluate_policy(policy, e, 1.0)[2].detach()
+    losses, clipped = [], 0
+    for b, t in real_tokens(e):
+        v, v_old, R = float(values[b, t]), float(old["values"][b, t]), float(old["returns"][b, t])
+        near = min(max(v, v_old - 0.2), v_old + 0.2)
+        losses.append(0.5 * max((v - R) ** 2, (near - R) ** 2))
+        clipped += (near - R) ** 2 > (v - R) ** 2
+    loss, _ = ppo.minibatch_loss(policy, e, old, PPOFlags(value_clip=0.2, value_coef=0.7), float(e.mask.sum()))
+    assert loss.item() == pytest.approx(0.7 * sum(losses) / len(losses), abs=1e-5)
+    assert 0 < clipped < len(losses)
+
+
+def test_27_the_value_head_starts_at_zero_and_the_code_says_so(policy, reference, reward_model, prompts, codec):
+    _, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    assert (old["values"] == 0).all()
+    assert (policy.value_head.weight == 0).all() and (policy.value_head.bias == 0).all()
+    assert "the value head is one more linear layer on the same hidden states. It starts at zero, so that" \
+        in " ".join(ppo.__doc__.split())
+
+
+def test_28_adam_eps_is_1e_5_and_the_learning_rate_falls_linearly_to_0(policy, reward_model, codec, stage, monkeypatch):
+    rates = []
+    spy(monkeypatch, ppo, "update", lambda result, policy, optimizer, *rest: rates.append(
+        optimizer.param_groups[0]["lr"]))
+    flags = PPOFlags(iterations=4, episodes=4, lr=1e-3)
+    optimizer = ppo.train(policy, reward_model, codec, CVS, flags, 0, stage, CPU)
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert [group["eps"] for group in optimizer.param_groups] == [1e-5]
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in policy.parameters()}
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])     # the next would be 0
+
+
+def test_29_every_epoch_is_a_fresh_permutation_with_each_episode_once(policy, reference, reward_model, prompts, codec,
+                                                                     monkeypatch):
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    old["index"] = torch.arange(12)                         # travels with its episode
+    seen = []
+    spy(monkeypatch, ppo, "minibatch_loss", lambda result, policy, e, old, *rest: seen.append(old["index"].tolist()))
+    flags = PPOFlags(minibatch=5, ppo_epochs=3)
+    ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), e, old, flags, generator(0), CPU)
+
+    assert [len(batch) for batch in seen] == [5, 5, 2] * 3  # the rest is not dropped
+    epochs = [sum(seen[i:i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs} | {tuple(range(12))}) == 4
+
+
+def step_taken(policy, e, old, **flags):
+    """By how much one SGD step with learning rate 1 moves the parameters: the gradient with the sign turned."""
+    policy = copy.deepcopy(policy)
+    before = nn.utils.parameters_to_vector(policy.parameters()).detach()
+    flags = PPOFlags(minibatch=len(e.ids), ppo_epochs=1, **flags)
+    ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), e, old, flags, generator(0), CPU)
+    return nn.utils.parameters_to_vector(policy.parameters()).detach() - before
+
+
+def test_30_gradient_accumulation_equals_the_big_batch(policy, reference, reward_model, prompts, codec):
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    assert len(set(e.mask.sum(1).tolist())) > 2             # lengths differ: a mean of means would be another gradient
+    whole = step_taken(policy, e, drift(old), accumulate=1, max_grad_norm=math.inf)
+    assert float(whole.norm()) > 0.01
+    for pieces in (4, 5, 12):
+        equal(step_taken(policy, e, drift(old), accumulate=pieces, max_grad_norm=math.inf), whole, 1e-5)
+
+
+def test_31_adaptive_kl_controller_by_hand():
+    c = ppo.KLController(beta=0.1, target=2.0, horizon=1000)
+    c.update(kl=2.2, episodes=100)                          # error 0.1
+    assert c.beta == pytest.approx(0.1 * 1.01)
+    for kl, factor in ((50.0, 1.02), (-3.0, 0.98), (0.0, 0.98), (2.0, 1.0)):        # errors 0.2, -0.2, -0.2, 0
+        before = c.beta
+        c.update(kl, 100)
+        assert c.beta == pytest.approx(before * factor)
+
+
+def test_31_beta_is_fixed_without_a_target():
+    c = ppo.KLController(beta=0.1, target=0.0, horizon=1000)
+    c.update(kl=50.0, episodes=100)
+    assert c.beta == 0.1
+
+
+@pytest.mark.parametrize("target, betas", [(0.0, [0.05, 0.05, 0.05]), (1e6, [0.05, 0.05 * 0.92, 0.05 * 0.92 ** 2])])
+def test_31_training_uses_the_controller(target, betas, policy, reward_model, codec, stage):
+    """A KL far below its target: the error is -0.2, and 4 episodes are 0.4 of the horizon."""
+    flags = PPOFlags(iterations=3, episodes=4, ppo_epochs=1, kl_coef=0.05, kl_target=target, kl_horizon=10)
+    ppo.train(policy, reward_model, codec, CVS, flags, 0, stage, CPU)
+    assert [row["beta"] for row in stage.rows] == pytest.approx(betas)
+
+
+def test_32_log_softmax_is_in_float32(config):
+    """The head's logits are bfloat16 under autocast; their log-softmax would be off by 1 %."""
+    torch.manual_seed(0)
+    lm = LanguageModel(config).bfloat16()
+    states = torch.randn(1, config.vocab_size, 32, dtype=torch.bfloat16)
+    states[:] = states[:, :1]                               # one state, asked for each token in turn
+    logp, entropy = ppo.log_probs(lm, states, torch.arange(config.vocab_size)[None], 1.0)
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert logp.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    equal(entropy[0, 0], -(logp.exp() * logp).sum())
+
+
+def test_32_log_ratio_is_bounded(policy, reference, reward_model, prompts, codec):
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    for far in (-1000.0, 1000.0):
+        loss, sums = ppo.minibatch_loss(policy, e, old | {"logp": old["logp"] + far}, PPOFlags(), float(e.mask.sum()))
+        assert torch.isfinite(loss) and all(math.isfinite(x) for x in sums.values())
+
+
+def test_32_gradients_are_clipped(policy, reference, reward_model, prompts, codec):
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    free = step_taken(policy, e, drift(old), max_grad_norm=math.inf)
+    short = step_taken(policy, e, drift(old), max_grad_norm=0.01)
+    assert float(free.norm()) > 0.02
+    equal(short, free * 0.01 / free.norm(), 1e-6)           # shorter, in the same direction
+
+
+def test_32_a_gradient_that_is_not_finite_is_not_silently_skipped(policy, reference, reward_model, prompts, codec):
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    old["advantages"][0, 0] = math.nan
+    with pytest.raises(BadInput, match="not finite"):
+        step_taken(policy, e, old)
+
+
+# ------------------------------------------------------------------------------------------------------- the log
+def test_33_means_of_the_update_are_those_of_the_real_tokens(policy, reference, reward_model, prompts, codec):
+    random_values(policy)
+    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec)
+    old = drift(old)
+    flags = PPOFlags(minibatch=5, accumulate=2, ppo_epochs=2)
+    means = ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), e, old, flags, generator(0), CPU)
+
+    with torch.no_grad():
+        logp, _, values = ppo.evaluate_policy(policy, e, 1.0)
+    delta = [float(logp[b, t] - old["logp"][b, t]) for b, t in real_tokens(e)]
+    moved = [abs(float(values[b, t] - old["values"][b, t])) for b, t in real_tokens(e)]
+    ratio, entropy = [math.exp(d) for d in delta], []
+    for b, t in real_tokens(e):
+        p = policy.lm(torch.tensor([prompts[b] + responses[b][:t]]))[0, -1].softmax(-1).tolist()
+        entropy.append(-sum(x * math.log(x) for x in p))
+
+    def mean(xs):
+        return sum(xs) / len(xs)
+    assert means["approx_kl"] == pytest.approx(0.5 * mean([d ** 2 for d in delta]), rel=1e-3)
+    assert means["clip_frac"] == pytest.approx(mean([abs(r - 1) > 0.2 for r in ratio]))
+    assert means["entropy"] == pytest.approx(mean(entropy), rel=1e-3)
+    assert means["ratio_mean"] == pytest.approx(mean(ratio), rel=1e-3)
+    assert means["ratio_var"] == pytest.approx(mean([r ** 2 for r in ratio]) - mean(ratio) ** 2, rel=1e-2)
+    assert means["value_clip_frac"] == pytest.approx(mean([m > 0.2 for m in moved]))
+    assert 0 < means["clip_frac"] < 1 and 0 < means["value_clip_frac"] < 1
+
+
+def test_33_means_of_the_rollout_are_those_of_the_texts(policy, reference, reward_model, prompts, codec):
+    random_values(policy)
+    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec)
+    n = len(responses)
+    scores, _ = ppo.score_responses(reward_model, prompts, responses, EOS, PPOFlags().cut_off_score)
+    ref_logp = ppo.evaluate_reference(reference, e, 1.0)
+    d = (old["logp"] - ref_logp)
+    assert log["reward"] == pytest.approx(float(scores.mean()))
+    assert log["kl"] == pytest.approx(sum(float(d[b, t]) for b, t in real_tokens(e)) / n, abs=1e-5)
+    assert log["kl_k3"] == pytest.approx(sum(math.exp(-d[b, t]) - 1 + float(d[b, t]) for b, t in real_tokens(e)) / n,
+                                         abs=1e-4)
+    assert log["length"] == pytest.approx(sum(map(len, responses)) / n)
+    assert log["eos_rate"] == pytest.approx(sum(r[-1] == EOS for r in responses) / n)
+
+    real = e.mask
+    error = (old["returns"] - old["values"])[real]
+    by_hand = 1 - error.var(unbiased=False) / old["returns"][real].var(unbiased=False)
+    assert log["explained_variance"] == pytest.approx(float(by_hand), abs=1e-5)
+
+
+def test_33_explained_variance_of_a_perfect_and_an_ignorant_critic():
+    returns, = random_rows("returns")
+    assert float(ppo.explained_variance(returns + 3 * MASK, returns, MASK)) == pytest.approx(1)      # a shift is free
+    assert float(ppo.explained_variance(torch.full_like(returns, 7.0), returns, MASK)) == pytest.approx(0, abs=1e-6)
+
+
+def test_33_every_iteration_logs_all_of_it(policy, reward_model, codec, stage):
+    flags = PPOFlags(iterations=2, episodes=8, minibatch=4)
+    ppo.train(policy, reward_model, codec, CVS, flags, 0, stage, CPU, true_match=lambda cv, jd: len(jd) > 0)
+    names = {"iteration", "kl", "kl_k3", "reward", "total", "approx_kl", "clip_frac", "entropy", "ratio_mean",
+             "ratio_var", "value_clip_frac", "explained_variance", "eos_rate", "length", "policy_loss", "value_loss",
+             "beta", "true_match", "kl_fault"}
+    assert [row["iteration"] for row in stage.rows] == [1, 2]
+    for row in stage.rows:
+        assert names <= set(row) and all(math.isfinite(row[name]) for name in names)
+    assert sum(line.startswith("ppo ") for line in stage.lines) == 2    # one line for each iteration

@@ -1,0 +1,219 @@
+"""Reward model: statements 3 to 8 of what a correct PPO satisfies (01, 02 and 09 to 33 are in test_ppo.py), and the
+parts beneath them: AUC, groups, comparisons."""
+import copy
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import reward
+from data import Record, pad_right
+from model import RewardModel, load_model, save_model
+from run import generator
+
+CPU = torch.device("cpu")
+EOS = 1
+ROWS = [[2, 3, 5, 4, 3, 8, EOS], [2, 3, 6, 9, 4, 3, 5, 8, 10, EOS], [2, 3, 7, 4, 3, EOS], [2, 3, 5, 9, 4, 3, 0, 0]]
+
+
+def score_alone(model, row):
+    """The score of one row with no padding at all, by hand: head times the hidden state at the end, minus centre."""
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([row]))[0, -1]
+        return float(hidden @ model.score.weight[0]) - model.center
+
+
+# ---------------------------------------------------------------------------------------------------- the score
+def test_03_more_padding_changes_no_reward_score(reward_model):
+    ids, lengths = pad_right(ROWS)
+    with torch.no_grad():
+        scores = reward_model(ids, lengths)
+        for pad in (0, EOS, 5):                             # what stands in the pads does not matter either
+            wider = torch.cat((ids, torch.full((len(ROWS), 9), pad)), dim=1)
+            torch.testing.assert_close(reward_model(wider, lengths), scores, atol=1e-5, rtol=0)
+
+
+def test_04_score_is_read_at_the_last_real_token(reward_model):
+    """Among the rows: the longest, which has no pad, and one that ends in real tokens with the id of the pad."""
+    ids, lengths = pad_right(ROWS)
+    assert lengths.max() == ids.shape[1]
+    with torch.no_grad():
+        scores = reward_model(ids, lengths)
+    assert scores.tolist() == pytest.approx([score_alone(reward_model, row) for row in ROWS], abs=1e-5)
+
+
+def test_04_scores_come_back_in_the_order_of_the_rows(reward_model):
+    """score_rows sorts by length inside, in batches; no one outside sees that."""
+    alone = [score_alone(reward_model, row) for row in ROWS]
+    assert list(reward.score_rows(reward_model, ROWS, batch_size=2)) == pytest.approx(alone, abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- loss and metrics
+def test_05_ranking_loss_is_minus_log_sigmoid_of_the_difference():
+    chosen, rejected = [2.0, -1.0, 0.5], [0.5, 1.0, 0.5]
+    by_hand = [-math.log(1 / (1 + math.exp(r - c))) for c, r in zip(chosen, rejected)]
+    assert float(reward.ranking_loss(torch.tensor(chosen), torch.tensor(rejected))) == pytest.approx(sum(by_hand) / 3)
+
+
+def test_05_equal_scores_give_ln_2():
+    scores = torch.tensor([3.0, -7.0])
+    assert float(reward.ranking_loss(scores, scores)) == pytest.approx(math.log(2))
+
+
+def test_05_ranking_loss_of_a_huge_difference_is_finite():
+    chosen = torch.tensor([-1000.0], requires_grad=True)
+    loss = reward.ranking_loss(chosen, torch.tensor([1000.0]))
+    loss.backward()
+    assert loss.item() == pytest.approx(2000) and chosen.grad.item() == pytest.approx(-1)
+
+
+def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
+    groups = [reward.Group(ROWS[:3], [True, False, False]), reward.Group([ROWS[3], ROWS[0]], [False, True])]
+    loss, pairs, right = reward.batch_loss(reward_model, groups, CPU)
+
+    s = [score_alone(reward_model, row) for row in ROWS]
+    differences = [s[0] - s[1], s[0] - s[2], s[0] - s[3]]
+    assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-d)) for d in differences), abs=1e-5)
+    assert pairs == 3 and int(right) == sum(d > 0 for d in differences)
+
+
+def test_05_accuracy_and_margin_by_hand():
+    records = [Record("a", "1", True), Record("a", "2", False), Record("a", "3", False), Record("b", "4", True)]
+    metrics = reward.pair_metrics(records, torch.tensor([1.0, 1.0, 4.0, 9.0]).numpy())
+    # Pairs: 1 over 2 is a tie, half right, margin 0; 1 over 3 is wrong, margin -3. CV b has no rejected decision.
+    assert metrics["pairs"] == 2
+    assert metrics["pair_accuracy"] == 0.25
+    assert metrics["margin"] == -1.5
+
+
+RECORDS = [Record(cv, jd, cv == jd.split()[0]) for cv in ("nurse", "driver", "cook")
+           for jd in ("nurse wanted", "driver wanted now", "cook night wanted full")]
+
+
+def test_05_training_logs_loss_and_accuracy_and_learns(reward_model, codec, stage):
+    before = copy.deepcopy(reward_model)
+    flags = reward.RewardFlags(steps=30, groups=6, warmup=2, lr=3e-3)
+    reward.train(reward_model, codec, RECORDS, flags, 0, stage, CPU)
+
+    # The first row is that of the untrained model: all six groups, of three CVs and three JDs, in one step.
+    loss, pairs, right = reward.batch_loss(before, reward.make_groups(RECORDS, codec)[0], CPU)
+    assert pairs == 12
+    assert stage.rows[0]["loss"] == pytest.approx(loss.item() / pairs, abs=1e-5)
+    assert stage.rows[0]["accuracy"] == pytest.approx(int(right) / pairs)
+    assert stage.rows[-1]["loss"] < 0.1 and stage.rows[-1]["accuracy"] == 1
+
+
+def test_05_gradient_accumulation_equals_the_big_batch(reward_model, codec, stage, monkeypatch):
+    gradients = []          # Adam's first step hides their scale: look where they are clipped
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda parameters, clip: gradients.append([p.grad.clone() for p in parameters]))
+    for accumulate in (1, 4):
+        flags = reward.RewardFlags(steps=1, groups=6, accumulate=accumulate)
+        reward.train(copy.deepcopy(reward_model), codec, RECORDS[:-1], flags, 0, stage, CPU)
+    assert stage.rows[0] == pytest.approx(stage.rows[1], abs=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+def test_auc_equals_the_share_of_right_pairs():
+    draw = generator(0, "auc")
+    scores = torch.randint(0, 6, (40,), generator=draw).tolist()        # few values, hence many ties
+    labels = (torch.rand(40, generator=draw) < 0.4).tolist()
+    right = [1.0 if a > b else 0.5 if a == b else 0.0
+             for a, yes in zip(scores, labels) if yes for b, no in zip(scores, labels) if not no]
+    assert reward.auc(scores, labels) == pytest.approx(sum(right) / len(right))
+
+
+def test_auc_of_a_perfect_a_reversed_and_a_missing_order():
+    assert reward.auc([1, 2, 3], [False, True, True]) == 1
+    assert reward.auc([3, 2, 1], [False, True, True]) == 0
+    assert reward.auc([5, 5, 5], [False, True, True]) == 0.5
+    assert math.isnan(reward.auc([1, 2], [True, True]))
+
+
+# ------------------------------------------------------------------------------------------------------ the head
+def test_06_head_starts_with_std_one_over_sqrt_d_plus_1_and_no_bias(config):
+    """At d = 2 it is 0.577; 1/sqrt(d) would be 0.707. 2000 heads give it to 1 %."""
+    tiny = replace(config, hidden_size=2, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=0)
+    torch.manual_seed(0)
+    heads = [RewardModel(tiny).score for _ in range(2000)]
+    weights = torch.cat([head.weight.detach().flatten() for head in heads])
+    assert float(weights.std()) == pytest.approx(1 / math.sqrt(2 + 1), rel=0.05)
+    assert float(weights.mean()) == pytest.approx(0, abs=0.05)
+    assert all(head.bias is None for head in heads)
+
+
+def test_07_scale_is_folded_into_the_head_and_centre_kept_in_the_config(reward_model, tmp_path):
+    draw = generator(0, "rows")
+    rows = [torch.randint(2, 14, (n,), generator=draw).tolist() for n in range(4, 44)]
+    reward_model.center = -2.0                              # also a model that already has a centre
+    before = reward.score_rows(reward_model, rows)
+    assert abs(before.mean()) > 0.1 and abs(before.std() - 1) > 0.1      # else the test would show nothing
+
+    reward.standardize(reward_model, before)
+    after = reward.score_rows(reward_model, rows)
+    assert after.mean() == pytest.approx(0, abs=1e-4)
+    assert after.std() == pytest.approx(1, abs=0.02)        # either of the two standard deviations, n or n - 1
+    assert (after.argsort() == before.argsort()).all()
+
+    save_model(tmp_path, reward_model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["center"] == reward_model.center != 0
+    loaded = load_model(tmp_path, RewardModel)
+    assert list(reward.score_rows(loaded, rows)) == pytest.approx(list(after), abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- groups and pairs
+def test_08_pairs_identical_after_truncation_are_dropped_and_counted(codec):
+    """The codec keeps 8 tokens of a JD; these two differ in the ninth word."""
+    long = "cook night day now full part wanted driver"
+    same = [Record("nurse", long + " day", True), Record("nurse", long + " night", False)]
+    assert codec.jd(same[0].jd) == codec.jd(same[1].jd)
+    assert reward.make_groups(same, codec) == ([], 1)
+
+    groups, dropped = reward.make_groups(same + [Record("nurse", "cook", False)], codec)
+    assert dropped == 1 and len(groups) == 1
+    assert groups[0].accepted == [True, False]              # the comparison with the third JD remains
+    assert groups[0].rows == [codec.prompt("nurse") + codec.jd(long), codec.prompt("nurse") + codec.jd("cook")]
+
+
+def test_08_no_identical_pair_is_left_whatever_the_group(codec):
+    """Every way to accept or reject six JDs, of which the first three are the same after truncation."""
+    long = "cook night day now full part wanted driver"
+    jds = [long + " day", long + " now", long + " night", "cook", "day", "cook day"]
+    for answers in itertools.product([True, False], repeat=6):
+        groups, dropped = reward.make_groups([Record("nurse", jd, yes) for jd, yes in zip(jds, answers)], codec)
+        assert all(g.rows[i] != g.rows[j] for g in groups for i, j in reward.comparisons(g.accepted))
+        assert all(reward.comparisons(g.accepted) for g in groups)      # no group without a comparison
+        assert (dropped > 0) == (any(answers[:3]) and not all(answers[:3]))
+
+
+def test_08_pairs_that_differ_are_all_kept(codec):
+    records = [Record("nurse", "night", True), Record("nurse", "day", False), Record("cook", "day", True)]
+    groups, dropped = reward.make_groups(records, codec)
+    row = {r: codec.prompt(r.cv) + codec.jd(r.jd) for r in records}
+    assert dropped == 0
+    assert [g.accepted for g in groups] == [[True, False], [False, True]]       # of CV nurse; of JD day
+    assert [g.rows for g in groups] == [[row[records[0]], row[records[1]]], [row[records[1]], row[records[2]]]]
+
+
+def test_decision_groups_are_those_of_a_cv_or_a_jd_with_both_answers():
+    records = [Record("a", "1", True), Record("a", "2", False), Record("b", "2", True), Record("b", "3", True)]
+    # CV a: 0, 1. CV b: accepted only. JD 1 and 3: a single decision. JD 2: 1, 2.
+    assert reward.decision_groups(records) == [[0, 1], [1, 2]]
+
+
+def test_comparisons_are_all_accepted_rejected_pairs():
+    assert reward.comparisons([True, False, True, False]) == [(0, 1), (0, 3), (2, 1), (2, 3)]
+    assert reward.comparisons([True, True]) == []
+
+
+def test_subsample_keeps_both_answers_and_no_row_twice():
+    group = reward.Group([[i] for i in range(20)], [i == 13 for i in range(20)])        # one accepted among twenty
+    for seed in range(20):
+        part = reward.subsample(group, 4, generator(seed))
+        assert len(part.rows) == len({row[0] for row in part.rows}) == 4
+        assert part.accepted == [row[0] == 13 for row in part.rows] and sum(part.accepted) == 1
+    assert reward.subsample(group, 20, generator(0)) is group

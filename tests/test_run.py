@@ -1,0 +1,177 @@
+"""Atomic files, generators, the learning rate schedule, the folder of a stage."""
+import csv
+import os
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from run import BadInput, Stage, cosine, finished, generator, read_json, save_tensors, write_bytes, write_json
+
+
+# ---------------------------------------------------------------------------------------------------- atomic files
+def test_write_bytes_makes_folders_and_replaces(tmp_path):
+    path = tmp_path / "a" / "b" / "file"
+    write_bytes(path, b"old")
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])      # the disk is full; the folder went away
+@pytest.mark.parametrize("error, raised", [(OSError(28, "No space left on device"), BadInput),
+                                           (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call, error, raised):
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(raised) as caught:
+        write_bytes(path, b"new and longer")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+    if raised is BadInput:
+        assert "file: cannot be written (No space left on device)" in str(caught.value)
+
+
+def test_the_old_file_is_whole_until_the_new_one_is(tmp_path, monkeypatch):
+    path, seen = tmp_path / "file", []
+    write_bytes(path, b"old")
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda f: (seen.append(path.read_bytes()), fsync(f)))
+    write_bytes(path, b"new")
+    assert seen == [b"old"]
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "plain").write_text("not a folder")
+    with pytest.raises(BadInput, match="cannot be written"):
+        write_bytes(tmp_path / "plain" / "file", b"x")
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "plain").write_text("not a folder")
+    with pytest.raises(BadInput, match="plain"):
+        Stage(tmp_path / "plain", "sft")
+
+
+def test_json_round_trip(tmp_path):
+    value = {"text": "Łódź 🙂", "number": 1.5, "nothing": None, "list": [1, 2]}
+    write_json(tmp_path / "x.json", value)
+    assert read_json(tmp_path / "x.json") == value
+    assert "Łódź" in (tmp_path / "x.json").read_text(encoding="utf-8")       # a person can read it
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff"])
+def test_what_is_not_json_is_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(BadInput, match="x.json"):
+        read_json(tmp_path / "x.json")
+
+
+def test_tensors_round_trip(tmp_path):
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([float("inf"), -0.0])}
+    save_tensors(tmp_path / "x.safetensors", tensors)
+    again = load_file(tmp_path / "x.safetensors")
+    assert again.keys() == tensors.keys() and all(torch.equal(again[n], tensors[n]) for n in tensors)
+
+
+# ------------------------------------------------------------------------------------------------------ randomness
+def draw(*where):
+    return torch.rand(8, generator=generator(*where)).tolist()
+
+
+def test_a_generator_depends_on_its_arguments_alone():
+    first = draw(1, "sft", 7)
+    torch.manual_seed(99), torch.rand(5), random.random(), draw(1, "sft", 8)
+    assert draw(1, "sft", 7) == first
+    for other in ((2, "sft", 7), (1, "ppo", 7), (1, "sft", 8), (1, "sft"), (1, "sft", 7, 0), (1, "sft", "7")):
+        assert draw(*other) != first
+
+
+def test_a_generator_leaves_the_global_one_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    draw(5, "anything")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_generators_of_many_steps_differ():
+    assert len({generator(0, "ppo", i).initial_seed() for i in range(1000)}) == 1000
+
+
+# ------------------------------------------------------------------------------------------------ learning rate
+def test_cosine_schedule_by_hand():
+    # 4 steps of warm-up, then 8 down: half-way at step 8.
+    factors = [cosine(step, 12, 4) for step in range(13)]
+    assert factors[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert factors[6] == pytest.approx((1 + 0.5 ** 0.5) / 2)
+    assert factors[8] == pytest.approx(0.5)
+    assert factors[12] == pytest.approx(0)
+    assert all(a > b for a, b in zip(factors[4:], factors[5:]))
+
+
+def test_cosine_schedule_at_its_edges():
+    assert cosine(0, 10, 0) == 1                        # no warm-up
+    assert cosine(10, 10, 0) == pytest.approx(0)
+    assert cosine(2, 3, 5) == pytest.approx(0.6)        # a run shorter than its warm-up
+    assert cosine(3, 3, 3) == 1
+    assert all(0 <= cosine(step, 7, 2) <= 1 for step in range(8))
+
+
+# ---------------------------------------------------------------------------------------------------------- a stage
+def test_a_stage_leaves_metrics_and_a_summary(tmp_path):
+    with Stage(tmp_path / "run", "sft") as stage:
+        for step in range(1, stage.total(3) + 1):
+            stage.log(step=step, loss=4 / step, note='with, comma and "quotes"')
+        assert not finished(tmp_path / "run", "sft")
+        summary = stage.finish(valid_nll=1.25)
+
+    with open(tmp_path / "run" / "sft" / "metrics.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert list(rows[0]) == ["step", "loss", "note"]
+    assert [int(r["step"]) for r in rows] == [1, 2, 3]
+    assert [float(r["loss"]) for r in rows] == [4.0, 2.0, 4 / 3]
+    assert rows[0]["note"] == 'with, comma and "quotes"'
+
+    assert finished(tmp_path / "run", "sft") and not finished(tmp_path / "run", "ppo")
+    assert read_json(tmp_path / "run" / "sft" / "summary.json") == summary
+    assert summary["valid_nll"] == 1.25 and summary["seconds"] >= 0 and summary["peak_rss_mb"] > 10
+
+
+def test_metrics_can_be_written_while_the_stage_runs(tmp_path):
+    with Stage(tmp_path, "ppo") as stage:
+        for step in (1, 2):
+            stage.log(step=step)
+            stage.write_metrics()
+            text = (tmp_path / "ppo" / "metrics.csv").read_text()
+            assert text == "step\n1\n" + "2\n" * (step == 2)
+    assert not finished(tmp_path, "ppo")
+
+
+def test_mean_of_the_last_rows(tmp_path):
+    with Stage(tmp_path, "sft") as stage:
+        for loss in (10.0, 1.0, 3.0):
+            stage.log(loss=loss)
+        assert stage.mean("loss", 2) == 2.0
+        assert stage.mean("loss", 100) == pytest.approx(14 / 3)
+
+
+def test_an_interrupted_stage_is_not_finished(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with Stage(tmp_path, "sft") as stage:
+            stage.log(step=1)
+            raise KeyboardInterrupt
+    assert not finished(tmp_path, "sft")
+
+
+def test_what_a_stage_says_goes_to_standard_output(tmp_path, capsys):
+    with Stage(tmp_path, "sft") as stage:
+        stage.say("step 1  loss 2.0")
+    assert "step 1  loss 2.0\n" in capsys.readouterr().out

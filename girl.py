@@ -320,7 +320,7 @@ def evaluate_run(args, device):
 STAGES = {"sft": SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags}
 # What --smoke changes: every stage at toy size, to see that all of it runs.
 SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600}, "sft": {"epochs": 1, "copy_steps": 10, "hidden": 32, "layers": 2, "vocab": 600},
-         "reward": {"steps": 20, "samples": 32}, "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8},
+         "reward": {"read_steps": 10, "steps": 20, "samples": 32}, "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8},
          "evaluate": {"cvs": 24}}
 HELP = {"data": "make the data set of the simulated job market", "sft": "stage 1: learn to write the JDs that were accepted",
         "reward": "stage 2: learn to judge as the recruiter does", "ppo": "stage 3: learn to write what is accepted",

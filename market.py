@@ -166,7 +166,7 @@ class Job:
 
 
 def seniority(years):
-    """The level of a job, by the years it asks for."""
+    """The level that goes with these years of experience."""
     return "entry level" if years < 1 else "junior" if years < 3 else "skilled" if years < 6 else "senior" if years < 10 else "lead"
 
 
@@ -230,7 +230,7 @@ JD_LAYOUTS = (
     "Job: {title}\nPlace: {place}\nPay: {pay}\nExperience: {years}\nEducation: {degree}\nSkills: {skills}\nTask: {duty}",
     "{duty} We are hiring: {title}, {place}, {pay}. You bring: {degree}, {years}. You know: {skills}.",
 )
-PATTERNS = {"title": r"[a-z -]+", "years": r"(?:[a-z ]+, )?(?:no experience|\d{1,2}\+? years?)", "place": r"[A-Za-z]+(?: or remote)?",
+PATTERNS = {"title": r"[a-z -]+", "years": r"[a-z ]+, (?:no experience|\d{1,2}\+? years?)", "place": r"[A-Za-z]+(?: or remote)?",
             "skills": r"[^.\n]+", "degree": r"a [a-z' ]+", "duty": r"[A-Z][^.\n]+\.", "pay": r"\d{1,3}k to \d{1,3}k"}
 
 
@@ -244,7 +244,8 @@ JD_REGEXES = [layout_regex(layout) for layout in JD_LAYOUTS]
 
 
 def years_text(years, plus=""):
-    return "no experience" if years == 0 else f"{years}{plus} year" + ("s" if years != 1 else "")
+    """Level and years: "skilled, 4 years" in a CV, "skilled, 4+ years" in a JD."""
+    return f"{seniority(years)}, " + ("no experience" if years == 0 else f"{years}{plus} year" + "s" * (years != 1))
 
 
 def years_from(text):
@@ -258,8 +259,7 @@ def write_cv(person, layout):
 
 
 def write_jd(job, layout):
-    years = f"{seniority(job.years)}, {years_text(job.years, '+')}"
-    return JD_LAYOUTS[layout].format(title=job.title, years=years, place=job.place, duty=job.duty,
+    return JD_LAYOUTS[layout].format(title=job.title, years=years_text(job.years, "+"), place=job.place, duty=job.duty,
                                      skills=", ".join(job.skills), degree=DEGREES[job.degree],
                                      pay=f"{job.pay[0]}k to {job.pay[1]}k")
 
@@ -388,10 +388,10 @@ def blend(rng, skills):
 def spoil(rng, job, layout):
     """A JD that nobody would post, made from a good one: what a policy tries when it looks for gaps in a reward model.
     The true match of each is 0 or a tenth of the good one's."""
-    o, other = BY_TITLE[job.title], BY_TITLE[rng.choice([t for t in BY_TITLE if t != job.title])]
+    o, other = BY_TITLE[job.title], BY_TITLE[rng.choice([t for t in BY_TITLE if BY_TITLE[t].field != BY_TITLE[job.title].field])]
     text = write_jd(job, layout)
     words = text.split(" ")
-    kind = rng.choice(("padded", "repeated", "short", "blended", "duty", "seniority", "pay", "cut", "twice", "shuffled", "empty"))
+    kind = rng.choice(("padded", "repeated", "short", "blended", "title", "duty", "seniority", "pay", "cut", "twice", "shuffled", "empty"))
     if kind == "padded":
         more = [s for s in o.skills if s not in job.skills]
         return write_jd(replace(job, skills=alphabetical(job.skills + tuple(rng.sample(more, rng.randint(3, 6))))), layout)
@@ -404,6 +404,8 @@ def spoil(rng, job, layout):
         return write_jd(replace(job, skills=job.skills[:rng.randint(1, 2)]), layout)
     if kind == "blended":
         return write_jd(replace(job, skills=blend(rng, job.skills)), layout)
+    if kind == "title":         # of another field of work: "plumber", and then the skills of a nurse
+        return write_jd(replace(job, title=other.title, duty=rng.choice(other.duties)), layout)
     if kind == "duty":
         return write_jd(replace(job, duty=rng.choice(other.duties)), layout)
     if kind == "seniority":

@@ -200,8 +200,11 @@ class RewardModel(nn.Module):
     def forward(self, ids, lengths):
         """ids [B, T] padded on the right, lengths [B] -> scores [B]."""
         hidden = self.model(ids)                                                             # [B, T, C]
-        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]                # [B, C]
-        return self.score(last).squeeze(-1).float() - self.center                            # [B]
+        return self.head(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])     # [B]
+
+    def head(self, states):
+        """States [..., C] -> scores [...]."""
+        return self.score(states).squeeze(-1).float() - self.center
 
 
 # ---------------------------------------------------------------------------------------------------- generation

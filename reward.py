@@ -7,10 +7,14 @@
 
 Algorithm:
 1. Take stage 1's body with a fresh scalar head, read at the last token of  prompt(C) + J + end-of-text.
-2. Gather the decisions into groups: all decisions on one CV, all decisions on one JD. Every text of a group is scored
-   once, and every (accepted, rejected) pair inside the group is a comparison (as in Ouyang et al. 2022,
-   arXiv 2203.02155, section 3.5: all comparisons of one prompt belong into one batch).
-3. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
+2. Learn to read. A comparison teaches one bit; on bits alone a small model finds out late, or never, that the answer lies
+   in comparing two texts. So at first another head says for each token of the JD whether the CV holds it too. This needs
+   no decision, and the head is thrown away.
+3. Learn to judge. Gather the decisions into groups: all decisions on one CV, all decisions on one JD. Every text of a
+   group is scored once, and every (accepted, rejected) pair inside the group is a comparison (as in Ouyang et al. 2022,
+   arXiv 2203.02155, section 3.5: all comparisons of one prompt belong into one batch). The same loss on the mean state
+   of the JD's tokens stands beside it: it reaches each token directly, where the last token must first learn to look.
+4. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
 
 Left out: a margin in the loss, a loss on the absolute score, ensembles.
 """
@@ -20,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from data import bucketed, half, pad_right
@@ -29,19 +34,22 @@ from run import BadInput, Optimizer, autocast, flag, generator
 
 @dataclass
 class RewardFlags:
-    steps: int = flag(900, "optimizer steps")
-    groups: int = flag(10, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
+    read_steps: int = flag(300, "optimizer steps of learning to read (point 2 above)")
+    read_batch: int = flag(32, "decisions in such a step")
+    steps: int = flag(1000, "optimizer steps of learning to judge")
+    groups: int = flag(8, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
     max_group: int = flag(8, "decisions of a group used in a step")
     accumulate: int = flag(1, "micro-batches that a step is cut into, to save memory")
-    lr: float = flag(2e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
-    matrix_lr: float = flag(0.01, "peak learning rate of Muon, for the layers' matrices")
+    lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
+    matrix_lr: float = flag(0.02, "peak learning rate of Muon, for the layers' matrices")
     warmup: int = flag(50, "steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
+    pooled: float = flag(1.0, "weight of the loss on the mean state of the JD's tokens")
     samples: int = flag(256, "samples of the generator that fix the score's mean 0 and standard deviation 1")
 
 
 class Group(NamedTuple):
-    rows: list          # token ids of prompt + JD + end-of-text
+    rows: list          # (prompt, JD + end-of-text), token ids both
     accepted: list      # a bool for each row
 
 
@@ -79,14 +87,14 @@ def comparisons(accepted):
 def make_groups(records, codec):
     """Token rows of all groups, and how many rejected rows were dropped from them: after truncation they are identical to
     an accepted one of their group, and a comparison of equals teaches nothing."""
-    rows = {(r.cv, r.jd): codec.prompt(r.cv) + codec.jd(r.jd) for r in records}
+    rows = [(codec.prompt(r.cv), codec.jd(r.jd)) for r in records]
     groups, dropped = [], 0
     for g in decision_groups(records):
-        accepted = {tuple(rows[records[i].cv, records[i].jd]) for i in g if records[i].accepted}
-        keep = [i for i in g if records[i].accepted or tuple(rows[records[i].cv, records[i].jd]) not in accepted]
+        accepted = [rows[i] for i in g if records[i].accepted]
+        keep = [i for i in g if records[i].accepted or rows[i] not in accepted]
         dropped += len(g) - len(keep)
-        if len(keep) > sum(records[i].accepted for i in keep):
-            groups.append(Group([rows[records[i].cv, records[i].jd] for i in keep], [records[i].accepted for i in keep]))
+        if len(keep) > len(accepted):
+            groups.append(Group([rows[i] for i in keep], [records[i].accepted for i in keep]))
     return groups, dropped
 
 
@@ -129,18 +137,40 @@ def pair_metrics(records, scores):
 
 
 # ------------------------------------------------------------------------------------------------------ training
-def batch_loss(model, groups, device):
-    """Sum of -log sigmoid over all comparisons of these groups, how many there are, and how many came out right."""
-    rows = [row for g in groups for row in g.rows]
+def pad_pairs(rows, device):
+    """(prompt, JD) rows -> ids [B, T], lengths [B], and in_jd [B, T], True at the JD's tokens and its end-of-text."""
+    ids, lengths = pad_right([prompt + jd for prompt, jd in rows])
+    at, starts = torch.arange(ids.shape[1])[None, :], torch.tensor([len(prompt) for prompt, _ in rows])[:, None]
+    in_jd = (at >= starts) & (at < lengths[:, None])                                         # [B, T]
+    return ids.to(device), lengths.to(device), in_jd.to(device)
+
+
+def reading_loss(model, reader, rows, device):
+    """Cross-entropy of "the CV holds this token too", mean over the tokens of these JDs, and how often it was right."""
+    ids, _, in_jd = pad_pairs(rows, device)
+    held = torch.cat([torch.isin(torch.tensor(jd), torch.tensor(prompt)) for prompt, jd in rows]).float().to(device)
+    with autocast(device):
+        logits = reader(model.model(ids)[in_jd]).squeeze(-1).float()                         # [tokens]
+    return F.binary_cross_entropy_with_logits(logits, held), int(((logits > 0) == (held > 0.5)).sum()) / len(held)
+
+
+def batch_loss(model, groups, pooled, device):
+    """Sums over all comparisons of these groups: of -log sigmoid, of the same plus `pooled` times that of the mean
+    states (what is minimised), their number, and how many came out right."""
+    ids, lengths, in_jd = pad_pairs([row for g in groups for row in g.rows], device)
     pairs, start = [], 0
     for g in groups:
         pairs += [(start + i, start + j) for i, j in comparisons(g.accepted)]
         start += len(g.rows)
-    ids, lengths = pad_right(rows)
+    better, worse = torch.tensor(pairs, device=device).unbind(1)                             # [P], [P]
     with autocast(device):
-        scores = model(ids.to(device), lengths.to(device))                                   # [rows]
-    chosen, rejected = scores[torch.tensor(pairs, device=device)].unbind(1)                  # [P], [P]
-    return ranking_loss(chosen, rejected) * len(pairs), len(pairs), (chosen > rejected).sum()
+        hidden = model.model(ids)                                                            # [B, T, C]
+        scores = model.head(hidden[torch.arange(len(ids), device=device), lengths - 1])      # [B]
+        mean = (hidden * in_jd[..., None]).sum(1) / in_jd.sum(1, keepdim=True)               # [B, C]
+        means = model.head(mean)                                                             # [B]
+    loss = ranking_loss(scores[better], scores[worse]) * len(pairs)
+    beside = ranking_loss(means[better], means[worse]) * len(pairs)
+    return loss, loss + pooled * beside, len(pairs), (scores[better] > scores[worse]).sum()
 
 
 def train(model, codec, records, flags, seed, stage, device):
@@ -150,28 +180,52 @@ def train(model, codec, records, flags, seed, stage, device):
         raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision: nothing to compare")
     stage.say(f"{stage.name}: {len(records)} decisions in {len(groups)} groups; {dropped} rejected ones dropped, "
               f"identical to an accepted one after truncation; cut: {codec.cut_cvs} CVs, {codec.cut_jds} JDs")
-    optimizer = Optimizer(model, flags, flags.steps)
-    longest, epoch, batches = [max(map(len, g.rows)) for g in groups], 0, []
-    for step in range(stage.total(flags.steps)):
+    reader = nn.Linear(model.config.hidden_size, 1).to(device)
+    steps = stage.total(flags.read_steps + flags.steps)
+    optimizer = Optimizer(nn.ModuleList([model, reader]), flags, steps)
+    longest, epoch, batches = [max(len(p) + len(j) for p, j in g.rows) for g in groups], 0, []
+    for step in range(steps):
         draw = generator(seed, stage.name, step)
-        if not batches:
-            batches = bucketed(longest, flags.groups, generator(seed, stage.name, "epoch", epoch))
-            epoch += 1
-        batch = [subsample(groups[i], flags.max_group, draw) for i in batches.pop()]
-        pairs = sum(len(comparisons(g.accepted)) for g in batch)
-        loss = correct = 0.0
-        for k in range(flags.accumulate):
-            if part := batch[k::flags.accumulate]:
-                part_loss, _, right = batch_loss(model, part, device)
-                (part_loss / pairs).backward()          # by pair: micro-batches add up to the gradient of the batch
-                loss, correct = loss + float(part_loss.detach()), correct + int(right)
+        if step < flags.read_steps:
+            picks = torch.randint(len(records), (flags.read_batch,), generator=draw).tolist()
+            rows = [(codec.prompt(records[i].cv), codec.jd(records[i].jd)) for i in picks]
+            loss, accuracy = read_step(model, reader, rows, flags, device)
+        else:
+            if not batches:
+                batches = bucketed(longest, flags.groups, generator(seed, stage.name, "epoch", epoch))
+                epoch += 1
+            batch = [subsample(groups[i], flags.max_group, draw) for i in batches.pop()]
+            loss, accuracy = judge_step(model, batch, flags, device)
         if not np.isfinite(loss):
-            raise BadInput(f"{stage.name}: the loss is not finite; lower --lr")
+            raise BadInput(f"{stage.name}: the loss is not finite; lower --lr and --matrix-lr")
         optimizer.step(step)
-        stage.log(step=step + 1, loss=loss / pairs, accuracy=correct / pairs)
+        phase = "read" if step < flags.read_steps else "judge"
+        stage.log(step=step + 1, phase=phase, loss=loss, accuracy=accuracy)
         if (step + 1) % 100 == 0:
-            stage.say(f"{stage.name} {step + 1:4d}/{flags.steps}  loss {stage.mean('loss', 100):.4f}  "
+            stage.say(f"{stage.name} {step + 1:4d}/{steps}  {phase}  loss {stage.mean('loss', 100):.4f}  "
                       f"accuracy {stage.mean('accuracy', 100):.3f}")
+
+
+def read_step(model, reader, rows, flags, device):
+    """Gradients of the reading loss; returns its value and the share of tokens that were right."""
+    total = right = 0.0
+    for k in range(flags.accumulate):
+        if part := rows[k::flags.accumulate]:
+            loss, accuracy = reading_loss(model, reader, part, device)
+            (loss * len(part) / len(rows)).backward()
+            total, right = total + float(loss.detach()) * len(part), right + accuracy * len(part)
+    return total / len(rows), right / len(rows)
+
+
+def judge_step(model, groups, flags, device):
+    """Gradients of the ranking loss; returns its value per comparison and the share that was right."""
+    pairs, total, correct = sum(len(comparisons(g.accepted)) for g in groups), 0.0, 0
+    for k in range(flags.accumulate):
+        if part := groups[k::flags.accumulate]:
+            loss, objective, _, right = batch_loss(model, part, flags.pooled, device)
+            (objective / pairs).backward()              # by pair: micro-batches add up to the gradient of the batch
+            total, correct = total + float(loss.detach()), correct + int(right)
+    return total / pairs, correct / pairs
 
 
 def standardize(model, scores):

@@ -134,7 +134,7 @@ class Stage:
         except OSError as e:
             raise BadInput(f"{self.folder}: cannot be made ({e.strerror}); choose another --run folder")
         self.rows = []
-        self.bar = tqdm(desc=name, unit="step", mininterval=1, dynamic_ncols=True)
+        self.bar = tqdm(desc=name, unit="step", mininterval=1 if sys.stderr.isatty() else 20, dynamic_ncols=True)
 
     def __enter__(self):
         return self

@@ -104,7 +104,7 @@ def test_a_jd_by_hand():
 
 
 def test_a_cv_by_hand():
-    text = ("Work: data analyst\nExperience: 3 years\nPlace: Leeds or remote\n"
+    text = ("Work: data analyst\nExperience: skilled, 3 years\nPlace: Leeds or remote\n"
             "Skills: dashboards, forecasting, Python, SQL, statistics, Tableau\nEducation: a bachelor's degree")
     assert parse_cv(text) == ANALYST and text in [write_cv(ANALYST, i) for i in range(len(CV_LAYOUTS))]
 

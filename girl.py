@@ -109,8 +109,8 @@ def train_sft(run, folder, flags, seed, device):
         codec.shrink(max(len(p) for p, _ in rows), max(len(j) for _, j in rows))
         model = new_model(codec, rows, flags, generator(seed, "sft-init").initial_seed()).to(device)
 
-        # 2. Before anything else, learn to copy: the JD's place is taken by the CV itself. What a JD needs from its CV
-        #    is copied, and a model from scratch finds out how in 200 steps of this, or in 2,000 of the real task.
+        # 2. Before anything else, learn to copy: the JD's place is taken by the CV itself. A JD takes its skills, place and
+        #    level from the CV; a model from scratch is slow to find out how, but after 200 steps of this it knows.
         copies = [(codec.prompt(cv), codec.jd(cv)) for cv in sorted({r.cv for r in train})]
         copy_steps = min(flags.copy_steps, math.ceil(len(copies) / flags.batch))
         steps = copy_steps + max(1, round(flags.epochs * math.ceil(len(rows) / flags.batch)))
@@ -138,7 +138,7 @@ def new_model(codec, rows, flags, seed):
         vocab_size=codec.tokenizer.get_vocab_size(), hidden_size=flags.hidden, num_hidden_layers=flags.layers,
         intermediate_size=8 * round(flags.hidden * 8 / 3 / 8), num_attention_heads=flags.heads,
         num_key_value_heads=flags.kv_heads, max_position_embeddings=codec.context(),
-        # 1/sqrt(C) instead of the usual 0.02: with it a small model learns to copy from the CV many times sooner.
+        # 1/sqrt(C) instead of the usual 0.02: from so small a start a small model takes long until it copies anything.
         initializer_range=flags.hidden ** -0.5, max_cv_tokens=codec.max_cv, max_jd_tokens=codec.max_jd))
     # Tokens that no training row has (the halves of merges, mostly) start at zero: random ones would be drawn now and
     # then, and spoil a JD.

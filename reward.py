@@ -34,7 +34,7 @@ from run import BadInput, Optimizer, autocast, flag, generator
 
 @dataclass
 class RewardFlags:
-    read_steps: int = flag(300, "optimizer steps of learning to read (point 2 above)")
+    read_steps: int = flag(500, "optimizer steps of learning to read (point 2 above)")
     read_batch: int = flag(32, "decisions in such a step")
     steps: int = flag(1000, "optimizer steps of learning to judge")
     groups: int = flag(8, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
@@ -61,12 +61,12 @@ def ranking_loss(chosen, rejected):
 
 def auc(scores, labels):
     """Probability that a random accepted decision scores above a random rejected one; ties count half (the
-    Mann-Whitney statistic, from average ranks)."""
+    Mann-Whitney statistic, from average ranks); None where there is only one kind."""
     scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (counts.cumsum() - (counts - 1) / 2)[inverse]
     n1, n0 = labels.sum(), (~labels).sum()
-    return float((ranks[labels].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)) if n1 and n0 else float("nan")
+    return float((ranks[labels].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)) if n1 and n0 else None
 
 
 # ------------------------------------------------------------------------------------------------------ the data
@@ -132,8 +132,10 @@ def pair_metrics(records, scores):
     margins = [scores[g[i]] - scores[g[j]] for g in decision_groups(records)
                for i, j in comparisons([records[k].accepted for k in g])]
     margins = np.array(margins)
-    return {"pair_accuracy": float((margins > 0).mean() + (margins == 0).mean() / 2) if len(margins) else float("nan"),
-            "auc": auc(scores, [r.accepted for r in records]), "margin": float(margins.mean()) if len(margins) else float("nan"), "pairs": len(margins)}
+    some = len(margins) > 0
+    return {"pair_accuracy": float((margins > 0).mean() + (margins == 0).mean() / 2) if some else None,
+            "auc": auc(scores, [r.accepted for r in records]), "margin": float(margins.mean()) if some else None,
+            "pairs": len(margins)}
 
 
 # ------------------------------------------------------------------------------------------------------ training

@@ -163,7 +163,7 @@ def test_auc_of_a_perfect_a_reversed_and_a_missing_order():
     assert reward.auc([1, 2, 3], [False, True, True]) == 1
     assert reward.auc([3, 2, 1], [False, True, True]) == 0
     assert reward.auc([5, 5, 5], [False, True, True]) == 0.5
-    assert math.isnan(reward.auc([1, 2], [True, True]))
+    assert reward.auc([1, 2], [True, True]) is None
 
 
 # ------------------------------------------------------------------------------------------------------ the head

@@ -83,8 +83,8 @@ def train_tokenizer(texts, vocab_size):
     """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; bytes as in GPT-2): any text can be encoded.
 
     Merges may cross spaces but not punctuation or line ends, so that a phrase like " wound care" can become one token
-    (as in SuperBPE, Liu et al. 2025, arXiv 2503.13423). Texts get shorter by a third, and to find a skill of the JD
-    again in the CV is to find one token again, which a small model learns much sooner."""
+    (as in SuperBPE, Liu et al. 2025, arXiv 2503.13423). Texts get shorter by a quarter, and to find a skill of the JD
+    again in the CV is to find one token again."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r"[,.:;!?()\n]"), "isolated"),

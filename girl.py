@@ -27,7 +27,7 @@ import evaluate
 import market
 import ppo
 import reward
-from data import SPLITS, Codec, Record, bucketed, half, load_tokenizer, pad_right, read_records, save_tokenizer
+from data import SPLITS, Codec, bucketed, half, load_tokenizer, pad_right, read_records, save_tokenizer
 from model import Config, LanguageModel, RewardModel, generate, load_model, save_model
 from run import BadInput, Optimizer, Stage, autocast, finished, flag, generator, pick_device, read_json, save_tensors, write_json
 

@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from data import pad_right
 from model import generate

@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import bucketed, half, pad_right
+from data import bucketed, pad_right
 from model import generate
 from run import BadInput, Optimizer, autocast, flag, generator
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import girl
-from data import Codec, train_tokenizer
+from data import Codec, half, train_tokenizer
 from model import Config, LanguageModel
+from run import BadInput
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -54,6 +55,34 @@ def test_smoke_run_writes_every_stage_and_the_results(smoke):
     assert set(results["reward"]["one_change_accuracy"]) == {"skills", "years", "degree", "city", "field"}
     assert results["seconds"]["total"] == pytest.approx(sum(v for k, v in results["seconds"].items() if k != "total"), abs=0.1)
     assert "The JD before PPO" in out and "The JD after PPO" in out
+
+
+def test_best_of_16_is_never_below_the_first_of_the_16(smoke):
+    (a, _), _ = smoke
+    results = json.loads((a / "results.json").read_text())
+    assert results["sft_best16"]["reward"] > results["sft"]["reward"]
+
+
+def test_generator_and_reward_model_learn_from_half_a_and_the_judge_from_half_b(smoke, monkeypatch):
+    (a, _), _ = smoke
+    seen = {}
+
+    def stop(name, cvs):
+        seen[name] = {half(cv) for cv in cvs}
+        raise BadInput(name)
+
+    monkeypatch.setattr(girl.reward, "train", lambda model, codec, records, flags, seed, stage, device:
+                        stop(stage.name, [r.cv for r in records]))
+    monkeypatch.setattr(girl.ppo, "train", lambda policy, reward_model, codec, cvs, *rest: stop("ppo", cvs))
+    known = {json.loads(line)["cv"] for line in (a / "data" / "train.jsonl").open()}
+    monkeypatch.setattr(girl.data, "train_tokenizer", lambda texts, vocab: stop("sft", known.intersection(texts)))
+    for train in (lambda: girl.train_sft(a, a / "data", girl.SFTFlags(), 0, CPU),
+                  lambda: girl.train_reward(a, a / "data", girl.reward.RewardFlags(), 0, CPU, judge=False),
+                  lambda: girl.train_reward(a, a / "data", girl.reward.RewardFlags(), 0, CPU, judge=True),
+                  lambda: girl.train_ppo(a, a / "data", girl.ppo.PPOFlags(), 0, CPU)):
+        with pytest.raises(BadInput):
+            train()
+    assert seen == {"sft": {"A"}, "reward": {"A"}, "judge": {"B"}, "ppo": {"A"}}
 
 
 def test_same_seed_gives_identical_weights_metrics_and_results(smoke):
@@ -151,7 +180,7 @@ def test_sft_loss_is_on_the_jd_and_its_end_only():
         logp = lm(torch.tensor([p + j])).detach().log_softmax(-1)[0]
         by_hand -= sum(float(logp[len(p) + k - 1, token]) for k, token in enumerate(j))
     assert count == len(jds[0]) + len(jds[1]) and jds[0][-1] == codec.eos
-    assert float(loss) == pytest.approx(by_hand, rel=1e-5)
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_sft_loss_ignores_what_the_cv_tokens_are_predicted_as():
@@ -161,7 +190,7 @@ def test_sft_loss_ignores_what_the_cv_tokens_are_predicted_as():
     with_cv, _ = girl.sft_loss(lm, [p], [j], 0.5, CPU)
     logp = lm(torch.tensor([p + j])).detach().log_softmax(-1)[0]
     cv_nll = -sum(float(logp[k - 1, p[k]]) for k in range(1, len(p)))
-    assert float(with_cv) - float(plain) == pytest.approx(0.5 * cv_nll, rel=1e-4)
+    assert with_cv.item() - plain.item() == pytest.approx(0.5 * cv_nll, rel=1e-4)
 
 
 def test_sft_gradient_accumulation_equals_the_big_batch():

@@ -8,6 +8,7 @@ simulation's module, handed in where the data are simulated, else None: then wha
 The generators that are compared write one JD for each CV: `sft` and `ppo` sample at temperature 1, `_greedy` takes the
 likeliest token, `sft_best16` is the best of 16 SFT samples by the reward model.
 """
+import math
 import random
 import time
 
@@ -138,9 +139,17 @@ def sample_accuracy(scores, cvs, samples, codec, market):
 
 
 # -------------------------------------------------------------------------------------------------------- the whole
+def covered(stages):
+    """Seconds in which at least one stage was at work: stages that ran side by side count once."""
+    total, until = 0.0, -math.inf
+    for start, end in sorted((s["started"], s["started"] + s["seconds"]) for s in stages):
+        total, until = total + max(end - max(start, until), 0.0), max(until, end)
+    return total
+
+
 def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll):
     """Write results.json of a run and print its table. `mean_nll(model, pairs, codec, device)` is stage 1's."""
-    start = time.perf_counter()
+    start = time.time()
     sft, policy = (load_model(run / s, LanguageModel, device).eval() for s in ("sft", "ppo"))
     reward_model, judge = (load_model(run / s, RewardModel, device).eval() for s in ("reward", "judge"))
     codec = Codec(load_tokenizer(run / "sft"), sft.config.max_cv_tokens, sft.config.max_jd_tokens)
@@ -169,13 +178,13 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll):
             cvs, responses, codec, reward.score_rows(reward_model, rows), reward.score_rows(judge, rows), market, seed)
     results["ppo_kl_per_text"] = kl_per_text(policy, sft, codec, cvs, written["ppo"], device)
 
-    # 3. Time and memory: what each stage noted when it ran.
-    seconds = {s: read_json((folder if s == "data" else run / s) / "summary.json")["seconds"]
-               for s in STAGES if s != "data" or (folder / "summary.json").exists()}
-    seconds["evaluate"] = round(time.perf_counter() - start, 1)
-    results["seconds"] = seconds | {"total": round(sum(seconds.values()), 1)}
-    noted = [read_json(run / s / "summary.json")["peak_rss_mb"] for s in STAGES[1:]]
-    results["peak_rss_mb"] = max([peak_rss_mb(), *noted])
+    # 3. Time and memory: what each stage noted when it ran. Reward model and judge may have run at the same time.
+    noted = {s: read_json((folder if s == "data" else run / s) / "summary.json")
+             for s in STAGES if s != "data" or (folder / "summary.json").exists()}
+    noted["evaluate"] = {"started": start, "seconds": round(time.time() - start, 1)}
+    results["seconds"] = {s: n["seconds"] for s, n in noted.items()} | {"total": round(covered(noted.values()), 1)}
+    memory = {s: n["peak_rss_mb"] for s, n in noted.items() if "peak_rss_mb" in n}
+    results["peak_rss_mb"] = max(peak_rss_mb(), memory.pop("reward") + memory.pop("judge"), *memory.values())
     write_json(run / "results.json", results)
     print_table(results)
     show_one(cvs[0], codec.text(written["sft_greedy"][0]), codec.text(written["ppo_greedy"][0]), market)

@@ -14,12 +14,16 @@ Shapes: B rows, T tokens, C hidden size, V vocabulary.
 """
 import argparse
 import math
+import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import data
@@ -29,7 +33,8 @@ import ppo
 import reward
 from data import SPLITS, Codec, bucketed, half, load_tokenizer, pad_right, read_records, save_tokenizer
 from model import Config, LanguageModel, RewardModel, generate, load_model, save_model
-from run import BadInput, Optimizer, Stage, autocast, finished, flag, generator, pick_device, read_json, save_tensors, write_json
+from reward import reading_loss
+from run import BadInput, Optimizer, Stage, autocast, finished, flag, generator, load_tensors, pick_device, read_json, save_tensors, write_json
 
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -43,14 +48,15 @@ class DataFlags:
 
 @dataclass
 class SFTFlags:
-    epochs: float = flag(3.0, "passes over the accepted pairs of half A")
+    epochs: float = flag(3.5, "passes over the accepted pairs of half A")
     batch: int = flag(32, "pairs in an optimizer step")
     accumulate: int = flag(1, "micro-batches that a batch is cut into, to save memory")
     lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
     matrix_lr: float = flag(0.02, "peak learning rate of Muon, for the layers' matrices")
-    warmup: int = flag(100, "steps of linear warm-up")
+    warmup: int = flag(50, "steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
-    copy_steps: int = flag(200, "steps before all others in which the model learns to repeat the CV, a start from scratch")
+    warm_steps: int = flag(450, "steps before all others in which the model learns to copy the CV, and to compare it with a JD")
+    reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
     cv_loss: float = flag(0.0, "weight of the loss on the CV's own tokens")
     hidden: int = flag(128, "C, the hidden size")
     layers: int = flag(4, "transformer blocks")
@@ -62,22 +68,36 @@ class SFTFlags:
 
 
 # ---------------------------------------------------------------------------------------------- stage 1: the loss
-def sft_loss(model, prompts, jds, cv_loss, device):
-    """Sum of -log P over the tokens of the JDs (with end-of-text), and how many there are.
+class Example(NamedTuple):
+    """One row, and what is learned from it."""
+    prompt: list        # token ids
+    jd: list            # token ids, with end-of-text
+    write: bool         # to write this JD for this prompt
+    read: bool          # to tell for each token of this JD whether the CV holds it too
 
-    prompts, jds: lists of token lists. With `cv_loss` the prompts' tokens count too, at that weight."""
-    ids, lengths = pad_right([p + j for p, j in zip(prompts, jds)])
-    starts = torch.tensor([len(p) for p in prompts])[:, None] - 1
-    at = torch.arange(ids.shape[1] - 1)[None, :]                 # position `at` predicts the token at + 1
-    in_jd = (at >= starts) & (at < lengths[:, None] - 1)                                     # [B, T-1]
-    ids, in_jd, in_cv = ids.to(device), in_jd.to(device), (at < starts).to(device)
+
+def sft_loss(model, reader, examples, cv_loss, device):
+    """Sum of -log P over the tokens to write (with end-of-text), their number, and the mean loss of reading.
+
+    With `cv_loss` the prompts' tokens of the rows to write count too, at that weight."""
+    ids, lengths = (x.to(device) for x in pad_right([e.prompt + e.jd for e in examples]))    # [B, T], [B]
+    starts, write, read = (torch.tensor(x, device=device)[:, None] for x in zip(             # [B, 1] each
+        *[(len(e.prompt), e.write, e.read) for e in examples]))
+    at = torch.arange(ids.shape[1], device=device)[None, :]                                  # [1, T]
+    in_jd = (at >= starts) & (at < lengths[:, None])                                         # [B, T]
+    # Position t predicts token t + 1: what stands one place before a JD token is asked for it.
+    to_write = (in_jd & write)[:, 1:]                                                        # [B, T-1]
     with autocast(device):
-        hidden, targets = model.model(ids)[:, :-1], ids[:, 1:]                               # [B, T-1, C], [B, T-1]
+        hidden = model.model(ids)                                                            # [B, T, C]
+        before, targets = hidden[:, :-1], ids[:, 1:]                                         # [B, T-1, C], [B, T-1]
         # The head is the dearest layer of a small model: it is applied where there is something to learn only.
-        loss = F.cross_entropy(model.lm_head(hidden[in_jd]).float(), targets[in_jd], reduction="sum")
+        loss = F.cross_entropy(model.lm_head(before[to_write]).float(), targets[to_write], reduction="sum")
         if cv_loss:
-            loss = loss + cv_loss * F.cross_entropy(model.lm_head(hidden[in_cv]).float(), targets[in_cv], reduction="sum")
-    return loss, int(in_jd.sum())
+            of_cv = ((at < starts) & write)[:, 1:]
+            loss = loss + cv_loss * F.cross_entropy(model.lm_head(before[of_cv]).float(), targets[of_cv], reduction="sum")
+        to_read = [(e.prompt, e.jd) for e in examples if e.read]
+        reading = reading_loss(reader, hidden[in_jd & read], to_read) if to_read else torch.zeros(())
+    return loss, int(to_write.sum()), reading
 
 
 @torch.no_grad()
@@ -85,8 +105,8 @@ def mean_nll(model, pairs, codec, device, batch=64):
     """Mean -log P of a JD token, in nats, over (cv, jd) texts."""
     total = count = 0
     for k in range(0, len(pairs), batch):
-        part = pairs[k:k + batch]
-        loss, n = sft_loss(model, [codec.prompt(cv) for cv, _ in part], [codec.jd(jd) for _, jd in part], 0.0, device)
+        part = [Example(codec.prompt(cv), codec.jd(jd), True, False) for cv, jd in pairs[k:k + batch]]
+        loss, n, _ = sft_loss(model, None, part, 0.0, device)
         total, count = total + float(loss), count + n
     return total / count
 
@@ -94,33 +114,38 @@ def mean_nll(model, pairs, codec, device, batch=64):
 # ------------------------------------------------------------------------------------------------------ stage 1
 def train_sft(run, folder, flags, seed, device):
     train = [r for r in read_records(folder / "train.jsonl") if half(r.cv) == "A"]
-    pairs = [(r.cv, r.jd) for r in train if r.accepted]
     valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
-    if not pairs or not valid:
+    if not valid or not any(r.accepted for r in train):
         raise BadInput(f"{folder}: stage 1 learns from accepted pairs, and there is none in "
-                       f"{'half A of train.jsonl' if not pairs else 'valid.jsonl'}")
+                       f"{'half A of train.jsonl' if valid else 'valid.jsonl'}")
     with Stage(run, "sft") as stage:
         # 1. The tokenizer, from the train split only; token rows; a model of the size that the data need.
         codec = Codec(data.train_tokenizer(sorted({t for r in train for t in (r.cv, r.jd)}), flags.vocab),
                       flags.max_cv, flags.max_jd)
-        rows = [(codec.prompt(cv), codec.jd(jd)) for cv, jd in pairs]
-        stage.say(f"sft: {len(rows)} accepted pairs, {sum(len(p) + len(j) for p, j in rows) / len(rows):.0f} tokens each; "
+        pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd), True, True) for r in train if r.accepted]
+        stage.say(f"sft: {len(pairs)} accepted pairs, {sum(len(e.prompt) + len(e.jd) for e in pairs) / len(pairs):.0f} tokens each; "
                   f"cut: {codec.cut_cvs} CVs at {codec.max_cv} tokens, {codec.cut_jds} JDs at {codec.max_jd}")
-        codec.shrink(max(len(p) for p, _ in rows), max(len(j) for _, j in rows))
-        model = new_model(codec, rows, flags, generator(seed, "sft-init").initial_seed()).to(device)
+        codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
+        model = new_model(codec, pairs, flags, generator(seed, "sft-init").initial_seed()).to(device)
+        reader = nn.Linear(flags.hidden, 1).to(device)
 
-        # 2. Before anything else, learn to copy: the JD's place is taken by the CV itself. A JD takes its skills, place and
-        #    level from the CV; a model from scratch is slow to find out how, but after 200 steps of this it knows.
-        copies = [(codec.prompt(cv), codec.jd(cv)) for cv in sorted({r.cv for r in train})]
-        copy_steps = min(flags.copy_steps, math.ceil(len(copies) / flags.batch))
-        steps = copy_steps + max(1, round(flags.epochs * math.ceil(len(rows) / flags.batch)))
-        optimizer = Optimizer(model, flags, stage.total(steps))
-        step = sft_steps(model, optimizer, copies, 0, copy_steps, flags, seed, stage, device)
+        # 2. The warm-up teaches to compare two texts, which a JD asks for and which a model from scratch is slow to find out:
+        #    to copy (the CV stands in the JD's place), and to read (two decisions for each copy, accepted or not).
+        copies = [Example(codec.prompt(cv), codec.jd(cv), True, False) for cv in sorted({r.cv for r in train})]
+        draw = generator(seed, "sft-warm-up")
+        some = [train[i] for i in torch.randperm(len(train), generator=draw)[:len(copies)].tolist()]
+        other = [train[i].jd for i in torch.randperm(len(train), generator=draw)[:len(copies)].tolist()]
+        warm = copies + [Example(codec.prompt(r.cv), codec.jd(r.jd), r.accepted, True) for r in some]
+        warm += [Example(e.prompt, codec.jd(jd), False, True) for e, jd in zip(copies, other)]
+        warm_steps = min(flags.warm_steps, math.ceil(len(warm) / flags.batch))
+        steps = warm_steps + max(1, round(flags.epochs * math.ceil(len(pairs) / flags.batch)))
+        optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(steps))
+        step = sft_steps(model, reader, optimizer, warm, 0, warm_steps, flags, seed, stage, device)
 
         # 3. Epochs over the accepted pairs; after each, validation and one sample to look at.
         look = codec.prompt(valid[0][0])
         for epoch in range(math.ceil(flags.epochs)):
-            step = sft_steps(model, optimizer, rows, step, steps, flags, seed, stage, device)
+            step = sft_steps(model, reader, optimizer, pairs, step, steps, flags, seed, stage, device)
             nll = mean_nll(model, valid, codec, device)
             with torch.no_grad(), autocast(device):
                 sample = generate(model, [look], codec.max_jd, generator=generator(seed, "sft-look", epoch, device=device))
@@ -128,10 +153,11 @@ def train_sft(run, folder, flags, seed, device):
                       f"perplexity {math.exp(nll):.3f}\n--- a sample\n{valid[0][0]}\n->\n{codec.text(sample[0])}\n---")
         save_model(stage.folder, model)
         save_tokenizer(stage.folder, codec.tokenizer)
-        stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(rows), steps=steps)
+        save_tensors(stage.folder / "reader.safetensors", {k: v.cpu() for k, v in reader.state_dict().items()})
+        stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=steps)
 
 
-def new_model(codec, rows, flags, seed):
+def new_model(codec, examples, flags, seed):
     """A generator with random weights, large enough for these token rows."""
     torch.manual_seed(seed)
     model = LanguageModel(Config(
@@ -143,33 +169,42 @@ def new_model(codec, rows, flags, seed):
     # Tokens that no training row has (the halves of merges, mostly) start at zero: random ones would be drawn now and
     # then, and spoil a JD.
     unused = torch.ones(codec.tokenizer.get_vocab_size(), dtype=torch.bool)
-    unused[sorted({t for prompt, jd in rows for t in prompt + jd})] = False
+    unused[sorted({t for e in examples for t in e.prompt + e.jd})] = False
     with torch.no_grad():
         model.model.embed_tokens.weight[unused] = 0
+        # Half of the heads start with equal queries and keys: a token then looks for its like, which is how one text is
+        # found in another (Trockman and Kolter 2023, arXiv 2305.09828).
+        for attention in (layer.self_attn for layer in model.model.layers):
+            half = max(1, attention.K // 2) * attention.D
+            queries = attention.q_proj.weight.view(attention.K, -1, attention.D, flags.hidden)[:, 0]     # first of each group
+            attention.k_proj.weight[:half] = queries.reshape(-1, flags.hidden)[:half]
     return model
 
 
-def sft_steps(model, optimizer, rows, first, last, flags, seed, stage, device):
-    """Steps first, first + 1, ... over one epoch of the rows, but not beyond `last`. Returns the next step."""
-    batches = bucketed([len(p) + len(j) for p, j in rows], flags.batch, generator(seed, "sft", first))
+def sft_steps(model, reader, optimizer, examples, first, last, flags, seed, stage, device):
+    """Steps first, first + 1, ... over one epoch of the examples, but not beyond `last`. Returns the next step."""
+    batches = bucketed([len(e.prompt) + len(e.jd) for e in examples], flags.batch, generator(seed, "sft", first))
     for step, batch in enumerate(batches[:last - first], first):
-        loss = sft_step(model, optimizer, [rows[i] for i in batch], step, flags, device)
-        stage.log(step=step + 1, loss=loss)
+        loss, reading = sft_step(model, reader, optimizer, [examples[i] for i in batch], step, flags, device)
+        stage.log(step=step + 1, loss=loss, reading=reading)
     return min(first + len(batches), last)
 
 
-def sft_step(model, optimizer, batch, step, flags, device):
-    """One optimizer step on (prompt, jd) token rows; returns the mean loss per token."""
-    tokens, total = sum(len(jd) for _, jd in batch), 0.0
+def sft_step(model, reader, optimizer, batch, step, flags, device):
+    """One optimizer step; returns the mean loss of a written token, and the loss of reading."""
+    tokens, readers = sum(len(e.jd) for e in batch if e.write), sum(e.read for e in batch)
+    total = total_reading = 0.0
     for k in range(flags.accumulate):
         if part := batch[k::flags.accumulate]:
-            loss, _ = sft_loss(model, [p for p, _ in part], [j for _, j in part], flags.cv_loss, device)
-            (loss / tokens).backward()               # by token: micro-batches add up to the gradient of the whole batch
-            total += float(loss.detach())
-    if not math.isfinite(total):
+            loss, _, reading = sft_loss(model, reader, part, flags.cv_loss, device)
+            share = sum(e.read for e in part) / max(readers, 1)
+            # by token, and by row: micro-batches add up to the gradient of the whole batch
+            (loss / max(tokens, 1) + flags.reading * share * reading).backward()
+            total, total_reading = total + float(loss.detach()), total_reading + share * float(reading.detach())
+    if not math.isfinite(total + total_reading):
         raise BadInput("sft: the loss is not finite; lower --lr and --matrix-lr")
     optimizer.step(step)
-    return total / tokens
+    return total / max(tokens, 1), total_reading
 
 
 # ----------------------------------------------------------------------------------------------- stages 2 and 3
@@ -197,7 +232,9 @@ def train_reward(run, folder, flags, seed, device, judge):
     with Stage(run, name) as stage:
         torch.manual_seed(generator(seed, name, "init").initial_seed())
         model = load_model(run / "sft", RewardModel, device)
-        reward.train(model, codec, records, flags, seed, stage, device)
+        reader = nn.Linear(model.config.hidden_size, 1)
+        reader.load_state_dict(load_tensors(run / "sft" / "reader.safetensors"))
+        reward.train(model, reader.to(device), codec, records, flags, seed, stage, device)
         cvs = sorted({r.cv for r in records})
         samples = reward.sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
         reward.standardize(model, reward.score_rows(model, samples))
@@ -265,9 +302,9 @@ def score_one(args, device):
 # ---------------------------------------------------------------------------------------------------- commands
 def make_data(args):
     flags = from_args(DataFlags, args)
-    start = time.perf_counter()
+    start = time.time()
     market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
-    write_json(Path(args.out) / "summary.json", {"seconds": round(time.perf_counter() - start, 1)})
+    write_json(Path(args.out) / "summary.json", {"started": round(start, 1), "seconds": round(time.time() - start, 1)})
 
 
 def run_stage(args, device):
@@ -304,9 +341,26 @@ def run_all(args, device):
         if not finished(run, "data"):
             make_data(parse(["data", "--out", args.data, "--seed", str(args.seed)] + ["--smoke"] * args.smoke))
     common = ["--run", args.run, "--data", args.data, "--seed", str(args.seed)] + ["--smoke"] * args.smoke
-    for command in (["sft"], ["reward"], ["reward", "--judge"], ["ppo"]):
-        run_stage(parse(command + common), device)
+    run_stage(parse(["sft"] + common), device)
+    run_together(run, {"reward": ["reward"] + common, "judge": ["reward", "--judge"] + common})
+    run_stage(parse(["ppo"] + common), device)
     evaluate_run(parse(["evaluate"] + common), device)
+
+
+def run_together(run, commands):
+    """Stages that do not need each other, each in a process of its own with its share of the threads: on small models
+    two processes of one thread get more done than one process of two."""
+    share = str(max(1, torch.get_num_threads() // len(commands)))
+    children = [subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *command],
+                                 env=os.environ | {"OMP_NUM_THREADS": share})
+                for name, command in commands.items() if not finished(run, name)]
+    try:
+        failed = any([child.wait() for child in children])
+    finally:
+        for child in children:
+            child.terminate()               # only after an interrupt is one of them still at work
+    if failed:
+        raise BadInput(f"{run}: {' or '.join(commands)} failed; what went wrong stands above")
 
 
 def evaluate_run(args, device):
@@ -319,8 +373,8 @@ def evaluate_run(args, device):
 
 STAGES = {"sft": SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags}
 # What --smoke changes: every stage at toy size, to see that all of it runs.
-SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600}, "sft": {"epochs": 1, "copy_steps": 10, "hidden": 32, "layers": 2, "vocab": 600},
-         "reward": {"read_steps": 10, "steps": 20, "samples": 32}, "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8},
+SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600}, "sft": {"epochs": 1, "warm_steps": 10, "hidden": 32, "layers": 2, "vocab": 600},
+         "reward": {"steps": 20, "samples": 32}, "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8},
          "evaluate": {"cvs": 24}}
 HELP = {"data": "make the data set of the simulated job market", "sft": "stage 1: learn to write the JDs that were accepted",
         "reward": "stage 2: learn to judge as the recruiter does", "ppo": "stage 3: learn to write what is accepted",

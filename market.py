@@ -362,14 +362,18 @@ def taste(person, ambition, job):
 
 
 def applications(rng, person, jobs, title_jobs, n):
-    """Indices of the jobs that one person applies for: n - 2 by taste, then two at random of the occupation, wherever
-    they are, and for every second person one of any occupation. `title_jobs`: title -> indices into `jobs`."""
+    """Indices of the jobs that one person applies for. First n - 3 by taste, and the same employer's other posting next
+    to the favourite: two jobs that differ in one field teach best what that field is worth. Then two at random of the
+    occupation, one nearby and one anywhere, and for every second person one of any occupation.
+    `title_jobs`: title -> indices into `jobs`."""
     ambition = rng.gauss(1.5, 2.0)
     mine = title_jobs[person.title]
     local = [j for j in mine if near(person, jobs[j])]
     seen = list(dict.fromkeys(rng.sample(local, min(120, len(local))) + rng.sample(mine, min(20, len(mine)))))
     liking = {j: taste(person, ambition, jobs[j]) + rng.gauss(0, 1) for j in seen}
-    chosen = sorted(seen, key=liking.get, reverse=True)[:n - 2] + rng.sample(mine, min(2, len(mine)))
+    chosen = sorted(seen, key=liking.get, reverse=True)[:max(n - 3, 1)]
+    chosen += [j for j in (chosen[0] - 1, chosen[0] + 1) if 0 <= j < len(jobs) and jobs[j].title == person.title]
+    chosen += [rng.choice(local or mine), rng.choice(mine)]
     if rng.random() < 0.5:
         chosen.append(rng.randrange(len(jobs)))
     return list(dict.fromkeys(chosen))
@@ -391,7 +395,8 @@ def spoil(rng, job, layout):
     o, other = BY_TITLE[job.title], BY_TITLE[rng.choice([t for t in BY_TITLE if BY_TITLE[t].field != BY_TITLE[job.title].field])]
     text = write_jd(job, layout)
     words = text.split(" ")
-    kind = rng.choice(("padded", "repeated", "short", "blended", "title", "duty", "seniority", "pay", "cut", "twice", "shuffled", "empty"))
+    # Titles three times: no other decision shows that the right skills under a wrong title are worth nothing.
+    kind = rng.choice(("title", "title", "title", "padded", "repeated", "short", "blended", "duty", "seniority", "pay", "cut", "twice", "shuffled", "empty"))
     if kind == "padded":
         more = [s for s in o.skills if s not in job.skills]
         return write_jd(replace(job, skills=alphabetical(job.skills + tuple(rng.sample(more, rng.randint(3, 6))))), layout)

@@ -226,6 +226,21 @@ class Cache:
         self.k, self.v = self.k[rows], self.v[rows]
 
 
+class SharedPrompts:
+    """Keys and values of one layer for prompts that are read once and continued by several rows each; gradients pass.
+
+    The first call takes the prompts themselves, the second their continuations: row b continues prompt owner[b]."""
+
+    def __init__(self, owner):
+        self.owner, self.k, self.v = owner, None, None
+
+    def append(self, k, v):
+        if self.k is None:
+            self.k, self.v = k, v
+            return k, v
+        return torch.cat((self.k[self.owner], k), dim=2), torch.cat((self.v[self.owner], v), dim=2)
+
+
 def sample(logits, temperature=1.0, top_p=1.0, generator=None):
     """Draw one token per row from logits [B, V]: temperature 0 is greedy; `top_p` < 1 keeps the fewest tokens whose
     probabilities reach it (Holtzman et al. 2019, arXiv 1904.09751). Returns ids [B]."""

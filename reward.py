@@ -7,13 +7,13 @@
 
 Algorithm:
 1. Take stage 1's body with a fresh scalar head, read at the last token of  prompt(C) + J + end-of-text.
-2. Learn to read. A comparison teaches one bit; on bits alone a small model finds out late, or never, that the answer lies
-   in comparing two texts. So at first another head says for each token of the JD whether the CV holds it too. This needs
-   no decision, and the head is thrown away.
-3. Learn to judge. Gather the decisions into groups: all decisions on one CV, all decisions on one JD. Every text of a
-   group is scored once, and every (accepted, rejected) pair inside the group is a comparison (as in Ouyang et al. 2022,
-   arXiv 2203.02155, section 3.5: all comparisons of one prompt belong into one batch). The same loss on the mean state
-   of the JD's tokens stands beside it: it reaches each token directly, where the last token must first learn to look.
+2. Gather the decisions into groups: all decisions on one CV, all decisions on one JD. Every text of a group is scored
+   once, and every (accepted, rejected) pair inside the group is a comparison (as in Ouyang et al. 2022, arXiv 2203.02155,
+   section 3.5: all comparisons of one prompt belong into one batch).
+3. A comparison teaches one bit; two losses beside it help to find where the answer lies. The same loss on the mean state
+   of the JD's tokens reaches each token directly, where the last token must first learn to look. And reading, learned in
+   stage 1, must not be forgotten: another head says for each token of the JD whether the CV holds it too. The learning
+   rate is low for the same reason: at stage 1's rate the model forgot in 150 steps how to compare two texts.
 4. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
 
 Left out: a margin in the loss, a loss on the absolute score, ensembles.
@@ -28,23 +28,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import bucketed, pad_right
-from model import generate
+from model import SharedPrompts, generate
 from run import BadInput, Optimizer, autocast, flag, generator
 
 
 @dataclass
 class RewardFlags:
-    read_steps: int = flag(500, "optimizer steps of learning to read (point 2 above)")
-    read_batch: int = flag(32, "decisions in such a step")
-    steps: int = flag(1000, "optimizer steps of learning to judge")
+    steps: int = flag(1100, "optimizer steps")
     groups: int = flag(8, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
     max_group: int = flag(8, "decisions of a group used in a step")
     accumulate: int = flag(1, "micro-batches that a step is cut into, to save memory")
-    lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
-    matrix_lr: float = flag(0.02, "peak learning rate of Muon, for the layers' matrices")
+    lr: float = flag(1e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
+    matrix_lr: float = flag(0.003, "peak learning rate of Muon, for the layers' matrices")
     warmup: int = flag(50, "steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
     pooled: float = flag(1.0, "weight of the loss on the mean state of the JD's tokens")
+    reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
     samples: int = flag(256, "samples of the generator that fix the score's mean 0 and standard deviation 1")
 
 
@@ -139,95 +138,93 @@ def pair_metrics(records, scores):
 
 
 # ------------------------------------------------------------------------------------------------------ training
-def pad_pairs(rows, device):
-    """(prompt, JD) rows -> ids [B, T], lengths [B], and in_jd [B, T], True at the JD's tokens and its end-of-text."""
-    ids, lengths = pad_right([prompt + jd for prompt, jd in rows])
-    at, starts = torch.arange(ids.shape[1])[None, :], torch.tensor([len(prompt) for prompt, _ in rows])[:, None]
-    in_jd = (at >= starts) & (at < lengths[:, None])                                         # [B, T]
-    return ids.to(device), lengths.to(device), in_jd.to(device)
+def jd_states(body, rows, device):
+    """(prompt, JD) rows -> the hidden states of the JDs' tokens [B, R, C], and which are real [B, R].
+
+    Each different prompt is read once, however many JDs go with it."""
+    numbers = {}
+    owner = torch.tensor([numbers.setdefault(tuple(prompt), len(numbers)) for prompt, _ in rows], device=device)     # [B]
+    prompts, prompt_lengths = (x.to(device) for x in pad_right([list(p) for p in numbers]))  # [N, P], [N]
+    jds, jd_lengths = (x.to(device) for x in pad_right([jd for _, jd in rows]))              # [B, R], [B]
+    in_prompt = torch.arange(prompts.shape[1], device=device) < prompt_lengths[:, None]      # [N, P]
+    in_jd = torch.arange(jds.shape[1], device=device) < jd_lengths[:, None]                  # [B, R]
+    shared = [SharedPrompts(owner) for _ in body.layers]
+    body(prompts, caches=shared)
+    return body(jds, torch.cat((in_prompt[owner], in_jd), dim=1), shared), in_jd
 
 
-def reading_loss(model, reader, rows, device):
-    """Cross-entropy of "the CV holds this token too", mean over the tokens of these JDs, and how often it was right."""
-    ids, _, in_jd = pad_pairs(rows, device)
-    held = torch.cat([torch.isin(torch.tensor(jd), torch.tensor(prompt)) for prompt, jd in rows]).float().to(device)
-    with autocast(device):
-        logits = reader(model.model(ids)[in_jd]).squeeze(-1).float()                         # [tokens]
-    return F.binary_cross_entropy_with_logits(logits, held), int(((logits > 0) == (held > 0.5)).sum()) / len(held)
+def reading_loss(reader, states, rows):
+    """Cross-entropy of "the CV holds this token too", mean over the JD tokens of a row, then over the rows. The last
+    token of each JD answers once more, for all before it: which share of them does the CV hold?
+
+    states [tokens, C]: the hidden states of all JD tokens, row after row."""
+    held = [torch.isin(torch.tensor(jd), torch.tensor(prompt)).float() for prompt, jd in rows]
+    weights = [torch.full((len(row),), 1 / len(row)) for row in held]
+    for row, weight in zip(held, weights):
+        row[-1], weight[-1] = row[:-1].sum() / max(len(row) - 1, 1), 1 + weight[-1]
+    held, weights = torch.cat(held).to(states.device), torch.cat(weights).to(states.device)  # [tokens], [tokens]
+    logits = reader(states).squeeze(-1).float()                                              # [tokens]
+    return F.binary_cross_entropy_with_logits(logits, held, weights, reduction="sum") / len(rows)
 
 
-def batch_loss(model, groups, pooled, device):
-    """Sums over all comparisons of these groups: of -log sigmoid, of the same plus `pooled` times that of the mean
-    states (what is minimised), their number, and how many came out right."""
-    ids, lengths, in_jd = pad_pairs([row for g in groups for row in g.rows], device)
-    pairs, start = [], 0
+def batch_loss(model, reader, groups, pooled, device):
+    """Over all comparisons of these groups: the sum of -log sigmoid, how many came out right, `pooled` times the same
+    sum for the mean states, and the reading loss."""
+    rows, pairs, start = [row for g in groups for row in g.rows], [], 0
     for g in groups:
         pairs += [(start + i, start + j) for i, j in comparisons(g.accepted)]
         start += len(g.rows)
     better, worse = torch.tensor(pairs, device=device).unbind(1)                             # [P], [P]
     with autocast(device):
-        hidden = model.model(ids)                                                            # [B, T, C]
-        scores = model.head(hidden[torch.arange(len(ids), device=device), lengths - 1])      # [B]
-        mean = (hidden * in_jd[..., None]).sum(1) / in_jd.sum(1, keepdim=True)               # [B, C]
-        means = model.head(mean)                                                             # [B]
+        hidden, in_jd = jd_states(model.model, rows, device)                                 # [B, R, C], [B, R]
+        lengths = in_jd.sum(1)                                                               # [B]
+        scores = model.head(hidden[torch.arange(len(rows), device=device), lengths - 1])     # [B]
+        means = model.head((hidden * in_jd[..., None]).sum(1) / lengths[:, None])            # [B]
+        reading = reading_loss(reader, hidden[in_jd], rows)
     loss = ranking_loss(scores[better], scores[worse]) * len(pairs)
-    beside = ranking_loss(means[better], means[worse]) * len(pairs)
-    return loss, loss + pooled * beside, len(pairs), (scores[better] > scores[worse]).sum()
+    beside = pooled * ranking_loss(means[better], means[worse]) * len(pairs)
+    return loss, (scores[better] > scores[worse]).sum(), beside, reading
 
 
-def train(model, codec, records, flags, seed, stage, device):
-    """Stage 2 on these decisions."""
+def train(model, reader, codec, records, flags, seed, stage, device):
+    """Stage 2 on these decisions. `reader`: stage 1's head of reading_loss, or a fresh one."""
     groups, dropped = make_groups(records, codec)
     if not groups:
         raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision: nothing to compare")
     stage.say(f"{stage.name}: {len(records)} decisions in {len(groups)} groups; {dropped} rejected ones dropped, "
               f"identical to an accepted one after truncation; cut: {codec.cut_cvs} CVs, {codec.cut_jds} JDs")
-    reader = nn.Linear(model.config.hidden_size, 1).to(device)
-    steps = stage.total(flags.read_steps + flags.steps)
-    optimizer = Optimizer(nn.ModuleList([model, reader]), flags, steps)
+    optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(flags.steps))
     longest, epoch, batches = [max(len(p) + len(j) for p, j in g.rows) for g in groups], 0, []
-    for step in range(steps):
+    for step in range(flags.steps):
+        if not batches:
+            batches = bucketed(longest, flags.groups, generator(seed, stage.name, "epoch", epoch))
+            epoch += 1
         draw = generator(seed, stage.name, step)
-        if step < flags.read_steps:
-            picks = torch.randint(len(records), (flags.read_batch,), generator=draw).tolist()
-            rows = [(codec.prompt(records[i].cv), codec.jd(records[i].jd)) for i in picks]
-            loss, accuracy = read_step(model, reader, rows, flags, device)
-        else:
-            if not batches:
-                batches = bucketed(longest, flags.groups, generator(seed, stage.name, "epoch", epoch))
-                epoch += 1
-            batch = [subsample(groups[i], flags.max_group, draw) for i in batches.pop()]
-            loss, accuracy = judge_step(model, batch, flags, device)
+        batch = [subsample(groups[i], flags.max_group, draw) for i in batches.pop()]
+        loss, accuracy, reading = judge_step(model, reader, batch, flags, device)
         if not np.isfinite(loss):
             raise BadInput(f"{stage.name}: the loss is not finite; lower --lr and --matrix-lr")
         optimizer.step(step)
-        phase = "read" if step < flags.read_steps else "judge"
-        stage.log(step=step + 1, phase=phase, loss=loss, accuracy=accuracy)
+        stage.log(step=step + 1, loss=loss, accuracy=accuracy, reading=reading)
         if (step + 1) % 100 == 0:
-            stage.say(f"{stage.name} {step + 1:4d}/{steps}  {phase}  loss {stage.mean('loss', 100):.4f}  "
-                      f"accuracy {stage.mean('accuracy', 100):.3f}")
+            stage.say(f"{stage.name} {step + 1:4d}/{flags.steps}  loss {stage.mean('loss', 100):.4f}  "
+                      f"accuracy {stage.mean('accuracy', 100):.3f}  reading loss {stage.mean('reading', 100):.4f}")
 
 
-def read_step(model, reader, rows, flags, device):
-    """Gradients of the reading loss; returns its value and the share of tokens that were right."""
-    total = right = 0.0
-    for k in range(flags.accumulate):
-        if part := rows[k::flags.accumulate]:
-            loss, accuracy = reading_loss(model, reader, part, device)
-            (loss * len(part) / len(rows)).backward()
-            total, right = total + float(loss.detach()) * len(part), right + accuracy * len(part)
-    return total / len(rows), right / len(rows)
-
-
-def judge_step(model, groups, flags, device):
-    """Gradients of the ranking loss; returns its value per comparison and the share that was right."""
-    pairs, total, correct = sum(len(comparisons(g.accepted)) for g in groups), 0.0, 0
+def judge_step(model, reader, groups, flags, device):
+    """Gradients of the objective; returns the ranking loss of a comparison, the share that came out right, and the
+    reading loss."""
+    pairs, rows = sum(len(comparisons(g.accepted)) for g in groups), sum(len(g.rows) for g in groups)
+    total, correct, total_reading = 0.0, 0, 0.0
     for k in range(flags.accumulate):
         if part := groups[k::flags.accumulate]:
-            loss, objective, _, right = batch_loss(model, part, flags.pooled, device)
-            (objective / pairs).backward()              # by pair: micro-batches add up to the gradient of the batch
+            loss, right, beside, reading = batch_loss(model, reader, part, flags.pooled, device)
+            share = sum(len(g.rows) for g in part) / rows
+            # by pair, and by row: micro-batches add up to the gradient of the whole batch
+            ((loss + beside) / pairs + flags.reading * share * reading).backward()
             total, correct = total + float(loss.detach()), correct + int(right)
-    return total / pairs, correct / pairs
+            total_reading += share * float(reading.detach())
+    return total / pairs, correct / pairs, total_reading
 
 
 def standardize(model, scores):

@@ -19,7 +19,8 @@ from dataclasses import field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from tqdm import tqdm
 
 
@@ -63,6 +64,13 @@ def read_json(path):
 
 def save_tensors(path, tensors):
     write_bytes(path, save(tensors, metadata={"format": "pt"}))
+
+
+def load_tensors(path):
+    try:
+        return load(Path(path).read_bytes())
+    except (OSError, SafetensorError) as e:
+        raise BadInput(f"{path}: cannot be read as safetensors ({e}); run the stage that writes it again")
 
 
 # ----------------------------------------------------------------------------------------- device and randomness
@@ -128,7 +136,7 @@ class Stage:
     """
 
     def __init__(self, run, name):
-        self.folder, self.name, self.start = Path(run) / name, name, time.perf_counter()
+        self.folder, self.name, self.start = Path(run) / name, name, time.time()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -169,7 +177,7 @@ class Stage:
 
     def finish(self, **summary):
         self.write_metrics()
-        summary |= {"seconds": round(time.perf_counter() - self.start, 1), "peak_rss_mb": peak_rss_mb()}
+        summary |= {"started": round(self.start, 1), "seconds": round(time.time() - self.start, 1), "peak_rss_mb": peak_rss_mb()}
         write_json(self.folder / "summary.json", summary)
         return summary
 

@@ -63,3 +63,11 @@ def test_sample_accuracy_counts_the_pairs_that_differ_in_truth():
 def test_data_figures_without_a_market_are_null():
     figures = evaluate.data_figures([], [Record("a", "b", True)], ["a"], None, 0)
     assert set(figures.values()) == {None} and "bayes_pair_accuracy" in figures
+
+
+def test_time_of_stages_side_by_side_counts_once():
+    def stage(start, seconds):
+        return {"started": start, "seconds": seconds}
+    assert evaluate.covered([stage(100, 5), stage(200, 7)]) == 12                       # a night between them is no work
+    assert evaluate.covered([stage(107, 10), stage(100, 5), stage(110, 2)]) == 15       # one inside another
+    assert evaluate.covered([stage(100, 5), stage(103, 5), stage(108, 1)]) == 9         # overlapping, and touching

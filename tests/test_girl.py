@@ -1,6 +1,7 @@
 """End to end: the smoke run, its files, its determinism, and what the command line says to bad input."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import girl
+import reward
 from data import Codec, half, train_tokenizer
 from model import Config, LanguageModel
 from run import BadInput
@@ -53,7 +55,11 @@ def test_smoke_run_writes_every_stage_and_the_results(smoke):
         assert {"valid_nll", "format_rate", "title_rate", "true_match", "true_match_ci95", "reward", "judge", "copy_rate",
                 "distinct_2", "length"} <= set(results[name])
     assert set(results["reward"]["one_change_accuracy"]) == {"skills", "years", "degree", "city", "field"}
-    assert results["seconds"]["total"] == pytest.approx(sum(v for k, v in results["seconds"].items() if k != "total"), abs=0.1)
+    # Reward model and judge run side by side: the time in which both were at work counts once.
+    seconds = results["seconds"]
+    everything = sum(v for k, v in seconds.items() if k != "total")
+    assert everything - min(seconds["reward"], seconds["judge"]) - 0.2 < seconds["total"] < everything
+    assert (a / "sft" / "reader.safetensors").exists()
     assert "The JD before PPO" in out and "The JD after PPO" in out
 
 
@@ -170,40 +176,72 @@ def tiny():
     return codec, LanguageModel(Config(codec.tokenizer.get_vocab_size(), 32, 64, 2, 2, 2))
 
 
+def nll_by_hand(lm, prompt, jd):
+    """-log P of each token but the first, from one full forward pass over the row alone: a list."""
+    logp = lm(torch.tensor([prompt + jd])).detach().log_softmax(-1)[0]
+    return [-float(logp[k - 1, token]) for k, token in enumerate(prompt + jd) if k > 0]
+
+
 def test_sft_loss_is_on_the_jd_and_its_end_only():
-    """Against -log P summed token by token, from one full forward pass."""
     codec, lm = tiny()
-    prompts, jds = [codec.prompt("a cook"), codec.prompt("a cook with skills")], [codec.jd("a job for"), codec.jd("a")]
-    loss, count = girl.sft_loss(lm, prompts, jds, 0.0, CPU)
-    by_hand = 0.0
-    for p, j in zip(prompts, jds):
-        logp = lm(torch.tensor([p + j])).detach().log_softmax(-1)[0]
-        by_hand -= sum(float(logp[len(p) + k - 1, token]) for k, token in enumerate(j))
-    assert count == len(jds[0]) + len(jds[1]) and jds[0][-1] == codec.eos
+    rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a"))]
+    loss, count, _ = girl.sft_loss(lm, None, [girl.Example(p, j, True, False) for p, j in rows], 0.0, CPU)
+    by_hand = sum(sum(nll_by_hand(lm, p, j)[len(p) - 1:]) for p, j in rows)
+    assert count == len(rows[0][1]) + len(rows[1][1]) and rows[0][1][-1] == codec.eos
     assert loss.item() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_sft_loss_ignores_what_the_cv_tokens_are_predicted_as():
+def test_sft_loss_learns_from_each_row_what_the_row_is_for():
+    """One row to write, one to read, one for both: the sums are those of the rows that are meant."""
+    codec, lm = tiny()
+    reader = torch.nn.Linear(32, 1)
+    rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a")),
+            (codec.prompt("skills"), codec.jd("knife skills"))]
+    examples = [girl.Example(*rows[0], True, False), girl.Example(*rows[1], False, True), girl.Example(*rows[2], True, True)]
+    loss, count, reading = girl.sft_loss(lm, reader, examples, 0.0, CPU)
+    assert count == len(rows[0][1]) + len(rows[2][1])
+    assert loss.item() == pytest.approx(sum(sum(nll_by_hand(lm, p, j)[len(p) - 1:]) for p, j in (rows[0], rows[2])), rel=1e-5)
+    states = torch.cat([lm.model(torch.tensor([p + j]))[0, len(p):] for p, j in rows[1:]])
+    assert reading.item() == pytest.approx(reward.reading_loss(reader, states, rows[1:]).item(), rel=1e-5)
+
+
+def test_sft_loss_counts_the_cv_tokens_at_their_weight():
     codec, lm = tiny()
     p, j = codec.prompt("a cook with skills"), codec.jd("a job")
-    plain, _ = girl.sft_loss(lm, [p], [j], 0.0, CPU)
-    with_cv, _ = girl.sft_loss(lm, [p], [j], 0.5, CPU)
-    logp = lm(torch.tensor([p + j])).detach().log_softmax(-1)[0]
-    cv_nll = -sum(float(logp[k - 1, p[k]]) for k in range(1, len(p)))
-    assert with_cv.item() - plain.item() == pytest.approx(0.5 * cv_nll, rel=1e-4)
+    examples = [girl.Example(p, j, True, False), girl.Example(codec.prompt("skills"), codec.jd("a cook for a"), False, False)]
+    plain, with_cv = (girl.sft_loss(lm, None, examples, weight, CPU)[0].item() for weight in (0.0, 0.5))
+    assert with_cv - plain == pytest.approx(0.5 * sum(nll_by_hand(lm, p, j)[:len(p) - 1]), rel=1e-4)
 
 
 def test_sft_gradient_accumulation_equals_the_big_batch():
     codec, _ = tiny()
-    batch = [(codec.prompt("a cook"), codec.jd("a job for a cook")), (codec.prompt("skills"), codec.jd("a")),
-             (codec.prompt("a cook with knife skills"), codec.jd("a job"))]
-    after = []
+    batch = [girl.Example(codec.prompt("a cook"), codec.jd("a job for a cook"), True, True),
+             girl.Example(codec.prompt("skills"), codec.jd("a"), True, False),
+             girl.Example(codec.prompt("a cook with knife skills"), codec.jd("a job"), False, True)]
+    after, logged = [], []
     for accumulate in (1, 3):
         _, lm = tiny()
+        reader = torch.nn.Linear(32, 1)
+        torch.nn.init.ones_(reader.weight)
+        torch.nn.init.zeros_(reader.bias)
         nothing = SimpleNamespace(step=lambda step: None)
-        girl.sft_step(lm, nothing, batch, 0, girl.SFTFlags(accumulate=accumulate), CPU)
-        after.append(torch.cat([p.grad.flatten() for p in lm.parameters()]))
+        logged.append(girl.sft_step(lm, reader, nothing, batch, 0, girl.SFTFlags(accumulate=accumulate), CPU))
+        after.append(torch.cat([p.grad.flatten() for p in [*lm.parameters(), *reader.parameters()]]))
     assert torch.allclose(after[0], after[1], atol=1e-6) and after[0].abs().sum() > 0
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5) and min(logged[0]) > 0
+
+
+def test_half_of_the_heads_start_with_equal_queries_and_keys():
+    """Also where several query heads share a key head: the first query head of the group is the one that is equal."""
+    codec, _ = tiny()
+    example = girl.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
+    for heads, kv_heads in ((4, 4), (4, 2), (2, 1)):
+        model = girl.new_model(codec, [example], girl.SFTFlags(hidden=32, layers=2, heads=heads, kv_heads=kv_heads), 0)
+        D = 32 // heads
+        for layer in model.model.layers:
+            q = layer.self_attn.q_proj.weight.view(kv_heads, heads // kv_heads, D, 32)[:, 0]
+            k = layer.self_attn.k_proj.weight.view(kv_heads, D, 32)
+            assert [bool((a == b).all()) for a, b in zip(q, k)] == [i < max(1, kv_heads // 2) for i in range(kv_heads)]
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
@@ -227,6 +265,17 @@ def test_bad_input_gets_one_line_and_exit_code_2(argv, says, tmp_path, capsys):
     assert girl.main([a.replace("{tmp}", str(tmp_path)) for a in argv]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert says in err and err.startswith("girl.py: ")
+
+
+def test_a_broken_file_of_stage_1_is_named_and_train_says_which_stages_failed(smoke, tmp_path):
+    (a, _), _ = smoke
+    shutil.copytree(a / "sft", tmp_path / "sft")
+    (tmp_path / "sft" / "reader.safetensors").write_bytes(b"broken")
+    done = run("train", "--smoke", "--run", tmp_path, "--data", a / "data")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("girl.py: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(lines) == 3 and all("reader.safetensors: cannot be read" in line for line in lines[:2])
+    assert "reward or judge failed" in lines[2]
 
 
 @pytest.mark.parametrize("argv", [["--help"]] + [[c, "--help"] for c in girl.HELP])

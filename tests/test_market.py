@@ -27,7 +27,7 @@ ANALYST = Person("data analyst", 3, 2, "Leeds", True,
 
 @pytest.fixture(scope="module")
 def split():
-    return draw_split(random.Random(1), people=200, jobs=3000, n_applications=8)
+    return draw_split(random.Random(1), people=300, jobs=3000, n_applications=8)
 
 
 # ------------------------------------------------------------------------------------------------------- the tables
@@ -384,7 +384,7 @@ def test_the_same_seed_draws_the_same_market_in_another_process():
 def test_taken_texts_are_not_used_again(split, kind):
     """The same draw, were some of its texts in another split already: none of them may come back."""
     taken = {getattr(r, kind) for r in split[0][:400]}
-    again, _ = draw_split(random.Random(1), people=200, jobs=3000, n_applications=8, taken=taken)
+    again, _ = draw_split(random.Random(1), people=300, jobs=3000, n_applications=8, taken=taken)
     assert again and not taken & {text for r in again for text in (r.cv, r.jd)}
 
 
@@ -393,6 +393,20 @@ def test_people_apply_by_taste_and_now_and_then_at_random():
     jobs = [KITCHEN] * 200 + [away] * 200
     chosen = [j for seed in range(100) for j in applications(random.Random(seed), CHEF, jobs, {"chef": range(400)}, 6)]
     assert 60 < sum(j >= 200 for j in chosen) < 0.5 * len(chosen)
+
+
+def test_who_applies_for_a_favourite_applies_for_the_posting_next_to_it():
+    """Of one title: that is the other posting of the same employer. A neighbour of another title is not."""
+    far = replace(KITCHEN, place="Exeter", skills=draw_job(random.Random(0), "electrician").skills)
+    jobs = [far] * 300
+    jobs[100], jobs[200] = KITCHEN, draw_job(random.Random(0), "electrician")
+    chefs = [j for j in range(300) if j != 200]
+    for favourite, beside in ((100, {99, 101}), (199, {198})):
+        jobs[100], jobs[favourite] = far, KITCHEN
+        for seed in range(20):
+            assert {favourite} | beside <= set(applications(random.Random(seed), CHEF, jobs, {"chef": chefs}, 6))
+    asked = [200 in applications(random.Random(seed), CHEF, jobs, {"chef": chefs}, 6) for seed in range(200)]
+    assert sum(asked) < 10                                      # only as the one random job of any occupation
 
 
 # ------------------------------------------------------------------------------------------------------- yardsticks

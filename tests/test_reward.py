@@ -73,7 +73,8 @@ def test_05_ranking_loss_of_a_huge_difference_is_finite():
 def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
     rows = [(row[:2], row[2:]) for row in ROWS]
     groups = [reward.Group(rows[:3], [True, False, False]), reward.Group([rows[3], rows[0]], [False, True])]
-    loss, objective, pairs, right = reward.batch_loss(reward_model, groups, 0.5, CPU)
+    reader = torch.nn.Linear(reward_model.config.hidden_size, 1)
+    loss, right, beside, reading = reward.batch_loss(reward_model, reader, groups, 0.5, CPU)
 
     def by_hand(s):
         return [s[0] - s[1], s[0] - s[2], s[0] - s[3]]
@@ -83,32 +84,65 @@ def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
 
     last = [score_alone(reward_model, row) for row in ROWS]
     # Beside it, half the same loss on the head's mean over the JD's tokens, one row at a time and without pads.
-    means = [reward_model.head(reward_model.model(torch.tensor([row]))[0, 2:].mean(0)).item() for row in ROWS]
+    states = [reward_model.model(torch.tensor([row]))[0, 2:] for row in ROWS]
+    means = [reward_model.head(x.mean(0)).item() for x in states]
     assert loss.item() == pytest.approx(loss_by_hand(last), abs=1e-5)
-    assert objective.item() == pytest.approx(loss_by_hand(last) + 0.5 * loss_by_hand(means), abs=1e-5)
-    assert pairs == 3 and int(right) == sum(d > 0 for d in by_hand(last))
+    assert beside.item() == pytest.approx(0.5 * loss_by_hand(means), abs=1e-5)
+    assert int(right) == sum(d > 0 for d in by_hand(last))
+    both = reward.reading_loss(reader, torch.cat([states[i] for i in (0, 1, 2, 3, 0)]), [rows[i] for i in (0, 1, 2, 3, 0)])
+    assert reading.item() == pytest.approx(both.item(), abs=1e-5)
+
+
+def test_a_prompt_is_read_once_and_its_jds_get_the_states_of_whole_rows(reward_model, monkeypatch):
+    """Among the rows: one prompt with two JDs, not side by side, and prompts and JDs of several lengths."""
+    rows = [([2, 3, 5], [4, 3, 8, EOS]), ([6, 9], [7, EOS]), ([2, 3, 5], [9, EOS]), ([5, 5, 6, 7, 8], [3, 4, 3, 3, EOS])]
+    read = []
+    body = reward_model.model
+    hidden, in_jd = reward.jd_states(lambda_body(body, read), rows, CPU)
+    assert read == [3, 4]                                       # three prompts, then four JDs
+    assert in_jd.sum(1).tolist() == [len(jd) for _, jd in rows]
+    for b, (prompt, jd) in enumerate(rows):
+        whole = body(torch.tensor([prompt + jd]))[0, len(prompt):]
+        torch.testing.assert_close(hidden[b, :len(jd)], whole, atol=1e-5, rtol=0)
+
+
+def test_gradients_pass_through_a_shared_prompt(reward_model):
+    rows = [([2, 3, 5], [4, 3, 8, EOS]), ([6, 9], [7, EOS]), ([2, 3, 5], [9, EOS])]
+    body, gradients = reward_model.model, []
+    for states in (lambda: sum(body(torch.tensor([p + jd]))[0, len(p):].square().sum(0) for p, jd in rows),
+                   lambda: torch.einsum("brc,br->c", *(lambda h, m: (h.square(), m.float()))(*reward.jd_states(body, rows, CPU)))):
+        body.zero_grad()
+        (states() * torch.linspace(-1, 1, body.config.hidden_size)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in body.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
+    assert gradients[0].abs().max() > 0.1
+
+
+def lambda_body(body, read):
+    """`body` that notes how many rows each of its calls had."""
+    def call(ids, *rest, **named):
+        read.append(len(ids))
+        return body(ids, *rest, **named)
+    call.layers = body.layers
+    return call
 
 
 def test_reading_loss_asks_of_each_jd_token_whether_the_cv_holds_it(reward_model):
-    rows = [([3, 4, 5], [4, 9, 1]), ([6, 7], [7, 7, 6, 8, 1])]
-    held = [[1, 0, 0], [1, 1, 1, 0, 0]]
+    rows = [([3, 4, 5], [4, 9, EOS]), ([6, 7], [7, 7, 6, 8, EOS])]
+    labels = [[1, 0, 1 / 2], [1, 1, 1, 0, 3 / 4]]               # the end answers for the others: the share that is held
     reader = torch.nn.Linear(reward_model.config.hidden_size, 1)
-    loss, right = reward.reading_loss(reward_model, reader, rows, CPU)
-    total, hits = 0.0, 0
-    for (prompt, jd), labels in zip(rows, held):
-        logits = reader(reward_model.model(torch.tensor([prompt + jd])))[0, len(prompt):, 0].tolist()
-        for z, label in zip(logits, labels):
-            p = 1 / (1 + math.exp(-z))
-            total -= math.log(p if label else 1 - p)
-            hits += (p > 0.5) == bool(label)
-    assert loss.item() == pytest.approx(total / 8, abs=1e-5) and right == pytest.approx(hits / 8)
+    states = [reward_model.model(torch.tensor([prompt + jd]))[0, len(prompt):] for prompt, jd in rows]
+    losses = []
+    for h, row in zip(states, labels):
+        p = torch.sigmoid(reader(h)[:, 0]).tolist()
+        losses.append([-(y * math.log(q) + (1 - y) * math.log(1 - q)) for q, y in zip(p, row)])
+    by_hand = sum(sum(row) / len(row) + row[-1] for row in losses) / 2
+    assert reward.reading_loss(reader, torch.cat(states), rows).item() == pytest.approx(by_hand, abs=1e-5)
 
 
-def test_reading_is_learned_before_judging(reward_model, codec, stage):
-    flags = reward.RewardFlags(read_steps=30, steps=2, groups=6, warmup=2)
-    reward.train(reward_model, codec, RECORDS, flags, 0, stage, CPU)
-    assert [row["phase"] for row in stage.rows] == ["read"] * 30 + ["judge"] * 2
-    assert stage.rows[29]["loss"] < 0.5 * stage.rows[0]["loss"]
+def test_reading_loss_of_a_jd_that_is_nothing_but_its_end(reward_model):
+    reader = torch.nn.Linear(2, 1)
+    assert math.isfinite(reward.reading_loss(reader, torch.ones(1, 2), [([3], [EOS])]).item())
 
 
 def test_05_accuracy_and_margin_by_hand():
@@ -126,14 +160,17 @@ RECORDS = [Record(cv, jd, cv == jd.split()[0]) for cv in ("nurse", "driver", "co
 
 def test_05_training_logs_loss_and_accuracy_and_learns(reward_model, codec, stage):
     before = copy.deepcopy(reward_model)
-    flags = reward.RewardFlags(read_steps=0, steps=30, groups=6, warmup=2, lr=3e-3)
-    reward.train(reward_model, codec, RECORDS, flags, 0, stage, CPU)
+    flags = reward.RewardFlags(steps=30, groups=6, warmup=2, lr=3e-3, matrix_lr=0.02)
+    reader = torch.nn.Linear(reward_model.config.hidden_size, 1)
+    reward.train(reward_model, reader, codec, RECORDS, flags, 0, stage, CPU)
 
     # The first row is that of the untrained model: all six groups, of three CVs and three JDs, in one step.
-    loss, _, pairs, right = reward.batch_loss(before, reward.make_groups(RECORDS, codec)[0], 0.0, CPU)
-    assert pairs == 12
-    assert stage.rows[0]["loss"] == pytest.approx(loss.item() / pairs, abs=1e-5)
-    assert stage.rows[0]["accuracy"] == pytest.approx(int(right) / pairs)
+    groups = reward.make_groups(RECORDS, codec)[0]
+    loss, right, _, _ = reward.batch_loss(before, reader, groups, 0.0, CPU)
+    assert sum(len(reward.comparisons(g.accepted)) for g in groups) == 12
+    assert stage.rows[0]["loss"] == pytest.approx(loss.item() / 12, abs=1e-5)
+    assert stage.rows[0]["accuracy"] == pytest.approx(int(right) / 12)
+    assert stage.rows[-1]["reading"] < 0.7 * stage.rows[0]["reading"]
     assert stage.rows[-1]["loss"] < 0.1 and stage.rows[-1]["accuracy"] == 1
 
 
@@ -142,12 +179,12 @@ def test_05_gradient_accumulation_equals_the_big_batch(reward_model, codec, stag
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
                         lambda parameters, clip: gradients.append([p.grad.clone() for p in parameters if p.grad is not None]))
     for accumulate in (1, 4):
-        flags = reward.RewardFlags(read_steps=1, steps=1, groups=6, accumulate=accumulate, lr=1e-9, matrix_lr=1e-9)
+        flags = reward.RewardFlags(steps=1, groups=6, accumulate=accumulate, lr=1e-9, matrix_lr=1e-9)
         torch.manual_seed(0)
-        reward.train(copy.deepcopy(reward_model), codec, RECORDS[:-1], flags, 0, stage, CPU)
-    judge = [{k: v for k, v in row.items() if k != "phase"} for row in stage.rows if row["phase"] == "judge"]
-    assert judge[0] == pytest.approx(judge[1], abs=1e-5)
-    torch.testing.assert_close(gradients[1], gradients[3], atol=1e-5, rtol=1e-4)
+        reader = torch.nn.Linear(reward_model.config.hidden_size, 1)
+        reward.train(copy.deepcopy(reward_model), reader, codec, RECORDS[:-1], flags, 0, stage, CPU)
+    assert stage.rows[0] == pytest.approx(stage.rows[1], abs=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 
 
 def test_auc_equals_the_share_of_right_pairs():

@@ -231,7 +231,9 @@ def train_reward(run, folder, flags, seed, device, judge):
     records = [r for r in records if half(r.cv) == part]
     with Stage(run, name) as stage:
         torch.manual_seed(generator(seed, name, "init").initial_seed())
-        model = load_model(run / "sft", RewardModel, device)
+        model = load_model(run / "sft", RewardModel)
+        model.add_averaging_block()
+        model.to(device)
         reader = nn.Linear(model.config.hidden_size, 1)
         reader.load_state_dict(load_tensors(run / "sft" / "reader.safetensors"))
         reward.train(model, reader.to(device), codec, records, flags, seed, stage, device)

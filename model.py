@@ -11,7 +11,7 @@ Left out: dropout (PPO compares log-probabilities of two passes, which must agre
 """
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -141,8 +141,8 @@ class Transformer(nn.Module):
                 std = c.initializer_range / (math.sqrt(2 * c.num_hidden_layers) if writes else 1)
                 nn.init.normal_(p, std=std)
 
-    def forward(self, ids, mask=None, caches=None):
-        """ids [B, T] -> hidden states [B, T, C].
+    def forward(self, ids, mask=None, caches=None, before_last=False):
+        """ids [B, T] -> hidden states [B, T, C]; with `before_last` also what the last block is given, normed likewise.
 
         mask [B, T], True at real tokens: needed where rows are padded on the left, or with `caches` (then
         [B, past + T]). Without it rows may be padded on the right only: a causal model never sees what is behind."""
@@ -160,8 +160,9 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids)                                                           # [B, T, C]
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, layer in enumerate(self.layers):
+            given = x
             x = layer(x, cos, sin, visible, caches[i] if caches else None)
-        return self.norm(x)                                                                  # [B, T, C]
+        return (self.norm(x), self.norm(given)) if before_last else self.norm(x)             # [B, T, C]
 
 
 class LanguageModel(nn.Module):
@@ -196,6 +197,27 @@ class RewardModel(nn.Module):
         # Stiennon et al. 2020, arXiv 2009.01325: std 1/sqrt(d + 1). No bias: a pair's loss could not teach one.
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(c.hidden_size + 1))
         self.center = center        # subtracted from every score; kept in config.json
+
+    @torch.no_grad()
+    def add_averaging_block(self, gain=10.0):
+        """One more block, for a body that comes from a language model: there no end-of-text was ever asked for anything,
+        and its state holds nothing of what the tokens before it know.
+
+        The block starts as an average, and training makes a better one of it. Zero queries look at all tokens alike,
+        orthogonal values and their transposed outputs hand their states on unchanged, and `gain` outweighs what the last
+        token itself brings. The MLP starts at zero."""
+        self.config = self.model.config = replace(self.config, num_hidden_layers=self.config.num_hidden_layers + 1)
+        block = Block(self.config)
+        a = block.self_attn
+        nn.init.zeros_(a.q_proj.weight)
+        nn.init.normal_(a.k_proj.weight, std=self.config.hidden_size ** -0.5)
+        nn.init.orthogonal_(a.v_proj.weight)                                                 # [K D, C]
+        values = a.v_proj.weight.view(a.K, a.D, -1).repeat_interleave(a.H // a.K, dim=0)     # [H, D, C]
+        a.o_proj.weight.copy_(gain * a.K / a.H * values.reshape(a.H * a.D, -1).T)            # [C, H D]
+        for up in (block.mlp.gate_proj, block.mlp.up_proj):
+            nn.init.normal_(up.weight, std=self.config.hidden_size ** -0.5)
+        nn.init.zeros_(block.mlp.down_proj.weight)
+        self.model.layers.append(block)
 
     def forward(self, ids, lengths):
         """ids [B, T] padded on the right, lengths [B] -> scores [B]."""

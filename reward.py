@@ -6,14 +6,15 @@
                                               rejected CV of one JD
 
 Algorithm:
-1. Take stage 1's body with a fresh scalar head, read at the last token of  prompt(C) + J + end-of-text.
+1. Take stage 1's body, add a block that starts as an average over all tokens, and a fresh scalar head, read at the last
+   token of  prompt(C) + J + end-of-text.
 2. Gather the decisions into groups: all decisions on one CV, all decisions on one JD. Every text of a group is scored
    once, and every (accepted, rejected) pair inside the group is a comparison (as in Ouyang et al. 2022, arXiv 2203.02155,
    section 3.5: all comparisons of one prompt belong into one batch).
-3. A comparison teaches one bit; two losses beside it help to find where the answer lies. The same loss on the mean state
-   of the JD's tokens reaches each token directly, where the last token must first learn to look. And reading, learned in
-   stage 1, must not be forgotten: another head says for each token of the JD whether the CV holds it too. The learning
-   rate is low for the same reason: at stage 1's rate the model forgot in 150 steps how to compare two texts.
+3. A comparison teaches one bit; two losses beside it help to find where the answer lies. The same loss on the mean of
+   what the JD's tokens hand to the last block reaches each of them directly. And reading, learned in stage 1, must not be
+   forgotten: another head says for each of them whether the CV holds it too. The learning rate is low for the same
+   reason: at stage 1's rate the model forgot in 150 steps how to compare two texts.
 4. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
 
 Left out: a margin in the loss, a loss on the absolute score, ensembles.
@@ -34,15 +35,15 @@ from run import BadInput, Optimizer, autocast, flag, generator
 
 @dataclass
 class RewardFlags:
-    steps: int = flag(1100, "optimizer steps")
+    steps: int = flag(1000, "optimizer steps")
     groups: int = flag(8, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
     max_group: int = flag(8, "decisions of a group used in a step")
     accumulate: int = flag(1, "micro-batches that a step is cut into, to save memory")
-    lr: float = flag(1e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
-    matrix_lr: float = flag(0.003, "peak learning rate of Muon, for the layers' matrices")
+    lr: float = flag(2e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
+    matrix_lr: float = flag(0.005, "peak learning rate of Muon, for the layers' matrices")
     warmup: int = flag(50, "steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
-    pooled: float = flag(1.0, "weight of the loss on the mean state of the JD's tokens")
+    pooled: float = flag(1.0, "weight of the loss on the mean state of the JD's tokens before the last block")
     reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
     samples: int = flag(256, "samples of the generator that fix the score's mean 0 and standard deviation 1")
 
@@ -139,7 +140,8 @@ def pair_metrics(records, scores):
 
 # ------------------------------------------------------------------------------------------------------ training
 def jd_states(body, rows, device):
-    """(prompt, JD) rows -> the hidden states of the JDs' tokens [B, R, C], and which are real [B, R].
+    """(prompt, JD) rows -> the hidden states of the JDs' tokens, behind and before the last block, [B, R, C] both, and
+    which tokens are real [B, R].
 
     Each different prompt is read once, however many JDs go with it."""
     numbers = {}
@@ -150,7 +152,7 @@ def jd_states(body, rows, device):
     in_jd = torch.arange(jds.shape[1], device=device) < jd_lengths[:, None]                  # [B, R]
     shared = [SharedPrompts(owner) for _ in body.layers]
     body(prompts, caches=shared)
-    return body(jds, torch.cat((in_prompt[owner], in_jd), dim=1), shared), in_jd
+    return *body(jds, torch.cat((in_prompt[owner], in_jd), dim=1), shared, before_last=True), in_jd
 
 
 def reading_loss(reader, states, rows):
@@ -169,18 +171,18 @@ def reading_loss(reader, states, rows):
 
 def batch_loss(model, reader, groups, pooled, device):
     """Over all comparisons of these groups: the sum of -log sigmoid, how many came out right, `pooled` times the same
-    sum for the mean states, and the reading loss."""
+    sum for the mean state of each JD before the last block, and the reading loss."""
     rows, pairs, start = [row for g in groups for row in g.rows], [], 0
     for g in groups:
         pairs += [(start + i, start + j) for i, j in comparisons(g.accepted)]
         start += len(g.rows)
     better, worse = torch.tensor(pairs, device=device).unbind(1)                             # [P], [P]
     with autocast(device):
-        hidden, in_jd = jd_states(model.model, rows, device)                                 # [B, R, C], [B, R]
+        hidden, given, in_jd = jd_states(model.model, rows, device)                          # [B, R, C] twice, [B, R]
         lengths = in_jd.sum(1)                                                               # [B]
         scores = model.head(hidden[torch.arange(len(rows), device=device), lengths - 1])     # [B]
-        means = model.head((hidden * in_jd[..., None]).sum(1) / lengths[:, None])            # [B]
-        reading = reading_loss(reader, hidden[in_jd], rows)
+        means = model.head((given * in_jd[..., None]).sum(1) / lengths[:, None])             # [B]
+        reading = reading_loss(reader, given[in_jd], rows)
     loss = ranking_loss(scores[better], scores[worse]) * len(pairs)
     beside = pooled * ranking_loss(means[better], means[worse]) * len(pairs)
     return loss, (scores[better] > scores[worse]).sum(), beside, reading

@@ -83,8 +83,11 @@ def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
         return sum(math.log(1 + math.exp(-d)) for d in by_hand(s))
 
     last = [score_alone(reward_model, row) for row in ROWS]
-    # Beside it, half the same loss on the head's mean over the JD's tokens, one row at a time and without pads.
-    states = [reward_model.model(torch.tensor([row]))[0, 2:] for row in ROWS]
+    # Beside it, half the same loss on the head's mean over the JD's tokens, one row at a time and without pads, by a body
+    # that stops before its last block.
+    shorter = copy.deepcopy(reward_model.model)
+    del shorter.layers[-1]
+    states = [shorter(torch.tensor([row]))[0, 2:] for row in ROWS]
     means = [reward_model.head(x.mean(0)).item() for x in states]
     assert loss.item() == pytest.approx(loss_by_hand(last), abs=1e-5)
     assert beside.item() == pytest.approx(0.5 * loss_by_hand(means), abs=1e-5)
@@ -98,19 +101,22 @@ def test_a_prompt_is_read_once_and_its_jds_get_the_states_of_whole_rows(reward_m
     rows = [([2, 3, 5], [4, 3, 8, EOS]), ([6, 9], [7, EOS]), ([2, 3, 5], [9, EOS]), ([5, 5, 6, 7, 8], [3, 4, 3, 3, EOS])]
     read = []
     body = reward_model.model
-    hidden, in_jd = reward.jd_states(lambda_body(body, read), rows, CPU)
+    hidden, given, in_jd = reward.jd_states(lambda_body(body, read), rows, CPU)
+    shorter = copy.deepcopy(body)
+    del shorter.layers[-1]
     assert read == [3, 4]                                       # three prompts, then four JDs
     assert in_jd.sum(1).tolist() == [len(jd) for _, jd in rows]
     for b, (prompt, jd) in enumerate(rows):
         whole = body(torch.tensor([prompt + jd]))[0, len(prompt):]
         torch.testing.assert_close(hidden[b, :len(jd)], whole, atol=1e-5, rtol=0)
+        torch.testing.assert_close(given[b, :len(jd)], shorter(torch.tensor([prompt + jd]))[0, len(prompt):], atol=1e-5, rtol=0)
 
 
 def test_gradients_pass_through_a_shared_prompt(reward_model):
     rows = [([2, 3, 5], [4, 3, 8, EOS]), ([6, 9], [7, EOS]), ([2, 3, 5], [9, EOS])]
     body, gradients = reward_model.model, []
     for states in (lambda: sum(body(torch.tensor([p + jd]))[0, len(p):].square().sum(0) for p, jd in rows),
-                   lambda: torch.einsum("brc,br->c", *(lambda h, m: (h.square(), m.float()))(*reward.jd_states(body, rows, CPU)))):
+                   lambda: torch.einsum("brc,br->c", *(lambda h, _, m: (h.square(), m.float()))(*reward.jd_states(body, rows, CPU)))):
         body.zero_grad()
         (states() * torch.linspace(-1, 1, body.config.hidden_size)).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in body.parameters()]))
@@ -204,6 +210,27 @@ def test_auc_of_a_perfect_a_reversed_and_a_missing_order():
 
 
 # ------------------------------------------------------------------------------------------------------ the head
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_the_added_block_starts_as_an_average_over_all_tokens(config, kv_heads):
+    """By hand: what the last token brings, plus gain times the mean of all tokens' normed states (with fewer key-value
+    heads than heads, of what of them fits through the values)."""
+    model = RewardModel(replace(config, num_key_value_heads=kv_heads))
+    x = []
+    model.model.norm.register_forward_pre_hook(lambda _, states: x.append(states[0]))
+    ids, lengths = pad_right([ROWS[0]])
+    model(ids, lengths)
+    model.add_averaging_block(gain=7.0)
+    score = model(ids, lengths).item()
+    assert model.config.num_hidden_layers == config.num_hidden_layers + 1 == len(model.model.layers)
+    x = x[0][0]                                                                              # [T, C] before the norm
+    normed = x / (x.square().mean(1, keepdim=True) + config.rms_norm_eps).sqrt()
+    values = model.model.layers[-1].self_attn.v_proj.weight                                  # [K D, C], orthonormal rows
+    torch.testing.assert_close(values @ values.T, torch.eye(len(values)), atol=1e-5, rtol=0)
+    state = x[-1] + 7.0 * normed.mean(0) @ values.T @ values
+    state = state / (state.square().mean() + config.rms_norm_eps).sqrt()
+    assert score == pytest.approx((state @ model.score.weight[0]).item(), abs=1e-4)
+
+
 def test_06_head_starts_with_std_one_over_sqrt_d_plus_1_and_no_bias(config):
     """At d = 2 it is 0.577; 1/sqrt(d) would be 0.707. 2000 heads give it to 1 %."""
     tiny = replace(config, hidden_size=2, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=0)

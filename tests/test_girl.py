@@ -77,7 +77,7 @@ def test_generator_and_reward_model_learn_from_half_a_and_the_judge_from_half_b(
         seen[name] = {half(cv) for cv in cvs}
         raise BadInput(name)
 
-    monkeypatch.setattr(girl.reward, "train", lambda model, codec, records, flags, seed, stage, device:
+    monkeypatch.setattr(girl.reward, "train", lambda model, reader, codec, records, flags, seed, stage, device:
                         stop(stage.name, [r.cv for r in records]))
     monkeypatch.setattr(girl.ppo, "train", lambda policy, reward_model, codec, cvs, *rest: stop("ppo", cvs))
     known = {json.loads(line)["cv"] for line in (a / "data" / "train.jsonl").open()}
@@ -110,7 +110,7 @@ def test_another_seed_gives_another_market(tmp_path):
 def test_finished_stages_are_not_run_again(smoke):
     (a, _), _ = smoke
     before = {p: p.stat().st_mtime_ns for p in a.rglob("*.safetensors")}
-    assert len(before) == 5
+    assert len(before) == 6
     assert girl.main(["train", "--smoke", "--seed", "1", "--out", str(a)]) == 0
     assert before == {p: p.stat().st_mtime_ns for p in a.rglob("*.safetensors")}
 

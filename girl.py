@@ -33,7 +33,6 @@ import ppo
 import reward
 from data import SPLITS, Codec, bucketed, half, load_tokenizer, pad_right, read_records, save_tokenizer
 from model import Config, LanguageModel, RewardModel, generate, load_model, save_model
-from reward import reading_loss
 from run import BadInput, Optimizer, Stage, autocast, finished, flag, generator, load_tensors, pick_device, read_json, save_tensors, write_json
 
 
@@ -96,7 +95,7 @@ def sft_loss(model, reader, examples, cv_loss, device):
             of_cv = ((at < starts) & write)[:, 1:]
             loss = loss + cv_loss * F.cross_entropy(model.lm_head(before[of_cv]).float(), targets[of_cv], reduction="sum")
         to_read = [(e.prompt, e.jd) for e in examples if e.read]
-        reading = reading_loss(reader, hidden[in_jd & read], to_read) if to_read else torch.zeros(())
+        reading = reward.reading_loss(reader, hidden[in_jd & read], to_read) if to_read else torch.zeros(())
     return loss, int(to_write.sum()), reading
 
 
@@ -130,7 +129,7 @@ def train_sft(run, folder, flags, seed, device):
         reader = nn.Linear(flags.hidden, 1).to(device)
 
         # 2. The warm-up teaches to compare two texts, which a JD asks for and which a model from scratch is slow to find out:
-        #    to copy (the CV stands in the JD's place), and to read (two decisions for each copy, accepted or not).
+        #    to copy (the CV stands in the JD's place), and to read, for each copy in one decision and in one random JD.
         copies = [Example(codec.prompt(cv), codec.jd(cv), True, False) for cv in sorted({r.cv for r in train})]
         draw = generator(seed, "sft-warm-up")
         some = [train[i] for i in torch.randperm(len(train), generator=draw)[:len(copies)].tolist()]
@@ -175,9 +174,9 @@ def new_model(codec, examples, flags, seed):
         # Half of the heads start with equal queries and keys: a token then looks for its like, which is how one text is
         # found in another (Trockman and Kolter 2023, arXiv 2305.09828).
         for attention in (layer.self_attn for layer in model.model.layers):
-            half = max(1, attention.K // 2) * attention.D
+            rows = max(1, attention.K // 2) * attention.D
             queries = attention.q_proj.weight.view(attention.K, -1, attention.D, flags.hidden)[:, 0]     # first of each group
-            attention.k_proj.weight[:half] = queries.reshape(-1, flags.hidden)[:half]
+            attention.k_proj.weight[:rows] = queries.reshape(-1, flags.hidden)[:rows]
     return model
 
 
@@ -304,6 +303,9 @@ def score_one(args, device):
 # ---------------------------------------------------------------------------------------------------- commands
 def make_data(args):
     flags = from_args(DataFlags, args)
+    for name, value in vars(flags).items():
+        if value < 1:
+            raise BadInput(f"data: --{name.replace('_', '-')} {value}: must be at least 1")
     start = time.time()
     market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
     write_json(Path(args.out) / "summary.json", {"started": round(start, 1), "seconds": round(time.time() - start, 1)})

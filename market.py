@@ -17,11 +17,12 @@ Also left out: pay does not enter the match (it follows the job's level), and no
 """
 import random
 import re
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data import Record, write_records
-from run import write_json
+from run import BadInput, write_json
 
 # ------------------------------------------------------------------------------------------- the tables: edit these
 # The order of DEGREES is the order of levels 0..3.
@@ -361,14 +362,22 @@ def taste(person, ambition, job):
     return 16 * coverage(person, job) + 3 * near(person, job) - 0.5 * reach - abs(job.degree - person.degree)
 
 
-def applications(rng, person, jobs, title_jobs, n):
+def in_pools(jobs):
+    """Where people look: (title, place) -> indices into `jobs`; (title, None) -> those of all places."""
+    pools = defaultdict(list)
+    for i, job in enumerate(jobs):
+        pools[job.title, job.place].append(i)
+        pools[job.title, None].append(i)
+    return pools
+
+
+def applications(rng, person, jobs, pools, n):
     """Indices of the jobs that one person applies for. First n - 3 by taste, and the same employer's other posting next
     to the favourite: two jobs that differ in one field teach best what that field is worth. Then two at random of the
-    occupation, one nearby and one anywhere, and for every second person one of any occupation.
-    `title_jobs`: title -> indices into `jobs`."""
+    occupation, one nearby and one anywhere, and for every second person one of any occupation."""
     ambition = rng.gauss(1.5, 2.0)
-    mine = title_jobs[person.title]
-    local = [j for j in mine if near(person, jobs[j])]
+    mine = pools[person.title, None]
+    local = pools[person.title, person.city] + (pools[person.title, REMOTE] if person.remote else [])
     seen = list(dict.fromkeys(rng.sample(local, min(120, len(local))) + rng.sample(mine, min(20, len(mine)))))
     liking = {j: taste(person, ambition, jobs[j]) + rng.gauss(0, 1) for j in seen}
     chosen = sorted(seen, key=liking.get, reverse=True)[:max(n - 3, 1)]
@@ -389,14 +398,18 @@ def blend(rng, skills):
     return alphabetical([fake if s == a else s for s in skills])
 
 
+# The kinds of spoil(). The first two are drawn more often: no other decision shows that the right skills under a wrong
+# title are worth nothing, and slips are what the samples of a language model suffer from.
+SPOILT = ("title",) * 4 + ("slip",) * 5 + ("duty", "padded", "repeated", "short", "blended", "seniority", "pay", "cut", "twice",
+                                          "shuffled", "empty")
+
+
 def spoil(rng, job, layout):
     """A JD that nobody would post, made from a good one: what a policy tries when it looks for gaps in a reward model.
     The true match of each is 0 or a tenth of the good one's."""
-    o, other = BY_TITLE[job.title], BY_TITLE[rng.choice([t for t in BY_TITLE if BY_TITLE[t].field != BY_TITLE[job.title].field])]
-    text = write_jd(job, layout)
-    words = text.split(" ")
-    # Titles three times: no other decision shows that the right skills under a wrong title are worth nothing.
-    kind = rng.choice(("title", "title", "title", "padded", "repeated", "short", "blended", "duty", "seniority", "pay", "cut", "twice", "shuffled", "empty"))
+    o, text = BY_TITLE[job.title], write_jd(job, layout)
+    words, other = text.split(" "), BY_TITLE[rng.choice([t for t in BY_TITLE if BY_TITLE[t].field != o.field])]
+    kind = rng.choice(SPOILT)
     if kind == "padded":
         more = [s for s in o.skills if s not in job.skills]
         return write_jd(replace(job, skills=alphabetical(job.skills + tuple(rng.sample(more, rng.randint(3, 6))))), layout)
@@ -412,7 +425,11 @@ def spoil(rng, job, layout):
     if kind == "title":         # of another field of work: "plumber", and then the skills of a nurse
         return write_jd(replace(job, title=other.title, duty=rng.choice(other.duties)), layout)
     if kind == "duty":
-        return write_jd(replace(job, duty=rng.choice(other.duties)), layout)
+        return write_jd(replace(job, duty=rng.choice(BY_TITLE[rng.choice([t for t in BY_TITLE if t != o.title])].duties)), layout)
+    if kind == "slip":          # a value in the place of another: "Pay: joinery, measuring"
+        values = [job.title, job.place, years_text(job.years, "+"), DEGREES[job.degree], job.duty, f"{job.pay[0]}k", *job.skills]
+        old, new = rng.sample(values, 2)
+        return text.replace(old, new, 1)
     if kind == "seniority":
         wrong = {seniority(years) for years in range(MAX_YEARS_ASKED)} - {seniority(job.years)}
         return text.replace(f"{seniority(job.years)}, ", rng.choice(sorted(wrong)) + ", ")
@@ -505,7 +522,7 @@ def yardsticks(rng, train_cvs, train_jds, cvs):
 
 # ------------------------------------------------------------------------------------------------------- the data set
 def draw_split(rng, people, jobs, n_applications, taken=frozenset()):
-    """Every decision of one split, and probes: a spoiled copy of an accepted JD for every second person who has one.
+    """Every decision of one split, and probes: a spoiled copy of an accepted JD for every person who has one.
     No text in `taken` is used: no CV and no JD may be in two splits."""
     all_jobs, texts = [], []
     while len(all_jobs) < jobs:
@@ -515,7 +532,9 @@ def draw_split(rng, people, jobs, n_applications, taken=frozenset()):
         if text not in taken:
             all_jobs.append(job)
             texts.append(text)
-    title_jobs = {title: [i for i, job in enumerate(all_jobs) if job.title == title] for title in BY_TITLE}
+    pools = in_pools(all_jobs)
+    if without := [title for title in BY_TITLE if not pools[title, None]]:
+        raise BadInput(f"data: among {jobs} jobs there is none for a {without[0]}; raise --jobs")
     decisions, probes = [], []
     for _ in range(people):
         person = draw_person(rng)
@@ -523,10 +542,10 @@ def draw_split(rng, people, jobs, n_applications, taken=frozenset()):
         if cv in taken:
             continue
         accepted = []
-        for j in applications(rng, person, all_jobs, title_jobs, n_applications):
+        for j in applications(rng, person, all_jobs, pools, n_applications):
             decisions.append(Record(cv, texts[j], rng.random() < match(person, all_jobs[j])))
             accepted += [all_jobs[j]] if decisions[-1].accepted else []
-        if accepted and rng.random() < 0.5:
+        if accepted:
             probes.append(Record(cv, spoil(rng, rng.choice(accepted), rng.randrange(len(JD_LAYOUTS))), False))
     return decisions, probes
 

@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
-from run import BadInput, save_tensors, write_json
+from run import BadInput, load_tensors, save_tensors, write_json
 
 
 @dataclass
@@ -200,8 +199,8 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def add_averaging_block(self, gain=10.0):
-        """One more block, for a body that comes from a language model: there no end-of-text was ever asked for anything,
-        and its state holds nothing of what the tokens before it know.
+        """One more block, for a body that comes from a language model: there end-of-text was hardly ever asked for
+        anything, and its state holds little of what the tokens before it know.
 
         The block starts as an average, and training makes a better one of it. Zero queries look at all tokens alike,
         orthogonal values and their transposed outputs hand their states on unchanged, and `gain` outweighs what the last
@@ -345,10 +344,7 @@ def load_model(folder, kind=LanguageModel, device="cpu"):
     except (TypeError, RuntimeError) as e:
         raise BadInput(f"{folder}/config.json: no model has these sizes ({e})")
     path = Path(folder) / "model.safetensors"
-    try:
-        weights = load_file(path)
-    except Exception as e:                                  # safetensors has its own error class, and OSError
-        raise BadInput(f"{path}: cannot be read as safetensors ({e})")
+    weights = load_tensors(path)
     if kind is RewardModel and raw.get("architectures") == [LanguageModel.architecture]:
         weights.pop("lm_head.weight", None)
         weights["score.weight"] = model.score.weight.detach()

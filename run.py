@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 
@@ -68,7 +68,7 @@ def save_tensors(path, tensors):
 
 def load_tensors(path):
     try:
-        return load(Path(path).read_bytes())
+        return load_file(path)
     except (OSError, SafetensorError) as e:
         raise BadInput(f"{path}: cannot be read as safetensors ({e}); run the stage that writes it again")
 

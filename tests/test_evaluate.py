@@ -69,5 +69,5 @@ def test_time_of_stages_side_by_side_counts_once():
     def stage(start, seconds):
         return {"started": start, "seconds": seconds}
     assert evaluate.covered([stage(100, 5), stage(200, 7)]) == 12                       # a night between them is no work
-    assert evaluate.covered([stage(107, 10), stage(100, 5), stage(110, 2)]) == 15       # one inside another
+    assert evaluate.covered([stage(107, 10), stage(100, 5), stage(110, 2), stage(113, 6)]) == 17    # one inside another
     assert evaluate.covered([stage(100, 5), stage(103, 5), stage(108, 1)]) == 9         # overlapping, and touching

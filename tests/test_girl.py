@@ -254,7 +254,9 @@ def test_half_of_the_heads_start_with_equal_queries_and_keys():
     (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/missing.txt"], "missing.txt: No such file"),
     (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/empty.txt"], "empty.txt: empty"),
     (["score", "--reward", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--jd", "{tmp}/cv.txt"], "not a model's config"),
-    (["data", "--out", "{tmp}/cv.txt/x", "--people", "5", "--held-out", "2", "--jobs", "50"], "cannot be written"),
+    (["data", "--out", "{tmp}/cv.txt/x", "--people", "5", "--held-out", "2", "--jobs", "600"], "cannot be written"),
+    (["data", "--out", "{tmp}/x", "--people", "5", "--jobs", "20"], "raise --jobs"),
+    (["data", "--out", "{tmp}/x", "--held-out", "0"], "--held-out 0: must be at least 1"),
 ])
 def test_bad_input_gets_one_line_and_exit_code_2(argv, says, tmp_path, capsys):
     (tmp_path / "cv.txt").write_text("a chef")

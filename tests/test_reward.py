@@ -96,12 +96,12 @@ def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
     assert reading.item() == pytest.approx(both.item(), abs=1e-5)
 
 
-def test_a_prompt_is_read_once_and_its_jds_get_the_states_of_whole_rows(reward_model, monkeypatch):
+def test_a_prompt_is_read_once_and_its_jds_get_the_states_of_whole_rows(reward_model):
     """Among the rows: one prompt with two JDs, not side by side, and prompts and JDs of several lengths."""
     rows = [([2, 3, 5], [4, 3, 8, EOS]), ([6, 9], [7, EOS]), ([2, 3, 5], [9, EOS]), ([5, 5, 6, 7, 8], [3, 4, 3, 3, EOS])]
     read = []
     body = reward_model.model
-    hidden, given, in_jd = reward.jd_states(lambda_body(body, read), rows, CPU)
+    hidden, given, in_jd = reward.jd_states(noting(body, read), rows, CPU)
     shorter = copy.deepcopy(body)
     del shorter.layers[-1]
     assert read == [3, 4]                                       # three prompts, then four JDs
@@ -124,8 +124,8 @@ def test_gradients_pass_through_a_shared_prompt(reward_model):
     assert gradients[0].abs().max() > 0.1
 
 
-def lambda_body(body, read):
-    """`body` that notes how many rows each of its calls had."""
+def noting(body, read):
+    """`body`, with a list in which each of its calls notes how many rows it had."""
     def call(ids, *rest, **named):
         read.append(len(ids))
         return body(ids, *rest, **named)

@@ -13,6 +13,7 @@ Left out: packing several pairs into one row (rows are bucketed by length instea
 Shapes: B rows, T tokens, C hidden size, V vocabulary.
 """
 import argparse
+import fcntl
 import math
 import os
 import subprocess
@@ -39,22 +40,22 @@ from run import BadInput, Optimizer, Stage, autocast, finished, flag, generator,
 # ------------------------------------------------------------------------------------------------------- flags
 @dataclass
 class DataFlags:
-    people: int = flag(30000, "job seekers in train")
+    people: int = flag(60000, "job seekers in train")
     held_out: int = flag(1000, "job seekers in valid, and in test")
-    jobs: int = flag(12000, "jobs on offer in each split")
+    jobs: int = flag(60000, "jobs on offer in each split")
     applications: int = flag(6, "jobs that each of them applies for, about")
 
 
 @dataclass
 class SFTFlags:
-    epochs: float = flag(3.5, "passes over the accepted pairs of half A")
-    batch: int = flag(32, "pairs in an optimizer step")
+    epochs: float = flag(1.3, "passes over the accepted pairs of half A")
+    batch: int = flag(16, "pairs in an optimizer step")
     accumulate: int = flag(1, "micro-batches that a batch is cut into, to save memory")
     lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
-    matrix_lr: float = flag(0.02, "peak learning rate of Muon, for the layers' matrices")
-    warmup: int = flag(50, "steps of linear warm-up")
+    matrix_lr: float = flag(0.006, "peak learning rate of Muon, for the layers' matrices")
+    warmup: int = flag(100, "steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
-    warm_steps: int = flag(450, "steps before all others in which the model learns to copy the CV, and to compare it with a JD")
+    warm_steps: int = flag(900, "steps before all others in which the model learns to copy the CV, and to compare it with a JD")
     reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
     cv_loss: float = flag(0.0, "weight of the loss on the CV's own tokens")
     hidden: int = flag(128, "C, the hidden size")
@@ -130,12 +131,14 @@ def train_sft(run, folder, flags, seed, device):
 
         # 2. The warm-up teaches to compare two texts, which a JD asks for and which a model from scratch is slow to find out:
         #    to copy (the CV stands in the JD's place), and to read, for each copy in one decision and in one random JD.
-        copies = [Example(codec.prompt(cv), codec.jd(cv), True, False) for cv in sorted({r.cv for r in train})]
-        draw = generator(seed, "sft-warm-up")
-        some = [train[i] for i in torch.randperm(len(train), generator=draw)[:len(copies)].tolist()]
-        other = [train[i].jd for i in torch.randperm(len(train), generator=draw)[:len(copies)].tolist()]
-        warm = copies + [Example(codec.prompt(r.cv), codec.jd(r.jd), r.accepted, True) for r in some]
-        warm += [Example(e.prompt, codec.jd(jd), False, True) for e, jd in zip(copies, other)]
+        draw, third = generator(seed, "sft-warm-up"), math.ceil(flags.warm_steps * flags.batch / 3)
+
+        def some(of):
+            return [of[i] for i in torch.randperm(len(of), generator=draw)[:third].tolist()]
+        cvs = some(sorted({r.cv for r in train}))
+        warm = [Example(codec.prompt(cv), codec.jd(cv), True, False) for cv in cvs]
+        warm += [Example(codec.prompt(r.cv), codec.jd(r.jd), r.accepted, True) for r in some(train)]
+        warm += [Example(codec.prompt(cv), codec.jd(r.jd), False, True) for cv, r in zip(cvs, some(train))]
         warm_steps = min(flags.warm_steps, math.ceil(len(warm) / flags.batch))
         steps = warm_steps + max(1, round(flags.epochs * math.ceil(len(pairs) / flags.batch)))
         optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(steps))
@@ -170,6 +173,8 @@ def new_model(codec, examples, flags, seed):
     unused = torch.ones(codec.tokenizer.get_vocab_size(), dtype=torch.bool)
     unused[sorted({t for e in examples for t in e.prompt + e.jd})] = False
     with torch.no_grad():
+        # The head is tied to the embeddings: with larger ones it soon rules out what cannot come next, and samples slip less.
+        model.model.embed_tokens.weight *= 3
         model.model.embed_tokens.weight[unused] = 0
         # Half of the heads start with equal queries and keys: a token then looks for its like, which is how one text is
         # found in another (Trockman and Kolter 2023, arXiv 2305.09828).
@@ -332,32 +337,42 @@ def run_stage(args, device):
 
 
 def note_config(run, stage, flags):
-    """config.json of a run: the flags of each of its stages."""
+    """config.json of a run: the flags of each of its stages. Locked, since reward model and judge start together."""
     path = run / "config.json"
-    write_json(path, (read_json(path) if path.exists() else {}) | {stage: flags})
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        folder = os.open(run, os.O_RDONLY)
+    except OSError as e:
+        raise BadInput(f"{run}: cannot be made ({e.strerror}); choose another --run folder")
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        write_json(path, (read_json(path) if path.exists() else {}) | {stage: flags})
+    finally:
+        os.close(folder)
 
 
 def run_all(args, device):
-    """`train`: every stage of a run in one process, then the evaluation. What bash train.sh calls."""
-    run = Path(args.run)
+    """`train`: every stage of a run, then the evaluation. What bash train.sh calls."""
+    run, common = Path(args.run), ["--seed", str(args.seed)] + ["--smoke"] * args.smoke
     if args.data is None:
         args.data = str(run / "data")
-        if not finished(run, "data"):
-            make_data(parse(["data", "--out", args.data, "--seed", str(args.seed)] + ["--smoke"] * args.smoke))
-    common = ["--run", args.run, "--data", args.data, "--seed", str(args.seed)] + ["--smoke"] * args.smoke
-    run_stage(parse(["sft"] + common), device)
-    run_together(run, {"reward": ["reward"] + common, "judge": ["reward", "--judge"] + common})
+        run_apart(run, {"data": ["data", "--out", args.data] + common})
+    common += ["--run", args.run, "--data", args.data]
+    run_apart(run, {"sft": ["sft"] + common})
+    run_apart(run, {"reward": ["reward"] + common, "judge": ["reward", "--judge"] + common})
     run_stage(parse(["ppo"] + common), device)
     evaluate_run(parse(["evaluate"] + common), device)
 
 
-def run_together(run, commands):
-    """Stages that do not need each other, each in a process of its own with its share of the threads: on small models
-    two processes of one thread get more done than one process of two."""
-    share = str(max(1, torch.get_num_threads() // len(commands)))
+def run_apart(run, commands):
+    """Stages that do not need each other, each in a process of its own, which gives its memory back at the end, with
+    its share of the threads: on small models two processes of one thread get more done than one process of two."""
+    for name in [name for name in commands if finished(run, name)]:
+        print(f"{name}: finished already, see {run / name}")
+        del commands[name]
+    share = str(max(1, torch.get_num_threads() // max(len(commands), 1)))
     children = [subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *command],
-                                 env=os.environ | {"OMP_NUM_THREADS": share})
-                for name, command in commands.items() if not finished(run, name)]
+                                 env=os.environ | {"OMP_NUM_THREADS": share}) for command in commands.values()]
     try:
         failed = any([child.wait() for child in children])
     finally:

@@ -398,10 +398,10 @@ def blend(rng, skills):
     return alphabetical([fake if s == a else s for s in skills])
 
 
-# The kinds of spoil(). The first two are drawn more often: no other decision shows that the right skills under a wrong
-# title are worth nothing, and slips are what the samples of a language model suffer from.
-SPOILT = ("title",) * 4 + ("slip",) * 5 + ("duty", "padded", "repeated", "short", "blended", "seniority", "pay", "cut", "twice",
-                                          "shuffled", "empty")
+# The kinds of spoil(). The first of them are drawn more often: they are what the samples of a language model suffer from,
+# and no other decision shows that the right skills under a wrong title are worth nothing.
+SPOILT = (("slip",) * 5 + ("title",) * 3 + ("duty", "repeated") * 2
+          + ("padded", "short", "blended", "seniority", "pay", "cut", "twice", "shuffled", "empty"))
 
 
 def spoil(rng, job, layout):

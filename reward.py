@@ -35,12 +35,12 @@ from run import BadInput, Optimizer, autocast, flag, generator
 
 @dataclass
 class RewardFlags:
-    steps: int = flag(1000, "optimizer steps")
-    groups: int = flag(8, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
+    steps: int = flag(1800, "optimizer steps")
+    groups: int = flag(4, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
     max_group: int = flag(8, "decisions of a group used in a step")
     accumulate: int = flag(1, "micro-batches that a step is cut into, to save memory")
     lr: float = flag(2e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
-    matrix_lr: float = flag(0.005, "peak learning rate of Muon, for the layers' matrices")
+    matrix_lr: float = flag(0.003, "peak learning rate of Muon, for the layers' matrices")
     warmup: int = flag(50, "steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
     pooled: float = flag(1.0, "weight of the loss on the mean state of the JD's tokens before the last block")
@@ -84,17 +84,17 @@ def comparisons(accepted):
     return [(i, j) for i, yes in enumerate(accepted) if yes for j, no in enumerate(accepted) if not no]
 
 
-def make_groups(records, codec):
-    """Token rows of all groups, and how many rejected rows were dropped from them: after truncation they are identical to
-    an accepted one of their group, and a comparison of equals teaches nothing."""
-    rows = [(codec.prompt(r.cv), codec.jd(r.jd)) for r in records]
+def make_groups(records, found, codec):
+    """Token rows of these groups (lists of indices of records), and how many rejected rows were dropped from them: after
+    truncation they are identical to an accepted one of their group, and a comparison of equals teaches nothing."""
     groups, dropped = [], 0
-    for g in decision_groups(records):
-        accepted = [rows[i] for i in g if records[i].accepted]
-        keep = [i for i in g if records[i].accepted or rows[i] not in accepted]
+    for g in found:
+        rows = [(codec.prompt(records[i].cv), codec.jd(records[i].jd)) for i in g]
+        accepted = [row for row, i in zip(rows, g) if records[i].accepted]
+        keep = [k for k, i in enumerate(g) if records[i].accepted or rows[k] not in accepted]
         dropped += len(g) - len(keep)
         if len(keep) > len(accepted):
-            groups.append(Group([rows[i] for i in keep], [records[i].accepted for i in keep]))
+            groups.append(Group([rows[k] for k in keep], [records[g[k]].accepted for k in keep]))
     return groups, dropped
 
 
@@ -190,10 +190,13 @@ def batch_loss(model, reader, groups, pooled, device):
 
 def train(model, reader, codec, records, flags, seed, stage, device):
     """Stage 2 on these decisions. `reader`: stage 1's head of reading_loss, or a fresh one."""
-    groups, dropped = make_groups(records, codec)
+    found = decision_groups(records)
+    # Token rows are made of no more groups than there is time to see once.
+    order = torch.randperm(len(found), generator=generator(seed, stage.name, "groups"))[:flags.steps * flags.groups]
+    groups, dropped = make_groups(records, [found[i] for i in order.tolist()], codec)
     if not groups:
         raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision: nothing to compare")
-    stage.say(f"{stage.name}: {len(records)} decisions in {len(groups)} groups; {dropped} rejected ones dropped, "
+    stage.say(f"{stage.name}: {len(records)} decisions in {len(found)} groups, {len(groups)} of them used; {dropped} rejected ones dropped, "
               f"identical to an accepted one after truncation; cut: {codec.cut_cvs} CVs, {codec.cut_jds} JDs")
     optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(flags.steps))
     longest, epoch, batches = [max(len(p) + len(j) for p, j in g.rows) for g in groups], 0, []

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -242,6 +243,12 @@ def test_half_of_the_heads_start_with_equal_queries_and_keys():
             q = layer.self_attn.q_proj.weight.view(kv_heads, heads // kv_heads, D, 32)[:, 0]
             k = layer.self_attn.k_proj.weight.view(kv_heads, D, 32)
             assert [bool((a == b).all()) for a, b in zip(q, k)] == [i < max(1, kv_heads // 2) for i in range(kv_heads)]
+
+
+def test_stages_that_start_together_all_note_their_flags(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: girl.note_config(tmp_path, f"stage {i}", {"seed": i}), range(40)))
+    assert json.loads((tmp_path / "config.json").read_text()) == {f"stage {i}": {"seed": i} for i in range(40)}
 
 
 # ------------------------------------------------------------------------------------------------------ bad input

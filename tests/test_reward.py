@@ -19,6 +19,10 @@ EOS = 1
 ROWS = [[2, 3, 5, 4, 3, 8, EOS], [2, 3, 6, 9, 4, 3, 5, 8, 10, EOS], [2, 3, 7, 4, 3, EOS], [2, 3, 5, 9, 4, 3, 0, 0]]
 
 
+def make_groups(records, codec):
+    return reward.make_groups(records, reward.decision_groups(records), codec)
+
+
 def score_alone(model, row):
     """The score of one row with no padding at all, by hand: head times the hidden state at the end, minus centre."""
     with torch.no_grad():
@@ -171,7 +175,7 @@ def test_05_training_logs_loss_and_accuracy_and_learns(reward_model, codec, stag
     reward.train(reward_model, reader, codec, RECORDS, flags, 0, stage, CPU)
 
     # The first row is that of the untrained model: all six groups, of three CVs and three JDs, in one step.
-    groups = reward.make_groups(RECORDS, codec)[0]
+    groups = make_groups(RECORDS, codec)[0]
     loss, right, _, _ = reward.batch_loss(before, reader, groups, 0.0, CPU)
     assert sum(len(reward.comparisons(g.accepted)) for g in groups) == 12
     assert stage.rows[0]["loss"] == pytest.approx(loss.item() / 12, abs=1e-5)
@@ -268,9 +272,9 @@ def test_08_pairs_identical_after_truncation_are_dropped_and_counted(codec):
     long = "cook night day now full part wanted driver"
     same = [Record("nurse", long + " day", True), Record("nurse", long + " night", False)]
     assert codec.jd(same[0].jd) == codec.jd(same[1].jd)
-    assert reward.make_groups(same, codec) == ([], 1)
+    assert make_groups(same, codec) == ([], 1)
 
-    groups, dropped = reward.make_groups(same + [Record("nurse", "cook", False)], codec)
+    groups, dropped = make_groups(same + [Record("nurse", "cook", False)], codec)
     assert dropped == 1 and len(groups) == 1
     assert groups[0].accepted == [True, False]              # the comparison with the third JD remains
     assert groups[0].rows == [(codec.prompt("nurse"), codec.jd(long)), (codec.prompt("nurse"), codec.jd("cook"))]
@@ -281,7 +285,7 @@ def test_08_no_identical_pair_is_left_whatever_the_group(codec):
     long = "cook night day now full part wanted driver"
     jds = [long + " day", long + " now", long + " night", "cook", "day", "cook day"]
     for answers in itertools.product([True, False], repeat=6):
-        groups, dropped = reward.make_groups([Record("nurse", jd, yes) for jd, yes in zip(jds, answers)], codec)
+        groups, dropped = make_groups([Record("nurse", jd, yes) for jd, yes in zip(jds, answers)], codec)
         assert all(g.rows[i] != g.rows[j] for g in groups for i, j in reward.comparisons(g.accepted))
         assert all(reward.comparisons(g.accepted) for g in groups)      # no group without a comparison
         assert (dropped > 0) == (any(answers[:3]) and not all(answers[:3]))
@@ -289,7 +293,7 @@ def test_08_no_identical_pair_is_left_whatever_the_group(codec):
 
 def test_08_pairs_that_differ_are_all_kept(codec):
     records = [Record("nurse", "night", True), Record("nurse", "day", False), Record("cook", "day", True)]
-    groups, dropped = reward.make_groups(records, codec)
+    groups, dropped = make_groups(records, codec)
     row = {r: (codec.prompt(r.cv), codec.jd(r.jd)) for r in records}
     assert dropped == 0
     assert [g.accepted for g in groups] == [[True, False], [False, True]]       # of CV nurse; of JD day

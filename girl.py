@@ -34,7 +34,8 @@ import ppo
 import reward
 from data import SPLITS, Codec, bucketed, half, load_tokenizer, pad_right, read_records, save_tokenizer
 from model import Config, LanguageModel, RewardModel, generate, load_model, save_model
-from run import BadInput, Optimizer, Stage, autocast, finished, flag, generator, load_tensors, pick_device, read_json, save_tensors, write_json
+from run import (BadInput, Optimizer, Stage, autocast, finished, flag, generator, load_tensors, peak_rss_mb, pick_device,
+                 read_json, save_tensors, write_json)
 
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -48,14 +49,15 @@ class DataFlags:
 
 @dataclass
 class SFTFlags:
-    epochs: float = flag(1.3, "passes over the accepted pairs of half A")
+    epochs: float = flag(1.3, "passes over the accepted pairs of half A", least=0.01)
     batch: int = flag(16, "pairs in an optimizer step")
     accumulate: int = flag(1, "micro-batches that a batch is cut into, to save memory")
     lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
     matrix_lr: float = flag(0.006, "peak learning rate of Muon, for the layers' matrices")
-    warmup: int = flag(100, "steps of linear warm-up")
+    warmup: int = flag(100, "steps of linear warm-up", least=0)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
-    warm_steps: int = flag(900, "steps before all others in which the model learns to copy the CV, and to compare it with a JD")
+    warm_steps: int = flag(900, "steps before all others in which the model learns to copy the CV, and to compare it with a JD",
+                           least=0)
     reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
     cv_loss: float = flag(0.0, "weight of the loss on the CV's own tokens")
     hidden: int = flag(128, "C, the hidden size")
@@ -113,12 +115,13 @@ def mean_nll(model, pairs, codec, device, batch=64):
 
 # ------------------------------------------------------------------------------------------------------ stage 1
 def train_sft(run, folder, flags, seed, device):
-    train = [r for r in read_records(folder / "train.jsonl") if half(r.cv) == "A"]
-    valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
-    if not valid or not any(r.accepted for r in train):
-        raise BadInput(f"{folder}: stage 1 learns from accepted pairs, and there is none in "
-                       f"{'half A of train.jsonl' if valid else 'valid.jsonl'}")
     with Stage(run, "sft") as stage:
+        train = [r for r in read_records(folder / "train.jsonl") if half(r.cv) == "A"]
+        valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
+        if not valid or not any(r.accepted for r in train):
+            raise BadInput(f"{folder}: stage 1 learns from accepted pairs, and there is none in "
+                           f"{'half A of train.jsonl' if valid else 'valid.jsonl'}")
+
         # 1. The tokenizer, from the train split only; token rows; a model of the size that the data need.
         codec = Codec(data.train_tokenizer(sorted({t for r in train for t in (r.cv, r.jd)}), flags.vocab),
                       flags.max_cv, flags.max_jd)
@@ -173,8 +176,9 @@ def new_model(codec, examples, flags, seed):
     unused = torch.ones(codec.tokenizer.get_vocab_size(), dtype=torch.bool)
     unused[sorted({t for e in examples for t in e.prompt + e.jd})] = False
     with torch.no_grad():
-        # The head is tied to the embeddings: with larger ones it soon rules out what cannot come next, and samples slip less.
-        model.model.embed_tokens.weight *= 3
+        # The largest logit is |final state| |embedding|. Whatever cannot come next must stay far below it, or samples slip
+        # now and then; and norms grow slowly, so they start large.
+        model.model.norm.weight *= 8
         model.model.embed_tokens.weight[unused] = 0
         # Half of the heads start with equal queries and keys: a token then looks for its like, which is how one text is
         # found in another (Trockman and Kolter 2023, arXiv 2305.09828).
@@ -229,11 +233,11 @@ def train_reward(run, folder, flags, seed, device, judge):
     name, part = ("judge", "B") if judge else ("reward", "A")
     generator_model = load_model(need(run, "sft"), LanguageModel, device)
     codec = load_codec(run / "sft", generator_model)
-    records = read_records(folder / "train.jsonl")
-    if (folder / "probes.jsonl").exists():
-        records += read_records(folder / "probes.jsonl")
-    records = [r for r in records if half(r.cv) == part]
     with Stage(run, name) as stage:
+        records = read_records(folder / "train.jsonl")
+        if (folder / "probes.jsonl").exists():
+            records += read_records(folder / "probes.jsonl")
+        records = [r for r in records if half(r.cv) == part]
         torch.manual_seed(generator(seed, name, "init").initial_seed())
         model = load_model(run / "sft", RewardModel)
         model.add_averaging_block()
@@ -256,9 +260,9 @@ def train_ppo(run, folder, flags, seed, device):
     policy = ppo.Policy(load_model(need(run, "sft"), LanguageModel, device)).to(device)
     codec = load_codec(run / "sft", policy.lm)
     reward_model = load_model(need(run, "reward"), RewardModel, device)
-    cvs = sorted({r.cv for r in read_records(folder / "train.jsonl") if half(r.cv) == "A"})
     truth = market.true_match if (folder / "market.json").exists() else None
     with Stage(run, "ppo") as stage:
+        cvs = sorted({r.cv for r in read_records(folder / "train.jsonl") if half(r.cv) == "A"})
         ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, device, truth)
         save_model(stage.folder, policy.lm)
         save_tokenizer(stage.folder, codec.tokenizer)
@@ -308,12 +312,10 @@ def score_one(args, device):
 # ---------------------------------------------------------------------------------------------------- commands
 def make_data(args):
     flags = from_args(DataFlags, args)
-    for name, value in vars(flags).items():
-        if value < 1:
-            raise BadInput(f"data: --{name.replace('_', '-')} {value}: must be at least 1")
     start = time.time()
     market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
-    write_json(Path(args.out) / "summary.json", {"started": round(start, 1), "seconds": round(time.time() - start, 1)})
+    write_json(Path(args.out) / "summary.json",
+               {"started": round(start, 1), "seconds": round(time.time() - start, 1), "peak_rss_mb": peak_rss_mb()})
 
 
 def run_stage(args, device):
@@ -323,10 +325,10 @@ def run_stage(args, device):
     if finished(run, name):
         print(f"{name}: finished already, see {run / name}")
         return
+    flags = from_args(STAGES[args.command], args)
     for split in SPLITS:
         if not (folder / f"{split}.jsonl").exists():
             raise BadInput(f"{folder / split}.jsonl: no such file; make a data set with  python girl.py data --out {folder}")
-    flags = from_args(STAGES[args.command], args)
     note_config(run, name, {"seed": args.seed, "data": str(folder), **vars(flags)})
     if args.command == "sft":
         train_sft(run, folder, flags, args.seed, device)
@@ -367,17 +369,19 @@ def run_all(args, device):
 def run_apart(run, commands):
     """Stages that do not need each other, each in a process of its own, which gives its memory back at the end, with
     its share of the threads: on small models two processes of one thread get more done than one process of two."""
-    for name in [name for name in commands if finished(run, name)]:
-        print(f"{name}: finished already, see {run / name}")
-        del commands[name]
-    share = str(max(1, torch.get_num_threads() // max(len(commands), 1)))
-    children = [subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *command],
-                                 env=os.environ | {"OMP_NUM_THREADS": share}) for command in commands.values()]
+    share, children = str(max(1, torch.get_num_threads() // len(commands))), []
+    for name, command in commands.items():
+        if finished(run, name):
+            print(f"{name}: finished already, see {run / name}")
+        else:
+            children.append(subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *command],
+                                             env=os.environ | {"OMP_NUM_THREADS": share}))
     try:
         failed = any([child.wait() for child in children])
     finally:
         for child in children:
             child.terminate()               # only after an interrupt is one of them still at work
+            child.wait()
     if failed:
         raise BadInput(f"{run}: {' or '.join(commands)} failed; what went wrong stands above")
 
@@ -391,10 +395,13 @@ def evaluate_run(args, device):
 
 
 STAGES = {"sft": SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags}
-# What --smoke changes: every stage at toy size, to see that all of it runs.
-SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600}, "sft": {"epochs": 1, "warm_steps": 10, "hidden": 32, "layers": 2, "vocab": 600},
-         "reward": {"steps": 20, "samples": 32}, "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8},
-         "evaluate": {"cvs": 24}}
+# What --smoke changes: every stage at toy size, to see that all of it runs; in a folder of its own.
+SMOKE_RUN = {"run": "runs/smoke"}
+SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600},
+         "sft": {"epochs": 1, "warm_steps": 10, "hidden": 32, "layers": 2, "vocab": 600} | SMOKE_RUN,
+         "reward": {"steps": 20, "samples": 32} | SMOKE_RUN,
+         "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8} | SMOKE_RUN,
+         "evaluate": {"cvs": 24} | SMOKE_RUN, "train": SMOKE_RUN}
 HELP = {"data": "make the data set of the simulated job market", "sft": "stage 1: learn to write the JDs that were accepted",
         "reward": "stage 2: learn to judge as the recruiter does", "ppo": "stage 3: learn to write what is accepted",
         "generate": "write JDs for a CV", "score": "score one JD for one CV",
@@ -408,7 +415,12 @@ def add_flags(parser, cls):
 
 
 def from_args(cls, args):
-    return cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
+    flags = cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
+    for f in fields(cls):
+        if not getattr(flags, f.name) >= f.metadata["least"]:
+            raise BadInput(f"{args.command}: --{f.name.replace('_', '-')} {getattr(flags, f.name)}: "
+                           f"must be at least {f.metadata['least']}")
+    return flags
 
 
 def build_parser():
@@ -430,7 +442,7 @@ def build_parser():
     parsers["reward"].add_argument("--judge", action="store_true", help="train the independent judge instead, from half B")
     e = parsers["evaluate"]
     e.add_argument("--split", choices=("valid", "test"), default="test", help="tune on valid only (default test)")
-    e.add_argument("--cvs", type=int, default=400, metavar="N", help="how many CVs of the split are used (default 400)")
+    e.add_argument("--cvs", type=positive, default=400, metavar="N", help="how many CVs of the split are used (default 400)")
     g, s = parsers["generate"], parsers["score"]
     g.add_argument("--model", required=True, metavar="RUN/ppo", help="folder of a generator: RUN/ppo or RUN/sft")
     g.add_argument("--number", type=positive, default=1, metavar="N", help="how many JDs (default 1)")

@@ -43,14 +43,14 @@ class PPOFlags:
     lr: float = flag(5e-4, "learning rate; falls linearly to 0")
     clip: float = flag(0.2, "epsilon of the clipped ratio")
     value_clip: float = flag(0.2, "how far a value may move from the rollout's before its loss is clipped")
-    value_coef: float = flag(0.1, "weight of the value loss")
+    value_coef: float = flag(0.5, "weight of the value loss")
     kl_coef: float = flag(0.05, "beta, the price of a nat of KL to the SFT model, in standard deviations of the score")
     kl_target: float = flag(0.0, "nats per text that the adaptive controller steers to; 0 keeps beta fixed")
     kl_horizon: int = flag(2000, "episodes over which the adaptive controller corrects an error")
     gamma: float = flag(1.0, "discount")
     lam: float = flag(0.95, "lambda of GAE")
-    temperature: float = flag(1.0, "divides the logits in rollout, reference and update")
-    cut_off_score: float = flag(-3.0, "score of a JD that was cut off before its end-of-text")
+    temperature: float = flag(1.0, "divides the logits in rollout, reference and update", least=0.01)
+    cut_off_score: float = flag(-3.0, "score of a JD that was cut off before its end-of-text", least=-math.inf)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
 
 

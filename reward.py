@@ -14,7 +14,7 @@ Algorithm:
 3. A comparison teaches one bit; two losses beside it help to find where the answer lies. The same loss on the mean of
    what the JD's tokens hand to the last block reaches each of them directly. And reading, learned in stage 1, must not be
    forgotten: another head says for each of them whether the CV holds it too. The learning rate is low for the same
-   reason: at stage 1's rate the model forgot in 150 steps how to compare two texts.
+   reason: at a matrix rate of 0.02 the model forgot in 150 steps how to compare two texts.
 4. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
 
 Left out: a margin in the loss, a loss on the absolute score, ensembles.
@@ -37,11 +37,11 @@ from run import BadInput, Optimizer, autocast, flag, generator
 class RewardFlags:
     steps: int = flag(1800, "optimizer steps")
     groups: int = flag(4, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
-    max_group: int = flag(8, "decisions of a group used in a step")
+    max_group: int = flag(8, "decisions of a group used in a step", least=2)
     accumulate: int = flag(1, "micro-batches that a step is cut into, to save memory")
     lr: float = flag(2e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
     matrix_lr: float = flag(0.003, "peak learning rate of Muon, for the layers' matrices")
-    warmup: int = flag(50, "steps of linear warm-up")
+    warmup: int = flag(50, "steps of linear warm-up", least=0)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
     pooled: float = flag(1.0, "weight of the loss on the mean state of the JD's tokens before the last block")
     reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
@@ -196,8 +196,8 @@ def train(model, reader, codec, records, flags, seed, stage, device):
     groups, dropped = make_groups(records, [found[i] for i in order.tolist()], codec)
     if not groups:
         raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision: nothing to compare")
-    stage.say(f"{stage.name}: {len(records)} decisions in {len(found)} groups, {len(groups)} of them used; {dropped} rejected ones dropped, "
-              f"identical to an accepted one after truncation; cut: {codec.cut_cvs} CVs, {codec.cut_jds} JDs")
+    stage.say(f"{stage.name}: {len(records)} decisions in {len(found)} groups, {len(groups)} of them used; {dropped} rejected "
+              f"ones dropped, identical to an accepted one after truncation; cut: {codec.cut_cvs} CVs, {codec.cut_jds} JDs")
     optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(flags.steps))
     longest, epoch, batches = [max(len(p) + len(j) for p, j in g.rows) for g in groups], 0, []
     for step in range(flags.steps):

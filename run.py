@@ -28,9 +28,10 @@ class BadInput(Exception):
     """Something the user gave cannot be used. Shown as one line, with exit code 2."""
 
 
-def flag(default, help):
-    """A documented field of a stage's dataclass of flags; girl.py makes the command line and its --help from them."""
-    return field(default=default, metadata={"help": help})
+def flag(default, help, least=None):
+    """A documented field of a stage's dataclass of flags; girl.py makes the command line and its --help from them. Counts
+    are at least 1 and other numbers at least 0, where `least` does not say otherwise."""
+    return field(default=default, metadata={"help": help, "least": int(isinstance(default, int)) if least is None else least})
 
 
 # ------------------------------------------------------------------------------------------------- atomic files

@@ -69,12 +69,12 @@ def parse_record(line, where):
 
 
 def write_records(path, records):
-    write_bytes(path, "".join(json.dumps(r._asdict(), ensure_ascii=False) + "\n" for r in records).encode())
+    write_bytes(path, b"".join(json.dumps(r._asdict(), ensure_ascii=False).encode() + b"\n" for r in records))
 
 
 def half(cv):
-    """'A' or 'B', by a hash of the text. Generator and reward model learn from half A of the train CVs, the judge
-    and the recommender from half B, so that nothing is measured on what it was taught."""
+    """'A' or 'B', by a hash of the text. Generator and reward model learn from half A of the train CVs, the judge from
+    half B, so that nothing is measured on what it was taught."""
     return "AB"[hashlib.sha256(cv.encode()).digest()[0] % 2]
 
 

@@ -8,6 +8,12 @@ This file holds the command line, stage 1 (SFT), and generating for a CV. Stage 
     L = -(1/|J|) sum_i log P(v_i | v_<i, C, T; G)    over the tokens v of the JD J and its end-of-text, where the CV C
                                                      stands in the prompt template T; a batch is weighed by token
 
+Algorithm:
+1. Train the tokenizer on half A of the train split, and start a small model from random weights.
+2. Warm-up, because a small model is slow to find out that the two texts have to do with each other: it copies CVs (the CV
+   stands in the JD's place), and reads: a second head says for each token of a JD whether the CV holds it too.
+3. Epochs over the accepted pairs: L, and the loss of reading beside it, at a small weight.
+
 Left out: packing several pairs into one row (rows are bucketed by length instead), weight decay, dropout.
 
 Shapes: B rows, T tokens, C hidden size, V vocabulary.
@@ -44,7 +50,7 @@ class DataFlags:
     people: int = flag(60000, "job seekers in train")
     held_out: int = flag(1000, "job seekers in valid, and in test")
     jobs: int = flag(60000, "jobs on offer in each split")
-    applications: int = flag(6, "jobs that each of them applies for, about")
+    applications: int = flag(6, "jobs that each of them applies for, about (at least 4)")
 
 
 @dataclass
@@ -132,8 +138,7 @@ def train_sft(run, folder, flags, seed, device):
         model = new_model(codec, pairs, flags, generator(seed, "sft-init").initial_seed()).to(device)
         reader = nn.Linear(flags.hidden, 1).to(device)
 
-        # 2. The warm-up teaches to compare two texts, which a JD asks for and which a model from scratch is slow to find out:
-        #    to copy (the CV stands in the JD's place), and to read, for each copy in one decision and in one random JD.
+        # 2. The warm-up: a third of it copies, a third are decisions (written too if accepted), a third are random JDs.
         draw, third = generator(seed, "sft-warm-up"), math.ceil(flags.warm_steps * flags.batch / 3)
 
         def some(of):
@@ -171,7 +176,7 @@ def new_model(codec, examples, flags, seed):
         num_key_value_heads=flags.kv_heads, max_position_embeddings=codec.context(),
         # 1/sqrt(C) instead of the usual 0.02: from so small a start a small model takes long until it copies anything.
         initializer_range=flags.hidden ** -0.5, max_cv_tokens=codec.max_cv, max_jd_tokens=codec.max_jd))
-    # Tokens that no training row has (the halves of merges, mostly) start at zero: random ones would be drawn now and
+    # Tokens that none of these rows has (the halves of merges, mostly) start at zero: random ones would be drawn now and
     # then, and spoil a JD.
     unused = torch.ones(codec.tokenizer.get_vocab_size(), dtype=torch.bool)
     unused[sorted({t for e in examples for t in e.prompt + e.jd})] = False
@@ -229,7 +234,8 @@ def need(run, stage):
 
 
 def train_reward(run, folder, flags, seed, device, judge):
-    """Stage 2, or the judge: another seed, the other half of the CVs, never used in training the generator."""
+    """Stage 2, or the judge: another seed, and the decisions on the other half of the CVs. (Both start from stage 1's
+    weights, and the jobs are the same.)"""
     name, part = ("judge", "B") if judge else ("reward", "A")
     generator_model = load_model(need(run, "sft"), LanguageModel, device)
     codec = load_codec(run / "sft", generator_model)
@@ -291,6 +297,8 @@ def write_for(args, device):
     codec = load_codec(args.model, model)
     prompts = [codec.prompt(cv)] * args.number
     temperature = 0.0 if args.greedy else args.temperature
+    if not (temperature >= 0 and 0 < args.top_p <= 1):
+        raise BadInput(f"generate: --temperature {temperature} must be at least 0, --top-p {args.top_p} above 0 and at most 1")
     with torch.no_grad(), autocast(device):
         out = generate(model, prompts, codec.max_jd, temperature, args.top_p, generator(args.seed, "generate", device=device))
     texts = [codec.text(o) for o in out]

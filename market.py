@@ -8,12 +8,14 @@ texts alone. The steps:
 
 1. `OCCUPATIONS` (edit it!) holds 24 occupations from 8 fields of work. Titles and skills follow O*NET and ESCO.
 2. People and jobs are drawn: they differ in skills, years, degree and place within every occupation.
-3. Each person applies for a few jobs by taste: pay, place, skills, and an ambition that reaches too high or too low.
+3. Each person applies for a few jobs by taste (skills, place, degree, and an ambition that reaches too high or too low),
+   and for two or three at random.
 4. The recruiter accepts with the probability `match(person, job)`, the **true match**.
 5. `write_market` writes every decision as one line {"cv", "jd", "accepted"}.
 
 Left out on purpose: names, age, gender, origin, family. Nothing about them is in any text, so nothing can be learned.
-Also left out: pay does not enter the match (it follows the job's level), and nobody is hired twice or changes over time.
+Also left out: pay does not enter the match (it follows the job's level), to be accepted ends nothing, and nobody changes
+over time.
 """
 import random
 import re
@@ -294,16 +296,23 @@ def parse_jd(text):
     return None
 
 
+def of_market(cv):
+    """parse_cv of a CV that must be of this market."""
+    if person := parse_cv(cv):
+        return person
+    raise BadInput(f"market.py: was it edited since the data were made? It cannot read this CV (make the data again): {cv[:60]!r}")
+
+
 def true_match(cv, jd):
-    """`match` from the texts alone; 0 for a JD that does not parse. The CV must be one of this market."""
-    job = parse_jd(jd)
-    return match(parse_cv(cv), job) if job else 0.0
+    """`match` from the texts alone; 0 for a JD that does not parse."""
+    person, job = of_market(cv), parse_jd(jd)
+    return match(person, job) if job else 0.0
 
 
 def fits_title(cv, jd):
     """Is the JD of an occupation that the CV fits: the same, or a neighbour in its field of work?"""
-    job = parse_jd(jd)
-    return job is not None and field_factor(parse_cv(cv), job) >= 0.5
+    person, job = of_market(cv), parse_jd(jd)
+    return job is not None and field_factor(person, job) >= 0.5
 
 
 # -------------------------------------------------------------------------------------------- drawing people and jobs
@@ -357,7 +366,7 @@ def near(person, job):
 
 
 def taste(person, ambition, job):
-    """How much this person wants this job. Pay rises with the level of a job, so those who look for pay reach higher."""
+    """How much this person wants this job. Pay rises with the level of a job, so those with ambition look for pay."""
     reach = abs(job.years - (person.years + ambition))
     return 16 * coverage(person, job) + 3 * near(person, job) - 0.5 * reach - abs(job.degree - person.degree)
 
@@ -406,7 +415,7 @@ SPOILT = (("slip",) * 5 + ("title",) * 3 + ("duty", "repeated") * 2
 
 def spoil(rng, job, layout):
     """A JD that nobody would post, made from a good one: what a policy tries when it looks for gaps in a reward model.
-    The true match of each is 0 or a tenth of the good one's."""
+    The true match of each is at most a tenth."""
     o, text = BY_TITLE[job.title], write_jd(job, layout)
     words, other = text.split(" "), BY_TITLE[rng.choice([t for t in BY_TITLE if BY_TITLE[t].field != o.field])]
     kind = rng.choice(SPOILT)
@@ -426,7 +435,7 @@ def spoil(rng, job, layout):
         return write_jd(replace(job, title=other.title, duty=rng.choice(other.duties)), layout)
     if kind == "duty":
         return write_jd(replace(job, duty=rng.choice(BY_TITLE[rng.choice([t for t in BY_TITLE if t != o.title])].duties)), layout)
-    if kind == "slip":          # a value in the place of another: "Pay: joinery, measuring"
+    if kind == "slip":          # a value in the place of another: "Place: 24k"
         values = [job.title, job.place, years_text(job.years, "+"), DEGREES[job.degree], job.duty, f"{job.pay[0]}k", *job.skills]
         old, new = rng.sample(values, 2)
         return text.replace(old, new, 1)
@@ -496,7 +505,8 @@ def best_constants(rng, people, jobs):
 
 def same_occupation(record):
     """Is this a decision within one occupation? (The others are decided by the title alone: too easy to count.)"""
-    return parse_cv(record.cv).title == parse_jd(record.jd).title
+    person, job = of_market(record.cv), parse_jd(record.jd)
+    return job is not None and job.title == person.title
 
 
 def one_changes(rng, records, field, n):
@@ -512,8 +522,8 @@ def one_changes(rng, records, field, n):
 
 def yardsticks(rng, train_cvs, train_jds, cvs):
     """Mean true match over `cvs` of three answers that need no learning: how much room there is."""
-    best = best_constants(rng, [parse_cv(cv) for cv in train_cvs], [parse_jd(jd) for jd in train_jds])
-    people = [parse_cv(cv) for cv in cvs]
+    best = best_constants(rng, [of_market(cv) for cv in train_cvs], [job for jd in train_jds if (job := parse_jd(jd))])
+    people = [of_market(cv) for cv in cvs]
     answers = {"best_constant_match": [match(p, best[p.title]) if p.title in best else 0.0 for p in people],
                "echo_match": [match(p, echo(p)) for p in people],
                "oracle_match": [match(p, oracle(p)) for p in people]}

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,10 +111,30 @@ def test_another_seed_gives_another_market(tmp_path):
 
 def test_finished_stages_are_not_run_again(smoke):
     (a, _), _ = smoke
-    before = {p: p.stat().st_mtime_ns for p in a.rglob("*.safetensors")}
-    assert len(before) == 6
+    def written():
+        return {p: p.stat().st_mtime_ns for kind in ("*.safetensors", "*.jsonl") for p in a.rglob(kind)}
+    before = written()
+    assert len(before) == 6 + 4
     assert girl.main(["train", "--smoke", "--seed", "1", "--out", str(a)]) == 0
-    assert before == {p: p.stat().st_mtime_ns for p in a.rglob("*.safetensors")}
+    assert before == written()
+
+
+@pytest.mark.parametrize("done", ["", "reward", "reward judge"])
+def test_stages_side_by_side_share_the_threads_also_where_one_is_finished(done, tmp_path, monkeypatch):
+    """The number of threads decides the last bits of a sum: it must not depend on what was finished before."""
+    started = []
+
+    def process(command, env):
+        started.append((command[2:], env["OMP_NUM_THREADS"]))
+        return SimpleNamespace(wait=lambda: 0, terminate=lambda: None)
+    monkeypatch.setattr(girl.subprocess, "Popen", process)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    for name in done.split():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text("{}")
+    girl.run_apart(tmp_path, {"reward": ["reward", "--x"], "judge": ["reward", "--judge"]})
+    todo = {"reward": (["reward", "--x"], "4"), "judge": (["reward", "--judge"], "4")}
+    assert started == [command for name, command in todo.items() if name not in done]
 
 
 def test_no_cv_and_no_jd_is_in_two_splits(smoke):
@@ -232,6 +253,43 @@ def test_sft_gradient_accumulation_equals_the_big_batch():
     assert logged[0] == pytest.approx(logged[1], rel=1e-5) and min(logged[0]) > 0
 
 
+def test_a_new_model_has_zeros_for_unused_tokens_and_large_final_states():
+    codec, _ = tiny()
+    example = girl.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
+    model = girl.new_model(codec, [example], girl.SFTFlags(hidden=64, layers=1), 0)
+    rows, used = model.model.embed_tokens.weight, set(example.prompt + example.jd)
+    assert [bool(row.any()) for row in rows] == [t in used for t in range(len(rows))]
+    assert rows[sorted(used)].std().item() == pytest.approx(64 ** -0.5, rel=0.1)
+    assert model.model.norm.weight.tolist() == [8.0] * 64
+
+
+def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_path, monkeypatch):
+    records = [{"cv": f"cook number {i}", "jd": f"job number {i % 7}", "accepted": i % 3 == 0} for i in range(60)]
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in records))
+    seen = []
+
+    def steps(model, reader, optimizer, examples, first, last, flags, seed, stage, device):
+        seen.append((first, last, examples))
+        stage.log(loss=0.0)
+        return last
+    monkeypatch.setattr(girl, "sft_steps", steps)
+    flags = girl.SFTFlags(hidden=32, layers=1, batch=5, warm_steps=6, epochs=1)
+    girl.train_sft(tmp_path / "run", tmp_path, flags, 0, CPU)
+    (first, last, warm), (then, _, pairs) = seen
+    assert (first, last, then, len(warm)) == (0, 6, 6, 30)
+    codec = girl.load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft"))
+    of_a = [r for r in records if half(r["cv"]) == "A"]
+    decisions = {(tuple(codec.prompt(r["cv"])), tuple(codec.jd(r["jd"]))): r["accepted"] for r in of_a}
+    copies, natural, random_jds = warm[:10], warm[10:20], warm[20:]
+    assert all((e.write, e.read) == (True, False) and e.jd[:-1] == e.prompt[len(codec.before):-len(codec.after)] for e in copies)
+    assert all(e.read and e.write == decisions[tuple(e.prompt), tuple(e.jd)] for e in natural)
+    assert {e.write for e in natural} == {True, False}
+    assert all(e.read and not e.write and tuple(e.jd) in {jd for _, jd in decisions} for e in random_jds)
+    assert sum((tuple(e.prompt), tuple(e.jd)) not in decisions for e in random_jds) >= 5
+    assert len(pairs) == sum(decisions.values()) and all(e.write and e.read for e in pairs)
+
+
 def test_half_of_the_heads_start_with_equal_queries_and_keys():
     """Also where several query heads share a key head: the first query head of the group is the one that is equal."""
     codec, _ = tiny()
@@ -264,6 +322,11 @@ def test_stages_that_start_together_all_note_their_flags(tmp_path):
     (["data", "--out", "{tmp}/cv.txt/x", "--people", "5", "--held-out", "2", "--jobs", "600"], "cannot be written"),
     (["data", "--out", "{tmp}/x", "--people", "5", "--jobs", "20"], "raise --jobs"),
     (["data", "--out", "{tmp}/x", "--held-out", "0"], "--held-out 0: must be at least 1"),
+    (["sft", "--epochs", "0"], "--epochs 0.0: must be at least 0.01"),
+    (["sft", "--lr", "nan"], "--lr nan: must be at least 0"),
+    (["sft", "--accumulate", "0"], "--accumulate 0: must be at least 1"),
+    (["reward", "--max-group", "1"], "--max-group 1: must be at least 2"),
+    (["ppo", "--temperature", "0"], "--temperature 0.0: must be at least 0.01"),
 ])
 def test_bad_input_gets_one_line_and_exit_code_2(argv, says, tmp_path, capsys):
     (tmp_path / "cv.txt").write_text("a chef")
@@ -287,9 +350,15 @@ def test_a_broken_file_of_stage_1_is_named_and_train_says_which_stages_failed(sm
     assert "reward or judge failed" in lines[2]
 
 
+FLAGS = {"data": girl.DataFlags} | girl.STAGES
+
+
 @pytest.mark.parametrize("argv", [["--help"]] + [[c, "--help"] for c in girl.HELP])
 def test_help_explains_every_flag(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         girl.main(argv)
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "usage: girl.py" in out
+    for f in fields(FLAGS[argv[0]]) if argv[0] in FLAGS else ():
+        assert "--" + f.name.replace("_", "-") in out and f"(default {f.default})" in out
+        assert "".join(f.metadata["help"].split()) in "".join(out.split())          # argparse breaks lines at hyphens

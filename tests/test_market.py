@@ -17,6 +17,7 @@ from market import (ALL_SKILLS, BY_TITLE, CITIES, CV_LAYOUTS, DEGREES, FIELDS, J
                     draw_split, echo, field_factor, fits_title, in_pools, match, one_changes, oracle, parse_cv, parse_jd,
                     place_factor, same_occupation, seniority, sibling, skills_factor, spoil, true_match, worsen,
                     write_cv, write_jd, yardsticks, years_factor)
+from run import BadInput
 
 CHEF = Person("chef", 6, 1, "Leeds", False, ("butchery", "grilling", "pastry", "plating", "sauces", "staff rotas"))
 KITCHEN = Job("chef", 4, 1, "Leeds", ("grilling", "pastry", "plating", "sauces"),
@@ -280,6 +281,12 @@ def test_true_match_is_the_match_of_the_texts():
         assert found == match(person, job) and 0 <= found <= 0.95
 
 
+def test_a_cv_of_another_market_is_refused_in_one_line():
+    for ask in (true_match, fits_title, lambda cv, jd: same_occupation(Record(cv, jd, True))):
+        with pytest.raises(BadInput, match="make the data again"):
+            ask("Profile: alchemist", write_jd(KITCHEN, 0))
+
+
 def test_fits_title():
     cv = write_cv(CHEF, 1)
     waiter, plumber = (replace(KITCHEN, title=t, duty=BY_TITLE[t].duties[0]) for t in ("waiter", "plumber"))
@@ -294,7 +301,7 @@ def decisions_of(split):
 
 def test_every_decision_parses(split):
     assert all(person and job for person, job, _ in decisions_of(split))
-    assert len({r.cv for r in split[0]}) >= 195 and len(split[0]) >= 195 * 5
+    assert len({r.cv for r in split[0]}) >= 295 and len(split[0]) >= 295 * 5
 
 
 def test_acceptance_follows_the_true_match(split):
@@ -386,6 +393,34 @@ def test_taken_texts_are_not_used_again(split, kind):
     taken = {getattr(r, kind) for r in split[0][:400]}
     again, _ = draw_split(random.Random(1), people=300, jobs=3000, n_applications=8, taken=taken)
     assert again and not taken & {text for r in again for text in (r.cv, r.jd)}
+
+
+def test_people_look_where_a_job_is_near():
+    """in_pools against `near` by brute force; with so few jobs each one nearby is liked or drawn sooner or later."""
+    draw = random.Random(0)
+    jobs = [draw_job(draw, "data analyst") for _ in range(60)]
+    pools = in_pools(jobs + [KITCHEN])
+    assert pools["data analyst", None] == list(range(60)) and pools["chef", None] == pools["chef", "Leeds"] == [60]
+    for remote in (True, False):
+        person = replace(ANALYST, remote=remote)
+        close = {i for i, job in enumerate(jobs) if job.place == person.city or remote and job.place == REMOTE}
+        found = pools["data analyst", "Leeds"] + (pools["data analyst", REMOTE] if remote else [])
+        assert set(found) == close and len(close) >= 5
+    seen = []       # of all jobs of the title 20 are seen anywhere: a pool of 60 tells which are always seen
+    far = [replace(job, place="Exeter") for job in jobs] + [replace(job, place=REMOTE, skills=ANALYST.skills[:4]) for job in jobs[:3]]
+    for seed in range(20):
+        seen += applications(random.Random(seed), ANALYST, far, in_pools(far), 6)
+    assert {60, 61, 62} <= set(seen) and sum(i >= 60 for i in seen) >= 2.5 * 20
+
+
+def test_a_slip_has_one_value_in_the_place_of_another(monkeypatch):
+    monkeypatch.setattr(market, "SPOILT", ("slip",))
+    rng = random.Random(0)
+    for _ in range(200):
+        job, layout = draw_job(rng), rng.randrange(len(JD_LAYOUTS))
+        good, slipped = write_jd(job, layout), spoil(rng, job, layout)
+        values = [job.title, job.place, DEGREES[job.degree], job.duty, f"{job.pay[0]}k", market.years_text(job.years, "+"), *job.skills]
+        assert slipped in {good.replace(a, b, 1) for a in values for b in values if a != b}
 
 
 def test_people_apply_by_taste_and_now_and_then_at_random():

@@ -184,6 +184,16 @@ def test_05_training_logs_loss_and_accuracy_and_learns(reward_model, codec, stag
     assert stage.rows[-1]["loss"] < 0.1 and stage.rows[-1]["accuracy"] == 1
 
 
+def test_no_more_groups_are_made_than_are_seen(reward_model, codec, stage, monkeypatch):
+    made, make_groups = [], reward.make_groups
+    monkeypatch.setattr(reward, "make_groups", lambda records, found, codec: made.append(found) or make_groups(records, found, codec))
+    for seed in (0, 0, 1, 2, 3):
+        reader = torch.nn.Linear(reward_model.config.hidden_size, 1)
+        reward.train(reward_model, reader, codec, RECORDS, reward.RewardFlags(steps=1, groups=2), seed, stage, CPU)
+    assert [len(found) for found in made] == [2] * 5 and made[0] == made[1]
+    assert len({str(found) for found in made}) > 1              # another seed, other groups
+
+
 def test_05_gradient_accumulation_equals_the_big_batch(reward_model, codec, stage, monkeypatch):
     gradients = []          # Adam's first step hides their scale: look where they are clipped
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",

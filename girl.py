@@ -244,13 +244,8 @@ def train_reward(run, folder, flags, seed, device, judge):
         if (folder / "probes.jsonl").exists():
             records += read_records(folder / "probes.jsonl")
         records = [r for r in records if half(r.cv) == part]
-        torch.manual_seed(generator(seed, name, "init").initial_seed())
-        model = load_model(run / "sft", RewardModel)
-        model.add_averaging_block()
-        model.to(device)
-        reader = nn.Linear(model.config.hidden_size, 1)
-        reader.load_state_dict(load_tensors(run / "sft" / "reader.safetensors"))
-        reward.train(model, reader.to(device), codec, records, flags, seed, stage, device)
+        model, reader = new_reward_model(run / "sft", generator(seed, name, "init").initial_seed())
+        reward.train(model.to(device), reader.to(device), codec, records, flags, seed, stage, device)
         cvs = sorted({r.cv for r in records})
         samples = reward.sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
         reward.standardize(model, reward.score_rows(model, samples))
@@ -260,6 +255,21 @@ def train_reward(run, folder, flags, seed, device, judge):
         save_model(stage.folder, model)
         save_tokenizer(stage.folder, codec.tokenizer)
         stage.finish(**metrics, center=model.center, cut_cvs=codec.cut_cvs, cut_jds=codec.cut_jds)
+
+
+def new_reward_model(folder, seed):
+    """Stage 1's body and its head for reading, as stage 2 takes them up; the head for the score is random."""
+    torch.manual_seed(seed)
+    model = load_model(folder, RewardModel)
+    model.add_averaging_block()
+    reader = nn.Linear(model.config.hidden_size, 1)
+    reader.load_state_dict(load_tensors(folder / "reader.safetensors"))
+    with torch.no_grad():
+        # The logits of stage 1 need large final states, a fresh head learns better from states of size 1.
+        size = model.model.norm.weight.mean()
+        model.model.norm.weight /= size
+        reader.weight *= size
+    return model, reader
 
 
 def train_ppo(run, folder, flags, seed, device):

@@ -160,6 +160,11 @@ class Codec:
         return len(self.before) + self.max_cv + len(self.after) + self.max_jd
 
 
+def load_codec(folder, config):
+    """The codec of a model's folder, within the budgets that its config keeps."""
+    return Codec(load_tokenizer(folder), config.max_cv_tokens, config.max_jd_tokens)
+
+
 # ------------------------------------------------------------------------------------------------------- batches
 def pad_right(rows, pad=0):
     """Token lists -> ids [B, T] and lengths [B]. Everything else (masks, last positions) follows from the lengths."""

@@ -17,7 +17,7 @@ import torch
 
 import ppo
 import reward
-from data import Codec, half, load_tokenizer, read_records
+from data import half, load_codec, read_records
 from model import LanguageModel, RewardModel, generate, load_model
 from run import autocast, generator, peak_rss_mb, read_json, write_json
 
@@ -152,7 +152,7 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll):
     start = time.time()
     sft, policy = (load_model(run / s, LanguageModel, device).eval() for s in ("sft", "ppo"))
     reward_model, judge = (load_model(run / s, RewardModel, device).eval() for s in ("reward", "judge"))
-    codec = Codec(load_tokenizer(run / "sft"), sft.config.max_cv_tokens, sft.config.max_jd_tokens)
+    codec = load_codec(run / "sft", sft.config)
     train = [r for r in read_records(folder / "train.jsonl") if half(r.cv) == "A"]
     records = read_records(folder / f"{split}.jsonl")
     cvs = list(dict.fromkeys(r.cv for r in records))[:n_cvs]
@@ -178,7 +178,7 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll):
             cvs, responses, codec, reward.score_rows(reward_model, rows), reward.score_rows(judge, rows), market, seed)
     results["ppo_kl_per_text"] = kl_per_text(policy, sft, codec, cvs, written["ppo"], device)
 
-    # 3. Time and memory: what each stage noted when it ran. Reward model and judge may have run at the same time.
+    # 3. Time and memory: what each stage noted when it ran. Reward model and judge count as running at the same time.
     noted = {s: read_json((folder if s == "data" else run / s) / "summary.json")
              for s in STAGES if s != "data" or (folder / "summary.json").exists()}
     noted["evaluate"] = {"started": start, "seconds": round(time.time() - start, 1)}

@@ -38,7 +38,7 @@ import evaluate
 import market
 import ppo
 import reward
-from data import SPLITS, Codec, bucketed, half, load_tokenizer, pad_right, read_records, save_tokenizer
+from data import SPLITS, Codec, bucketed, half, load_codec, pad_right, read_records, save_tokenizer
 from model import Config, LanguageModel, RewardModel, generate, load_model, save_model
 from run import (BadInput, Optimizer, Stage, autocast, finished, flag, generator, load_tensors, peak_rss_mb, pick_device,
                  read_json, save_tensors, write_json)
@@ -55,7 +55,7 @@ class DataFlags:
 
 @dataclass
 class SFTFlags:
-    epochs: float = flag(1.3, "passes over the accepted pairs of half A", least=0.01)
+    epochs: float = flag(1.1, "passes over the accepted pairs of half A", least=0.01)
     batch: int = flag(16, "pairs in an optimizer step")
     accumulate: int = flag(1, "micro-batches that a batch is cut into, to save memory")
     lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
@@ -221,11 +221,6 @@ def sft_step(model, reader, optimizer, batch, step, flags, device):
 
 
 # ----------------------------------------------------------------------------------------------- stages 2 and 3
-def load_codec(folder, model):
-    c = model.config
-    return Codec(load_tokenizer(folder), c.max_cv_tokens, c.max_jd_tokens)
-
-
 def need(run, stage):
     """The folder of a finished stage."""
     if not finished(run, stage):
@@ -238,7 +233,7 @@ def train_reward(run, folder, flags, seed, device, judge):
     weights, and the jobs are the same.)"""
     name, part = ("judge", "B") if judge else ("reward", "A")
     generator_model = load_model(need(run, "sft"), LanguageModel, device)
-    codec = load_codec(run / "sft", generator_model)
+    codec = load_codec(run / "sft", generator_model.config)
     with Stage(run, name) as stage:
         records = read_records(folder / "train.jsonl")
         if (folder / "probes.jsonl").exists():
@@ -274,7 +269,7 @@ def new_reward_model(folder, seed):
 
 def train_ppo(run, folder, flags, seed, device):
     policy = ppo.Policy(load_model(need(run, "sft"), LanguageModel, device)).to(device)
-    codec = load_codec(run / "sft", policy.lm)
+    codec = load_codec(run / "sft", policy.lm.config)
     reward_model = load_model(need(run, "reward"), RewardModel, device)
     truth = market.true_match if (folder / "market.json").exists() else None
     with Stage(run, "ppo") as stage:
@@ -304,7 +299,7 @@ def write_for(args, device):
     """`generate`: JDs for one CV, the best score first where a reward model is given."""
     cv = read_text(args.cv)
     model = load_model(args.model, LanguageModel, device).eval()
-    codec = load_codec(args.model, model)
+    codec = load_codec(args.model, model.config)
     prompts = [codec.prompt(cv)] * args.number
     temperature = 0.0 if args.greedy else args.temperature
     if not (temperature >= 0 and 0 < args.top_p <= 1):
@@ -316,14 +311,14 @@ def write_for(args, device):
         print(f"{args.cv}: the CV was cut at {codec.max_cv} tokens", file=sys.stderr)
     if args.reward:
         judge = load_model(args.reward, RewardModel, device).eval()
-        scores = reward.score_texts(judge, load_codec(args.reward, judge), [(cv, t) for t in texts])
+        scores = reward.score_texts(judge, load_codec(args.reward, judge.config), [(cv, t) for t in texts])
         texts = [f"[{s:+.3f}]\n{t}" for s, t in sorted(zip(scores, texts), key=lambda st: -st[0])]
     print("\n\n".join(texts))
 
 
 def score_one(args, device):
     model = load_model(args.reward, RewardModel, device).eval()
-    codec = load_codec(args.reward, model)
+    codec = load_codec(args.reward, model.config)
     print(f"{reward.score_texts(model, codec, [(read_text(args.cv), read_text(args.jd))])[0]:.4f}")
 
 
@@ -459,7 +454,7 @@ def build_parser():
     add_flags(parsers["data"], DataFlags)
     parsers["reward"].add_argument("--judge", action="store_true", help="train the independent judge instead, from half B")
     e = parsers["evaluate"]
-    e.add_argument("--split", choices=("valid", "test"), default="test", help="tune on valid only (default test)")
+    e.add_argument("--split", choices=("valid", "test"), default="test", help="tune on valid only; results.json is written anew (default test)")
     e.add_argument("--cvs", type=positive, default=400, metavar="N", help="how many CVs of the split are used (default 400)")
     g, s = parsers["generate"], parsers["score"]
     g.add_argument("--model", required=True, metavar="RUN/ppo", help="folder of a generator: RUN/ppo or RUN/sft")

@@ -35,7 +35,7 @@ from run import BadInput, Optimizer, autocast, flag, generator
 
 @dataclass
 class RewardFlags:
-    steps: int = flag(1800, "optimizer steps")
+    steps: int = flag(1400, "optimizer steps")
     groups: int = flag(4, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
     max_group: int = flag(8, "decisions of a group used in a step", least=2)
     accumulate: int = flag(1, "micro-batches that a step is cut into, to save memory")

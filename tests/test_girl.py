@@ -14,7 +14,7 @@ import torch
 
 import girl
 import reward
-from data import Codec, half, train_tokenizer
+from data import Codec, half, load_codec, train_tokenizer
 from model import Config, LanguageModel
 from run import BadInput
 
@@ -278,7 +278,7 @@ def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_
     girl.train_sft(tmp_path / "run", tmp_path, flags, 0, CPU)
     (first, last, warm), (then, _, pairs) = seen
     assert (first, last, then, len(warm)) == (0, 6, 6, 30)
-    codec = girl.load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft"))
+    codec = load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft").config)
     of_a = [r for r in records if half(r["cv"]) == "A"]
     decisions = {(tuple(codec.prompt(r["cv"])), tuple(codec.jd(r["jd"]))): r["accepted"] for r in of_a}
     copies, natural, random_jds = warm[:10], warm[10:20], warm[20:]

@@ -59,7 +59,9 @@ def parse_record(line, where):
     for key in ("cv", "jd"):
         if not isinstance(raw[key], str):
             raise BadInput(f"{where}: {key} must be a text, found {type(raw[key]).__name__}")
-        if any("\ud800" <= c <= "\udfff" for c in raw[key]):
+        try:
+            raw[key].encode()
+        except UnicodeEncodeError:
             raise BadInput(f"{where}: {key} holds half of a surrogate pair, which is no character")
     if not raw["cv"].strip():
         raise BadInput(f"{where}: cv is empty")

@@ -12,7 +12,7 @@ Algorithm:
 1. Train the tokenizer on half A of the train split, and start a small model from random weights.
 2. Warm-up, because a small model is slow to find out that the two texts have to do with each other: it copies CVs (the CV
    stands in the JD's place), and reads: a second head says for each token of a JD whether the CV holds it too.
-3. Epochs over the accepted pairs: L, and the loss of reading beside it, at a small weight.
+3. Epochs over the accepted pairs: L + `--reading` times the loss of reading.
 
 Left out: packing several pairs into one row (rows are bucketed by length instead), weight decay, dropout.
 
@@ -260,7 +260,7 @@ def new_reward_model(folder, seed):
     reader = nn.Linear(model.config.hidden_size, 1)
     reader.load_state_dict(load_tensors(folder / "reader.safetensors"))
     with torch.no_grad():
-        # The logits of stage 1 need large final states, a fresh head learns better from states of size 1.
+        # The logits of stage 1 need large final states; the head's first scores and its rate are meant for states of size 1.
         size = model.model.norm.weight.mean()
         model.model.norm.weight /= size
         reader.weight *= size
@@ -297,13 +297,13 @@ def read_text(path):
 
 def write_for(args, device):
     """`generate`: JDs for one CV, the best score first where a reward model is given."""
+    temperature = 0.0 if args.greedy else args.temperature
+    if not (temperature >= 0 and 0 < args.top_p <= 1):
+        raise BadInput(f"generate: --temperature {temperature} must be at least 0, --top-p {args.top_p} above 0 and at most 1")
     cv = read_text(args.cv)
     model = load_model(args.model, LanguageModel, device).eval()
     codec = load_codec(args.model, model.config)
     prompts = [codec.prompt(cv)] * args.number
-    temperature = 0.0 if args.greedy else args.temperature
-    if not (temperature >= 0 and 0 < args.top_p <= 1):
-        raise BadInput(f"generate: --temperature {temperature} must be at least 0, --top-p {args.top_p} above 0 and at most 1")
     with torch.no_grad(), autocast(device):
         out = generate(model, prompts, codec.max_jd, temperature, args.top_p, generator(args.seed, "generate", device=device))
     texts = [codec.text(o) for o in out]

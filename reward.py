@@ -10,7 +10,8 @@ Algorithm:
    token of  prompt(C) + J + end-of-text.
 2. Gather the decisions into groups: all decisions on one CV, all decisions on one JD. Every text of a group is scored
    once, and every (accepted, rejected) pair inside the group is a comparison (as in Ouyang et al. 2022, arXiv 2203.02155,
-   section 3.5: all comparisons of one prompt belong into one batch).
+   section 3.5: all comparisons of one prompt belong into one batch). Beside the decisions there may be probes: JDs that
+   nobody would post, rejected. Where there are more groups than steps can show, a random part is used.
 3. A comparison teaches one bit; two losses beside it help to find where the answer lies. The same loss on the mean of
    what the JD's tokens hand to the last block reaches each of them directly. And reading, learned in stage 1, must not be
    forgotten: another head says for each of them whether the CV holds it too. The learning rate is low for the same

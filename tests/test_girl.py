@@ -119,6 +119,12 @@ def test_finished_stages_are_not_run_again(smoke):
     assert before == written()
 
 
+def test_a_smoke_run_has_a_folder_of_its_own():
+    for command in ("sft", "reward", "ppo", "evaluate", "train"):
+        assert girl.parse([command]).run == "runs/default" and girl.parse([command, "--smoke"]).run == "runs/smoke"
+        assert girl.parse([command, "--smoke", "--out", "x"]).run == "x"
+
+
 @pytest.mark.parametrize("done", ["", "reward", "reward judge"])
 def test_stages_side_by_side_share_the_threads_also_where_one_is_finished(done, tmp_path, monkeypatch):
     """The number of threads decides the last bits of a sum: it must not depend on what was finished before."""
@@ -290,6 +296,19 @@ def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_
     assert len(pairs) == sum(decisions.values()) and all(e.write and e.read for e in pairs)
 
 
+def test_the_reward_model_takes_up_stage_1_at_size_1_and_reads_as_before(tmp_path):
+    codec, _ = tiny()
+    lm = girl.new_model(codec, [girl.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)],
+                        girl.SFTFlags(hidden=32, layers=2), 0)
+    reader = torch.nn.Linear(32, 1)
+    girl.save_model(tmp_path, lm)
+    girl.save_tensors(tmp_path / "reader.safetensors", dict(reader.state_dict()))
+    model, again = girl.new_reward_model(tmp_path, 0)
+    assert model.model.norm.weight.tolist() == [1.0] * 32 and len(model.model.layers) == 3
+    ids = torch.tensor([codec.prompt("a cook with knife skills")])
+    torch.testing.assert_close(again(model.model(ids, before_last=True)[1]), reader(lm.model(ids)), atol=1e-5, rtol=1e-4)
+
+
 def test_half_of_the_heads_start_with_equal_queries_and_keys():
     """Also where several query heads share a key head: the first query head of the group is the one that is equal."""
     codec, _ = tiny()
@@ -318,6 +337,8 @@ def test_stages_that_start_together_all_note_their_flags(tmp_path):
     (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/cv.txt"], "not a model's config"),
     (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/missing.txt"], "missing.txt: No such file"),
     (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/empty.txt"], "empty.txt: empty"),
+    (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--top-p", "0"], "--top-p 0.0 above 0"),
+    (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--temperature", "-1"], "--temperature -1.0 must be"),
     (["score", "--reward", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--jd", "{tmp}/cv.txt"], "not a model's config"),
     (["data", "--out", "{tmp}/cv.txt/x", "--people", "5", "--held-out", "2", "--jobs", "600"], "cannot be written"),
     (["data", "--out", "{tmp}/x", "--people", "5", "--jobs", "20"], "raise --jobs"),

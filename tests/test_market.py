@@ -395,22 +395,32 @@ def test_taken_texts_are_not_used_again(split, kind):
     assert again and not taken & {text for r in again for text in (r.cv, r.jd)}
 
 
-def test_people_look_where_a_job_is_near():
-    """in_pools against `near` by brute force; with so few jobs each one nearby is liked or drawn sooner or later."""
-    draw = random.Random(0)
-    jobs = [draw_job(draw, "data analyst") for _ in range(60)]
-    pools = in_pools(jobs + [KITCHEN])
-    assert pools["data analyst", None] == list(range(60)) and pools["chef", None] == pools["chef", "Leeds"] == [60]
+def test_pools_hold_the_jobs_of_a_title_and_place():
+    jobs = [draw_job(random.Random(i)) for i in range(300)] + [KITCHEN]
+    pools = in_pools(jobs)
+    for title in BY_TITLE:
+        assert pools[title, None] == [i for i, job in enumerate(jobs) if job.title == title]
+        for place in [*CITIES, REMOTE]:
+            assert pools[title, place] == [i for i, job in enumerate(jobs) if (job.title, job.place) == (title, place)]
+
+
+def test_who_would_work_from_home_looks_at_remote_jobs_too():
+    """Three fitting remote jobs among 3,000 elsewhere, of which only 20 are looked at: the others miss them nearly always."""
+    away = replace(draw_job(random.Random(0), "data analyst"), place="Exeter")
+    jobs = [away] * 3000 + [replace(away, place=REMOTE, skills=ANALYST.skills[:4], years=2, degree=ANALYST.degree)] * 3
+    pools, seen = in_pools(jobs), {}
     for remote in (True, False):
         person = replace(ANALYST, remote=remote)
-        close = {i for i, job in enumerate(jobs) if job.place == person.city or remote and job.place == REMOTE}
-        found = pools["data analyst", "Leeds"] + (pools["data analyst", REMOTE] if remote else [])
-        assert set(found) == close and len(close) >= 5
-    seen = []       # of all jobs of the title 20 are seen anywhere: a pool of 60 tells which are always seen
-    far = [replace(job, place="Exeter") for job in jobs] + [replace(job, place=REMOTE, skills=ANALYST.skills[:4]) for job in jobs[:3]]
-    for seed in range(20):
-        seen += applications(random.Random(seed), ANALYST, far, in_pools(far), 6)
-    assert {60, 61, 62} <= set(seen) and sum(i >= 60 for i in seen) >= 2.5 * 20
+        seen[remote] = sum(j >= 3000 for i in range(20) for j in applications(random.Random(i), person, jobs, pools, 6))
+    assert seen[True] >= 40 and seen[False] <= 3
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(market.SPOILT))
+def test_every_kind_of_probe_spoils(kind, monkeypatch):
+    """A kind that spoil() does not know would give an empty JD, which is a kind of its own."""
+    monkeypatch.setattr(market, "SPOILT", (kind,))
+    spoilt = spoil(random.Random(0), KITCHEN, 0)
+    assert spoilt != write_jd(KITCHEN, 0) and (spoilt == "") == (kind == "empty")
 
 
 def test_a_slip_has_one_value_in_the_place_of_another(monkeypatch):

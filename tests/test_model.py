@@ -271,6 +271,14 @@ def test_top_p_is_per_row():
     assert drawn == {(0, 1), (0, 2)}
 
 
+@pytest.mark.parametrize("rand, drawn", [(0.0, 3), (1 - 2 ** -24, 1), (0.5, 3), (0.75, 1)])
+def test_the_ends_of_the_uniform_draw_no_impossible_token(rand, drawn, monkeypatch):
+    """Tokens 0, 2 and 4 have probability 0; u = 1 - rand goes from almost 0 to 1."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, rand))
+    logits = torch.tensor([[0.0, 0.4, 0.0, 0.6, 0.0]]).log()
+    assert sample(logits).tolist() == [drawn]
+
+
 # --------------------------------------------------------------------------------------------- weights in and out
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load_a_language_model(tmp_path, tied):

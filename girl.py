@@ -55,7 +55,7 @@ class DataFlags:
 
 @dataclass
 class SFTFlags:
-    epochs: float = flag(1.1, "passes over the accepted pairs of half A", least=0.01)
+    epochs: float = flag(1.4, "passes over the accepted pairs of half A", least=0.01)
     batch: int = flag(16, "pairs in an optimizer step")
     accumulate: int = flag(1, "micro-batches that a batch is cut into, to save memory")
     lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
@@ -182,9 +182,8 @@ def new_model(codec, examples, flags, seed):
     unused[sorted({t for e in examples for t in e.prompt + e.jd})] = False
     with torch.no_grad():
         # The largest logit is |final state| |embedding|. Whatever cannot come next must stay far below it, or samples slip
-        # now and then; and norms grow slowly, so states start large, and embeddings as much smaller.
+        # now and then; and norms grow slowly, so they start large.
         model.model.norm.weight *= 8
-        model.model.embed_tokens.weight /= 8
         model.model.embed_tokens.weight[unused] = 0
         # Half of the heads start with equal queries and keys: a token then looks for its like, which is how one text is
         # found in another (Trockman and Kolter 2023, arXiv 2305.09828).

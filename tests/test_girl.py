@@ -265,7 +265,7 @@ def test_a_new_model_has_zeros_for_unused_tokens_and_large_final_states():
     model = girl.new_model(codec, [example], girl.SFTFlags(hidden=64, layers=1), 0)
     rows, used = model.model.embed_tokens.weight, set(example.prompt + example.jd)
     assert [bool(row.any()) for row in rows] == [t in used for t in range(len(rows))]
-    assert rows[sorted(used)].std().item() == pytest.approx(64 ** -0.5 / 8, rel=0.1)
+    assert rows[sorted(used)].std().item() == pytest.approx(64 ** -0.5, rel=0.1)
     assert model.model.norm.weight.tolist() == [8.0] * 64
 
 

@@ -231,7 +231,7 @@ CV_LAYOUTS = (
 JD_LAYOUTS = (
     "Wanted: {title}, {place}. {duty} You have: {years}, {degree}. Skills: {skills}. Pay: {pay}.",
     "Job: {title}\nPlace: {place}\nPay: {pay}\nExperience: {years}\nEducation: {degree}\nSkills: {skills}\nTask: {duty}",
-    "{duty} We are hiring: {title}, {place}, {pay}. You bring: {degree}, {years}. You know: {skills}.",
+    "We are hiring: {title}, {place}, {pay}. {duty} You bring: {degree}, {years}. You know: {skills}.",
 )
 PATTERNS = {"title": r"[a-z -]+", "years": r"[a-z ]+, (?:no experience|\d{1,2}\+? years?)", "place": r"[A-Za-z]+(?: or remote)?",
             "skills": r"[^.\n]+", "degree": r"a [a-z' ]+", "duty": r"[A-Z][^.\n]+\.", "pay": r"\d{1,3}k to \d{1,3}k"}

@@ -40,7 +40,7 @@ class PPOFlags:
     ppo_epochs: int = flag(2, "passes over a rollout")
     minibatch: int = flag(64, "episodes in an optimizer step")
     accumulate: int = flag(1, "micro-batches that a minibatch is cut into, to save memory")
-    lr: float = flag(2e-4, "learning rate; falls linearly to 0")
+    lr: float = flag(2.5e-4, "learning rate; falls linearly to 0")
     clip: float = flag(0.2, "epsilon of the clipped ratio")
     value_clip: float = flag(0.2, "how far a value may move from the rollout's before its loss is clipped")
     value_coef: float = flag(0.5, "weight of the value loss")

@@ -455,7 +455,7 @@ def build_parser():
     parsers["reward"].add_argument("--judge", action="store_true", help="train the independent judge instead, from half B")
     e = parsers["evaluate"]
     e.add_argument("--split", choices=("valid", "test"), default="test", help="tune on valid only; results.json is written anew (default test)")
-    e.add_argument("--cvs", type=positive, default=600, metavar="N", help="how many CVs of the split are used (default 600)")
+    e.add_argument("--cvs", type=positive, default=400, metavar="N", help="how many CVs of the split are used (default 400)")
     g, s = parsers["generate"], parsers["score"]
     g.add_argument("--model", required=True, metavar="RUN/ppo", help="folder of a generator: RUN/ppo or RUN/sft")
     g.add_argument("--number", type=positive, default=1, metavar="N", help="how many JDs (default 1)")

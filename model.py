@@ -274,7 +274,8 @@ def sample(logits, temperature=1.0, top_p=1.0, generator=None):
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
     # The inverse of the distribution function: the first token at which the sum reaches u, for u in (0, sum]. So neither a
-    # token of probability 0 is drawn nor one past the end. (torch.multinomial does the same, here 30 times as slowly.)
+    # token of probability 0 is drawn nor one past the end. (torch.multinomial does the same, but on 128 rows of 2,600 it took
+    # 30 times as long on our CPU.)
     sums = probs.cumsum(-1)                                                                  # [B, V]
     u = (1 - torch.rand(len(probs), 1, generator=generator, device=probs.device)) * sums[:, -1:]     # [B, 1]
     return torch.searchsorted(sums, u).squeeze(-1)

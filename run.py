@@ -98,8 +98,9 @@ class Optimizer:
     schedule over both: linear warm-up, then a half cosine down to 0.
 
     Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes each update of a matrix orthogonal, so that all its
-    directions are learned at the same pace. In our trials its loss fell a little sooner than that of AdamW alone; and
-    three Newton-Schulz steps (of usually five) were as good in it, and 5% faster."""
+    directions are learned at the same pace. In our trials its loss fell a little sooner than that of AdamW alone.
+    Three Newton-Schulz steps instead of the usual five: 5% faster, and a valid NLL of 0.383 instead of 0.379 (one
+    short run each)."""
 
     def __init__(self, model, flags, steps):
         matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n]

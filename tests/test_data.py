@@ -1,12 +1,13 @@
 """Records good and bad, the halves, the tokenizer and the codec, batches."""
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from data import (EOS, PAD, Codec, Record, bucketed, half, load_tokenizer, pad_right, read_records, save_tokenizer,
-                  train_tokenizer, write_records)
+from data import (EOS, PAD, Codec, Record, bucketed, half, load_codec, load_tokenizer, pad_right, read_records,
+                  save_tokenizer, train_tokenizer, write_records)
 from run import BadInput
 
 GOOD = b'{"cv": "a nurse", "jd": "a ward", "accepted": true}\n'
@@ -113,6 +114,14 @@ def test_tokenizer_is_saved_and_loaded(tokenizer, tmp_path):
     assert again.get_vocab() == tokenizer.get_vocab()
     text = "Wanted: nurse, Łódź. Skills: triage."
     assert again.encode(text).ids == tokenizer.encode(text).ids
+
+
+def test_a_loaded_codec_keeps_the_budgets_of_its_config(tokenizer, tmp_path):
+    save_tokenizer(tmp_path, tokenizer)
+    codec = load_codec(tmp_path, SimpleNamespace(max_cv_tokens=3, max_jd_tokens=5))
+    many = "a b c d e f g h"
+    assert len(codec.prompt(many)) == len(codec.before) + 3 + len(codec.after)
+    assert len(codec.jd(many)) == 5
 
 
 def test_transformers_reads_the_tokenizer(tokenizer, tmp_path):

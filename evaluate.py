@@ -5,9 +5,17 @@
 Nothing here is used in training, and no checkpoint is picked: the last one is what is measured. `market` is the
 simulation's module, handed in where the data are simulated, else None: then whatever needs the truth is null.
 
-The generators that are compared write one JD for each CV: `sft` and `ppo` sample at temperature 1, `_greedy` takes the
-likeliest token, `sft_best16` is the best of 16 SFT samples by the reward model.
+What is compared gives one JD for each CV. Generators: `sft` and `ppo` sample at temperature 1, `_greedy` takes the
+likeliest token, `sft_best16` is the best of 16 SFT samples by the reward model. Retrieval: `nearest` is the JD that the most
+similar training candidate was accepted for, `random` any accepted JD. Rules of the market: `constant` and `echo`.
+
+An outside judge (a person, or another language model) can be asked too:
+
+    python girl.py evaluate --run RUN --export-pairs FILE      prompts with two JDs in shuffled order, one JSON line each
+    python girl.py evaluate --run RUN --verdicts FILE          reads the answers back, and prints the same table
 """
+import hashlib
+import json
 import math
 import random
 import time
@@ -19,10 +27,17 @@ import ppo
 import reward
 from data import half, load_codec, read_records
 from model import LanguageModel, RewardModel, generate, load_model
-from run import autocast, generator, peak_rss_mb, read_json, write_json
+from run import BadInput, autocast, generator, peak_rss_mb, read_json, write_bytes, write_json
 
 BEST_OF = 16
 STAGES = ("data", "sft", "reward", "judge", "ppo")
+# Who is compared with whom, CV by CV; GIRL is the generator after PPO.
+CONTRASTS = {"girl_vs_sft": ("ppo", "sft"), "girl_vs_nearest": ("ppo", "nearest"), "girl_vs_random": ("ppo", "random"),
+             "girl_vs_constant": ("ppo", "constant"), "girl_vs_echo": ("ppo", "echo"), "girl_vs_best16": ("ppo", "sft_best16"),
+             "girl_greedy_vs_sft_greedy": ("ppo_greedy", "sft_greedy"), "sft_vs_nearest": ("sft", "nearest")}
+# Differences below this are a tie: in true match, and in standard deviations of the judge.
+TIE = {"true": 0.02, "judge": 0.1}
+ANSWERS = ("sft", "ppo", "sft_greedy", "ppo_greedy", "sft_best16", "nearest", "random", "constant", "echo")
 
 
 # ------------------------------------------------------------------------------------------------------ measures
@@ -83,33 +98,177 @@ def kl_per_text(policy, reference, codec, cvs, responses, device, batch_size=64)
     return total / len(cvs)
 
 
-def describe(cvs, responses, codec, scores, judge_scores, market, seed):
-    """The figures of one generator: one response for each CV."""
-    texts = [codec.text(r) for r in responses]
+def judge_all(cvs, responses, codec, reward_model, judge, market):
+    """What is known of each JD, in the order of the CVs: its text, two models' scores, and the true match."""
+    rows, texts = [codec.prompt(cv) + r for cv, r in zip(cvs, responses)], [codec.text(r) for r in responses]
+    return {"texts": texts, "reward": reward.score_rows(reward_model, rows), "judge": reward.score_rows(judge, rows),
+            "true": np.array([market.true_match(cv, t) for cv, t in zip(cvs, texts)]) if market else None}
+
+
+def describe(cvs, responses, found, codec, known, market, seed):
+    """The figures of one kind of answer: one response for each CV, and what `judge_all` found. `known`: the train JDs."""
+    texts = found["texts"]
     result = {"format_rate": None, "title_rate": None, "true_match": None, "true_match_ci95": None,
-              "reward": float(scores.mean()), "reward_ci95": bootstrap_ci95(scores, seed),
-              "judge": float(judge_scores.mean()), "judge_ci95": bootstrap_ci95(judge_scores, seed),
+              "reward": float(found["reward"].mean()), "reward_ci95": bootstrap_ci95(found["reward"], seed),
+              "judge": float(found["judge"].mean()), "judge_ci95": bootstrap_ci95(found["judge"], seed),
               "copy_rate": copy_rate(cvs, texts), "distinct_2": distinct_2(texts),
+              "seen_rate": float(np.mean([t in known for t in texts])),
               "length": float(np.mean([len(r) for r in responses])),
               "eos_rate": float(np.mean([r[-1] == codec.eos for r in responses]))}
     if market:
-        matches = [market.true_match(cv, t) for cv, t in zip(cvs, texts)]
         result |= {"format_rate": float(np.mean([market.parse_jd(t) is not None for t in texts])),
                    "title_rate": float(np.mean([market.fits_title(cv, t) for cv, t in zip(cvs, texts)])),
-                   "true_match": float(np.mean(matches)), "true_match_ci95": bootstrap_ci95(matches, seed)}
+                   "true_match": float(found["true"].mean()), "true_match_ci95": bootstrap_ci95(found["true"], seed)}
     return result
 
 
+# ----------------------------------------------------------------------------------------- answers without generating
+def tfidf(rows, idf):
+    """Token rows as sparse vectors of length 1, [N, V]: each token counts by its rarity `idf` [V]."""
+    at = torch.tensor([i for i, row in enumerate(rows) for _ in row], dtype=torch.long)
+    ids = torch.tensor([t for row in rows for t in row], dtype=torch.long)
+    m = torch.sparse_coo_tensor(torch.stack((at, ids)), idf[ids], (len(rows), len(idf)),
+                                check_invariants=False).coalesce()
+    at, values = m.indices()[0], m.values()
+    norms = torch.zeros(len(rows)).index_add(0, at, values ** 2).sqrt().clamp(min=1e-9)      # [N]
+    return torch.sparse_coo_tensor(m.indices(), values / norms[at], m.shape, is_coalesced=True, check_invariants=False)
+
+
+def alike(queries, documents, vocab_size):
+    """Cosine similarity of TF-IDF vectors (Sparck Jones 1972) of token rows: [queries, documents]."""
+    df = torch.bincount(torch.tensor([t for row in documents for t in set(row)], dtype=torch.long), minlength=vocab_size)
+    idf = (len(documents) / df.clamp(min=1)).log()                                           # [V]
+    return (tfidf(documents, idf) @ tfidf(queries, idf).to_dense().T).T
+
+
+def retrieved(codec, pairs, cvs, seed):
+    """JDs taken from accepted (cv, jd) pairs: of the most similar candidate, and of any."""
+    draw, known = random.Random(seed), [codec.encode(cv) for cv, _ in pairs]
+    closest = alike([codec.encode(cv) for cv in cvs], known, codec.tokenizer.get_vocab_size()).argmax(1)
+    return {"nearest": [pairs[i][1] for i in closest.tolist()], "random": [draw.choice(pairs)[1] for _ in cvs]}
+
+
+# ------------------------------------------------------------------------------------------------- win, tie, lose
+def win_tie_lose(wins, losses, seed):
+    """Shares of CVs won, tied, lost, and the 95% interval of win - lose over CVs; from two arrays of bools."""
+    wins, losses = np.asarray(wins, dtype=float), np.asarray(losses, dtype=float)
+    return ([float(wins.mean()), float(1 - wins.mean() - losses.mean()), float(losses.mean())],
+            bootstrap_ci95(wins - losses, seed))
+
+
+def compare(a, b, seed):
+    """How often is answer `a` (of judge_all) better than `b` for the same CV, by the truth and by the judge?"""
+    result = {}
+    for by, tie in TIE.items():
+        if a[by] is None:
+            result |= {by: None, f"{by}_advantage_ci95": None}
+        else:
+            result[by], result[f"{by}_advantage_ci95"] = win_tie_lose(a[by] - b[by] >= tie, b[by] - a[by] >= tie, seed)
+    return result
+
+
+ASPECTS = ("detail", "relevance", "conciseness")
+QUESTION = """Below are the CV of a job seeker and two job descriptions, A and B, that were suggested to this person.
+Which one is better in its level of detail, in its relevance to this CV, and in its conciseness?
+Answer with one line of JSON, "A", "B" or "tie" for each: {{"detail": "...", "relevance": "...", "conciseness": "..."}}
+
+CV:
+{cv}
+
+A:
+{a}
+
+B:
+{b}
+"""
+
+
+def swapped(seed, name):
+    """Does the first answer of this pair stand under B? By a hash, so that a judge cannot know, and we need not note it."""
+    return hashlib.sha256(f"{seed} {name}".encode()).digest()[0] % 2 == 1
+
+
+def export_pairs(path, cvs, judged, seed):
+    """One JSON line {"id", "prompt"} for each CV of each contrast, to be answered by an outside judge."""
+    lines = []
+    for contrast, (first, second) in CONTRASTS.items():
+        if first in judged and second in judged:
+            for i, cv in enumerate(cvs):
+                name = f"{contrast}/{i}"
+                a, b = (judged[answer]["texts"][i] for answer in ((second, first) if swapped(seed, name) else (first, second)))
+                lines.append(json.dumps({"id": name, "prompt": QUESTION.format(cv=cv, a=a, b=b)}, ensure_ascii=False))
+    write_bytes(path, "\n".join(lines).encode() + b"\n")
+    print(f"{len(lines)} pairs in {path}: answer each with a line  "
+          '{"id": "...", "detail": "A", "relevance": "B", "conciseness": "tie"}  and read them with --verdicts')
+
+
+def read_verdicts(path, results):
+    """The answers of an outside judge: {contrast: {aspect: [win, tie, lose], aspect_advantage_ci95: [low, high]}}."""
+    found = {}
+    try:
+        lines = open(path, encoding="utf-8").read().split("\n")
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{path}: cannot be read ({e}); give the file of answers to what --export-pairs wrote")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            name, verdict = parse_verdict(line, f"{path}:{number}", results["cvs"])
+            if name in found:
+                raise BadInput(f"{path}:{number}: a second answer for {name}; keep one")
+            found[name] = verdict
+    if not found:
+        raise BadInput(f"{path}: no answers; expected lines like " + '{"id": "girl_vs_sft/0", "detail": "A", ...}')
+    table = {}
+    for contrast in CONTRASTS:
+        mine = {name: v for name, v in found.items() if name.split("/")[0] == contrast}
+        for aspect in ASPECTS if mine else ():
+            # what the first answer of the contrast is called in each pair
+            first = {name: "AB"[swapped(results["seed"], name)] for name in mine}
+            shares, interval = win_tie_lose([mine[n][aspect] == first[n] for n in mine],
+                                            [mine[n][aspect] not in (first[n], "tie") for n in mine], results["seed"])
+            table.setdefault(contrast, {"answers": len(mine)}).update({aspect: shares, f"{aspect}_advantage_ci95": interval})
+    return table
+
+
+def add_verdicts(run, path):
+    """Read the answers to `export_pairs` into results.json, and print them."""
+    if not (run / "results.json").exists():
+        raise BadInput(f"{run / 'results.json'}: no such file; run  python girl.py evaluate --run {run}  first")
+    results = read_json(run / "results.json")
+    table = read_verdicts(path, results)
+    for contrast, row in table.items():
+        results["wins"].setdefault(contrast, {}).update(row)
+    write_json(run / "results.json", results)
+    print_wins(table)
+
+
+def parse_verdict(line, where, n_cvs):
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"{where}: not JSON ({e})")
+    if not isinstance(raw, dict) or not {"id", *ASPECTS} <= set(raw):
+        raise BadInput(f"{where}: expected the keys id, {', '.join(ASPECTS)}")
+    contrast, _, number = str(raw["id"]).partition("/")
+    if contrast not in CONTRASTS or number not in map(str, range(n_cvs)):
+        raise BadInput(f"{where}: there is no pair {raw['id']!r} in this run")
+    if bad := [raw[a] for a in ASPECTS if raw[a] not in ("A", "B", "tie")]:
+        raise BadInput(f"{where}: an answer is \"A\", \"B\" or \"tie\", found {bad[0]!r}")
+    return raw["id"], raw
+
+
 # -------------------------------------------------------------------------------------------- data and reward model
-def data_figures(train, records, cvs, market, seed):
-    """What the data say of themselves: how good accepted decisions are, and what trivial answers reach."""
-    keys = ("accepted_true_match", "best_constant_match", "echo_match", "oracle_match", "bayes_pair_accuracy")
+def data_figures(records, rules, cvs, market):
+    """What the data say of themselves: how good accepted decisions are, and what answers by rule reach."""
     if not market:
-        return dict.fromkeys(keys)
+        return dict.fromkeys(("accepted_true_match", "best_constant_match", "echo_match", "oracle_match", "bayes_pair_accuracy"))
+
+    def mean_match(pairs):
+        return float(np.mean([market.true_match(cv, jd) for cv, jd in pairs]))
     same = [r for r in records if market.same_occupation(r)]
     truth = np.array([market.true_match(r.cv, r.jd) for r in same])
-    return {"accepted_true_match": float(np.mean([market.true_match(r.cv, r.jd) for r in records if r.accepted])),
-            **market.yardsticks(random.Random(seed), sorted({r.cv for r in train}), sorted({r.jd for r in train}), cvs),
+    return {"accepted_true_match": mean_match([(r.cv, r.jd) for r in records if r.accepted]),
+            "best_constant_match": mean_match(zip(cvs, rules["constant"])), "echo_match": mean_match(zip(cvs, rules["echo"])),
+            "oracle_match": mean_match(zip(cvs, rules["oracle"])),
             "bayes_pair_accuracy": reward.pair_metrics(same, truth)["pair_accuracy"]}
 
 
@@ -147,8 +306,8 @@ def covered(stages):
     return total
 
 
-def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll):
-    """Write results.json of a run and print its table. `mean_nll(model, pairs, codec, device)` is stage 1's."""
+def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, export=None):
+    """Write results.json of a run and print its tables. `mean_nll(model, pairs, codec, device)` is stage 1's."""
     start = time.time()
     sft, policy = (load_model(run / s, LanguageModel, device).eval() for s in ("sft", "ppo"))
     reward_model, judge = (load_model(run / s, RewardModel, device).eval() for s in ("reward", "judge"))
@@ -157,26 +316,31 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll):
     records = read_records(folder / f"{split}.jsonl")
     cvs = list(dict.fromkeys(r.cv for r in records))[:n_cvs]
     valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
+    known_cvs, known_jds = (sorted({text for text in column}) for column in zip(*((r.cv, r.jd) for r in train)))
+    rules = market.rules(random.Random(seed), known_cvs, known_jds, cvs) if market else {}
 
-    # 1. Every generator writes for every CV.
+    # 1. One JD for each CV: written by every generator, retrieved, and by rule.
     samples, sample_scores = best_of(sft, reward_model, codec, cvs, seed, device)
-    written = {"sft": [s[0] for s in samples], "sft_greedy": write_jds(sft, codec, cvs, 0.0, seed, "greedy", device),
-               "sft_best16": [s[k] for s, k in zip(samples, sample_scores.argmax(1))],
-               "ppo": write_jds(policy, codec, cvs, 1.0, seed, "ppo", device),
-               "ppo_greedy": write_jds(policy, codec, cvs, 0.0, seed, "greedy", device)}
+    responses = {"sft": [s[0] for s in samples], "ppo": write_jds(policy, codec, cvs, 1.0, seed, "ppo", device),
+                 "sft_greedy": write_jds(sft, codec, cvs, 0.0, seed, "greedy", device),
+                 "ppo_greedy": write_jds(policy, codec, cvs, 0.0, seed, "greedy", device),
+                 "sft_best16": [s[k] for s, k in zip(samples, sample_scores.argmax(1))]}
+    others = retrieved(codec, [(r.cv, r.jd) for r in train if r.accepted], cvs, seed) | rules
+    responses |= {name: [codec.jd(jd) for jd in others[name]] for name in others if name != "oracle"}
 
-    # 2. Each is described by the same figures.
+    # 2. All are described by the same figures, and compared CV by CV.
     results = {"seed": seed, "split": split, "cvs": len(cvs), "device": str(device), "torch": torch.__version__,
                "parameters": sum(p.numel() for p in sft.parameters()),
-               "data": data_figures(train, records, cvs, market, seed),
+               "data": data_figures(records, rules, cvs, market),
                "reward": reward_figures(reward_model, codec, records, market, seed)}
     results["reward"]["sample_accuracy"] = sample_accuracy(sample_scores, cvs, samples, codec, market) if market else None
+    judged = {name: judge_all(cvs, r, codec, reward_model, judge, market) for name, r in responses.items()}
     nll = {"sft": mean_nll(sft, valid, codec, device), "ppo": mean_nll(policy, valid, codec, device)}
-    for name, responses in written.items():
-        rows = [codec.prompt(cv) + r for cv, r in zip(cvs, responses)]
-        results[name] = {"valid_nll": nll[name[:3]]} | describe(
-            cvs, responses, codec, reward.score_rows(reward_model, rows), reward.score_rows(judge, rows), market, seed)
-    results["ppo_kl_per_text"] = kl_per_text(policy, sft, codec, cvs, written["ppo"], device)
+    for name, found in judged.items():
+        results[name] = describe(cvs, responses[name], found, codec, set(known_jds), market, seed)
+        results[name]["valid_nll"] = nll.get(name[:3])
+    results["ppo_kl_per_text"] = kl_per_text(policy, sft, codec, cvs, responses["ppo"], device)
+    results["wins"] = {name: compare(judged[a], judged[b], seed) for name, (a, b) in CONTRASTS.items() if {a, b} <= set(judged)}
 
     # 3. Time and memory: what each stage noted when it ran. Reward model and judge count as running at the same time.
     noted = {s: read_json((folder if s == "data" else run / s) / "summary.json")
@@ -187,7 +351,10 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll):
     results["peak_rss_mb"] = max(peak_rss_mb(), memory.pop("reward") + memory.pop("judge"), *memory.values())
     write_json(run / "results.json", results)
     print_table(results)
-    show_one(cvs[0], codec.text(written["sft_greedy"][0]), codec.text(written["ppo_greedy"][0]), market)
+    print_wins(results["wins"])
+    show_one(cvs[0], judged["sft_greedy"]["texts"][0], judged["ppo_greedy"]["texts"][0], market)
+    if export:
+        export_pairs(export, cvs, judged, seed)
     return results
 
 
@@ -196,10 +363,9 @@ def cell(value):
 
 
 def print_table(results):
-    columns = ("true_match", "judge", "reward", "format_rate", "title_rate", "distinct_2", "copy_rate", "length")
+    columns = ("true_match", "judge", "reward", "format_rate", "title_rate", "distinct_2", "copy_rate", "seen_rate", "length")
     print(f"\n{results['cvs']} CVs of the {results['split']} split" + "".join(f"{c:>13}" for c in columns))
-    for name in ("sft", "ppo", "sft_greedy", "ppo_greedy", "sft_best16"):
-        row = results[name]
+    for name, row in ((n, results[n]) for n in ANSWERS if n in results):
         print(f"{name:<26}" + "".join(f"{cell(row[c]):>13}" for c in columns))
         if row["true_match_ci95"]:
             print(f"{'':<26}" + f"{row['true_match_ci95'][0]:>7.3f}-{row['true_match_ci95'][1]:.3f}")
@@ -211,6 +377,16 @@ def print_table(results):
         print("one field made worse is noticed: " + ", ".join(f"{k} {cell(v)}" for k, v in judged["one_change_accuracy"].items()))
     print(f"KL of PPO from SFT: {results['ppo_kl_per_text']:.2f} nats per text; "
           f"seconds: {results['seconds']}; peak memory {results['peak_rss_mb']} MB")
+
+
+def print_wins(wins):
+    """Win / tie / lose of each contrast, and the interval of win - lose, for each judge that there was."""
+    for name, row in wins.items():
+        for by in (key for key in row if row[key] is not None and f"{key}_advantage_ci95" in row):
+            win, tie, lose = row[by]
+            low, high = row[f"{by}_advantage_ci95"]
+            print(f"{name:<28}{by:<12} win {win:.2f}  tie {tie:.2f}  lose {lose:.2f}   "
+                  f"advantage {win - lose:+.2f} ({low:+.2f} to {high:+.2f})")
 
 
 def show_one(cv, before, after, market):

@@ -37,6 +37,7 @@ import data
 import evaluate
 import market
 import ppo
+import recommend
 import reward
 from data import SPLITS, Codec, bucketed, half, load_codec, pad_right, read_records, save_tokenizer
 from model import Config, LanguageModel, RewardModel, generate, load_model, save_model
@@ -377,6 +378,7 @@ def run_all(args, device):
     run_apart(run, {"reward": ["reward"] + common, "judge": ["reward", "--judge"] + common})
     run_stage(parse(["ppo"] + common), device)
     evaluate_run(parse(["evaluate"] + common), device)
+    recommend_run(parse(["recommend"] + common), device)
 
 
 def run_apart(run, commands):
@@ -401,10 +403,28 @@ def run_apart(run, commands):
 
 def evaluate_run(args, device):
     run, folder = Path(args.run), Path(args.data or Path(args.run) / "data")
+    if args.verdicts:
+        return evaluate.add_verdicts(run, args.verdicts)
     for stage in ("sft", "reward", "judge", "ppo"):
         need(run, stage)
     truth = market if (folder / "market.json").exists() else None
-    evaluate.evaluate(run, folder, args.split, args.cvs, args.seed, device, truth, mean_nll)
+    evaluate.evaluate(run, folder, args.split, args.cvs, args.seed, device, truth, mean_nll, args.export_pairs)
+
+
+def recommend_run(args, device):
+    """`recommend`: jobs of a pool for one CV, or what the written JDs are worth, measured."""
+    run, folder = Path(args.run), Path(args.data or Path(args.run) / "data")
+    if bool(args.cv) != bool(args.pool):
+        raise BadInput("recommend: --cv and --pool belong together: real jobs of the pool for this CV")
+    for stage in ("sft", "reward", "ppo"):
+        need(run, stage)
+    truth = market if (folder / "market.json").exists() else None
+    models, train = recommend.load_run(run, device, args.seed), read_records(folder / "train.jsonl")
+    if args.cv:
+        recommend.find_jobs(models, read_text(args.cv), recommend.read_pool(args.pool), args.top, train, truth)
+    else:
+        recommend.measure(run, models, train, read_records(folder / f"{args.split}.jsonl"), args.split,
+                          from_args(recommend.RecommendFlags, args), args.full, truth)
 
 
 STAGES = {"sft": SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags}
@@ -414,11 +434,14 @@ SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600},
          "sft": {"epochs": 1, "warm_steps": 10, "hidden": 32, "layers": 2, "vocab": 600} | SMOKE_RUN,
          "reward": {"steps": 20, "samples": 32} | SMOKE_RUN,
          "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8} | SMOKE_RUN,
-         "evaluate": {"cvs": 24} | SMOKE_RUN, "train": SMOKE_RUN}
+         "evaluate": {"cvs": 24} | SMOKE_RUN,
+         "recommend": {"people": 40, "seeds": 2, "steps": 20, "cvs": 10} | SMOKE_RUN, "train": SMOKE_RUN}
 HELP = {"data": "make the data set of the simulated job market", "sft": "stage 1: learn to write the JDs that were accepted",
         "reward": "stage 2: learn to judge as the recruiter does", "ppo": "stage 3: learn to write what is accepted",
         "generate": "write JDs for a CV", "score": "score one JD for one CV",
-        "evaluate": "measure a run on held-out CVs, write results.json", "train": "all stages and the evaluation"}
+        "evaluate": "measure a run on held-out CVs, write results.json",
+        "recommend": "measure what the written JDs are worth to a recommender and in finding real jobs; or find jobs for one CV",
+        "train": "all stages and the evaluation"}
 
 
 def add_flags(parser, cls):
@@ -445,7 +468,7 @@ def build_parser():
         p.add_argument("--seed", type=int, default=0, help="one seed gives one result on one machine (default 0)")
         if name not in ("generate", "score"):
             p.add_argument("--smoke", action="store_true", help="toy size: shows that it runs, not that it learns")
-        if name in (*STAGES, "evaluate", "train"):
+        if name in (*STAGES, "evaluate", "recommend", "train"):
             p.add_argument("--run", "--out", default="runs/default", metavar="DIR", help="the run's folder (default %(default)s)")
             p.add_argument("--data", metavar="DIR", help="folder of train.jsonl, valid.jsonl, test.jsonl (default RUN/data)")
         if name in STAGES:
@@ -453,9 +476,18 @@ def build_parser():
     parsers["data"].add_argument("--out", required=True, metavar="DIR", help="where to write it")
     add_flags(parsers["data"], DataFlags)
     parsers["reward"].add_argument("--judge", action="store_true", help="train the independent judge instead, from half B")
-    e = parsers["evaluate"]
-    e.add_argument("--split", choices=("valid", "test"), default="test", help="tune on valid only; results.json is written anew (default test)")
+    e, r = parsers["evaluate"], parsers["recommend"]
+    for p in (e, r):
+        p.add_argument("--split", choices=("valid", "test"), default="test",
+                       help="tune on valid only; results.json holds one split at a time (default test)")
     e.add_argument("--cvs", type=positive, default=400, metavar="N", help="how many CVs of the split are used (default 400)")
+    e.add_argument("--export-pairs", metavar="FILE", help="also write pairs of JDs with a question, for an outside judge (JSON lines)")
+    e.add_argument("--verdicts", metavar="FILE", help="only read an outside judge's answers into results.json, and print the table")
+    r.add_argument("--full", action="store_true", help="the whole grid: more labels, settings, numbers of JDs (about an hour)")
+    r.add_argument("--cv", metavar="FILE", help="find jobs for this CV instead (a text file, - for standard input)")
+    r.add_argument("--pool", metavar="FILE", help='real JDs to choose from: lines like {"jd": "..."}')
+    r.add_argument("--top", type=positive, default=5, metavar="N", help="how many jobs are shown (default 5)")
+    add_flags(r, recommend.RecommendFlags)
     g, s = parsers["generate"], parsers["score"]
     g.add_argument("--model", required=True, metavar="RUN/ppo", help="folder of a generator: RUN/ppo or RUN/sft")
     g.add_argument("--number", type=positive, default=1, metavar="N", help="how many JDs (default 1)")
@@ -495,7 +527,8 @@ def main(argv=None):
         elif args.command in STAGES:
             run_stage(args, device)
         else:
-            {"generate": write_for, "score": score_one, "evaluate": evaluate_run, "train": run_all}[args.command](args, device)
+            {"generate": write_for, "score": score_one, "evaluate": evaluate_run,
+             "recommend": recommend_run, "train": run_all}[args.command](args, device)
         return 0
     except BadInput as e:
         print(f"girl.py: {e}", file=sys.stderr)

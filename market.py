@@ -21,6 +21,7 @@ import random
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from data import Record, write_records
@@ -267,6 +268,7 @@ def write_jd(job, layout):
                                      pay=f"{job.pay[0]}k to {job.pay[1]}k")
 
 
+@lru_cache(maxsize=2 ** 17)
 def parse_cv(text):
     """The person that a CV describes, or None. A text counts as parsed only if writing the person gives it again."""
     for layout, regex in enumerate(CV_REGEXES):
@@ -280,6 +282,7 @@ def parse_cv(text):
     return None
 
 
+@lru_cache(maxsize=2 ** 17)
 def parse_jd(text):
     """The job that a JD describes, or None: an unknown skill, city or degree, a duty of another occupation, a seniority
     that contradicts the years asked for, a pay band that ends below its start: none of these is a job of this market."""
@@ -503,10 +506,23 @@ def best_constants(rng, people, jobs):
     return best
 
 
+def titles(record):
+    """The occupations of CV and JD; None for a JD that does not parse."""
+    job = parse_jd(record.jd)
+    return of_market(record.cv).title, job and job.title
+
+
 def same_occupation(record):
     """Is this a decision within one occupation? (The others are decided by the title alone: too easy to count.)"""
-    person, job = of_market(record.cv), parse_jd(record.jd)
-    return job is not None and job.title == person.title
+    mine, asked = titles(record)
+    return mine == asked
+
+
+def agreement(a, b):
+    """The fields in which two jobs agree, as short texts."""
+    fields = {"occupation": (a.title, b.title), "place": (a.place, b.place), "level": (seniority(a.years), seniority(b.years)),
+              "education": (DEGREES[a.degree], DEGREES[b.degree])}
+    return [f"{name} ({mine})" for name, (mine, other) in fields.items() if mine == other] + [s for s in a.skills if s in b.skills]
 
 
 def one_changes(rng, records, field, n):
@@ -520,14 +536,12 @@ def one_changes(rng, records, field, n):
     return found
 
 
-def yardsticks(rng, train_cvs, train_jds, cvs):
-    """Mean true match over `cvs` of three answers that need no learning: how much room there is."""
+def rules(rng, train_cvs, train_jds, cvs):
+    """JDs for `cvs` by three rules that learn nothing (texts): the best single job of each title, the echo, a best one."""
     best = best_constants(rng, [of_market(cv) for cv in train_cvs], [job for jd in train_jds if (job := parse_jd(jd))])
     people = [of_market(cv) for cv in cvs]
-    answers = {"best_constant_match": [match(p, best[p.title]) if p.title in best else 0.0 for p in people],
-               "echo_match": [match(p, echo(p)) for p in people],
-               "oracle_match": [match(p, oracle(p)) for p in people]}
-    return {name: sum(values) / len(values) for name, values in answers.items()}
+    jobs = {"constant": [best.get(p.title) for p in people], "echo": map(echo, people), "oracle": map(oracle, people)}
+    return {name: [write_jd(job, 0) if job else "" for job in theirs] for name, theirs in jobs.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- the data set

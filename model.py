@@ -140,8 +140,9 @@ class Transformer(nn.Module):
                 std = c.initializer_range / (math.sqrt(2 * c.num_hidden_layers) if writes else 1)
                 nn.init.normal_(p, std=std)
 
-    def forward(self, ids, mask=None, caches=None, before_last=False):
-        """ids [B, T] -> hidden states [B, T, C]; with `before_last` also what the last block is given, normed likewise.
+    def forward(self, ids, mask=None, caches=None, before_last=False, blocks=None):
+        """ids [B, T] -> hidden states [B, T, C]; with `before_last` also what the last block is given, normed likewise;
+        with `blocks` those after only so many blocks.
 
         mask [B, T], True at real tokens: needed where rows are padded on the left, or with `caches` (then
         [B, past + T]). Without it rows may be padded on the right only: a causal model never sees what is behind."""
@@ -158,7 +159,7 @@ class Transformer(nn.Module):
         cos, sin = rotary_table(positions, self.layers[0].self_attn.D, self.config.rope_theta)
         x = self.embed_tokens(ids)                                                           # [B, T, C]
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.layers[:blocks]):
             given = x
             x = layer(x, cos, sin, visible, caches[i] if caches else None)
         return (self.norm(x), self.norm(given)) if before_last else self.norm(x)             # [B, T, C]

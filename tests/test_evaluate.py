@@ -1,5 +1,8 @@
 """The measures of evaluate.py, against sums by hand."""
+import json
 import math
+import re
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 import evaluate
 from data import Record
 from model import LanguageModel
+from run import BadInput
 
 
 def test_bootstrap_interval_agrees_with_the_normal_approximation():
@@ -61,7 +65,7 @@ def test_sample_accuracy_counts_the_pairs_that_differ_in_truth():
 
 
 def test_data_figures_without_a_market_are_null():
-    figures = evaluate.data_figures([], [Record("a", "b", True)], ["a"], None, 0)
+    figures = evaluate.data_figures([Record("a", "b", True)], {}, ["a"], None)
     assert set(figures.values()) == {None} and "bayes_pair_accuracy" in figures
 
 
@@ -71,3 +75,89 @@ def test_time_of_stages_side_by_side_counts_once():
     assert evaluate.covered([stage(100, 5), stage(200, 7)]) == 12                       # a night between them is no work
     assert evaluate.covered([stage(107, 10), stage(100, 5), stage(110, 2), stage(113, 6)]) == 17    # one inside another
     assert evaluate.covered([stage(100, 5), stage(103, 5), stage(108, 1)]) == 9         # overlapping, and touching
+
+
+# ----------------------------------------------------------------------------------------------- answers without generating
+def test_alike_is_the_cosine_of_tfidf_vectors():
+    draw = np.random.default_rng(0)
+    queries, documents = ([draw.integers(0, 12, size=draw.integers(1, 9)).tolist() for _ in range(n)] for n in (5, 30))
+    df = Counter(t for row in documents for t in set(row))
+    idf = [math.log(30 / max(df[t], 1)) for t in range(12)]
+
+    def vector(row):
+        return np.array([row.count(t) * idf[t] for t in range(12)])
+    expected = [[vector(q) @ vector(d) / np.linalg.norm(vector(q)) / np.linalg.norm(vector(d)) for d in documents] for q in queries]
+    assert evaluate.alike(queries, documents, 12).numpy() == pytest.approx(np.array(expected), abs=1e-5)
+
+
+def test_nearest_is_the_jd_of_the_most_similar_candidate(codec):
+    pairs = [("nurse night", "wanted now"), ("cook part day", "full day"), ("driver full", "night")]
+    found = evaluate.retrieved(codec, pairs, ["cook day", "driver full", "nurse"], 0)
+    assert found["nearest"] == ["full day", "night", "wanted now"]
+    draws = evaluate.retrieved(codec, pairs, ["nurse"] * 60, 0)["random"]
+    assert set(draws) == {jd for _, jd in pairs}
+
+
+# ------------------------------------------------------------------------------------------------------- win, tie, lose
+def test_win_tie_lose_by_hand():
+    shares, (low, high) = evaluate.win_tie_lose([True, True, False, False], [False, False, True, False], 0)
+    assert shares == [0.5, 0.25, 0.25] and low < 0.25 < high
+    assert evaluate.win_tie_lose([True] * 9, [False] * 9, 0) == ([1.0, 0.0, 0.0], [1.0, 1.0])
+
+
+def test_small_differences_are_ties():
+    a = {"true": np.array([0.5, 0.5, 0.5, 0.5]), "judge": np.array([0.0, 0.0, 0.0, 0.0])}
+    b = {"true": np.array([0.481, 0.519, 0.4, 0.6]), "judge": np.array([0.09, -0.09, 0.11, -0.5])}
+    found = evaluate.compare(a, b, 0)
+    assert found["true"] == [0.25, 0.5, 0.25] and found["judge"] == [0.25, 0.5, 0.25]
+    assert evaluate.compare(a | {"true": None}, b | {"true": None}, 0)["true"] is None
+
+
+def test_seen_rate_counts_jds_of_the_train_split(codec):
+    found = {"texts": ["wanted now", "full day", "full day"], "reward": np.zeros(3), "judge": np.zeros(3), "true": None}
+    figures = evaluate.describe(["nurse"] * 3, [[10, 11, 1], [12, 9, 1], [12, 9, 1]], found, codec, {"full day"}, None, 0)
+    assert figures["seen_rate"] == 2 / 3 and figures["true_match"] is None
+
+
+# ---------------------------------------------------------------------------------------------------- an outside judge
+N = 200
+
+
+def exported(tmp_path):
+    """Pairs of N CVs in which the answer of `ppo` is always "good" and that of `sft` always "bad"."""
+    judged = {"ppo": {"texts": [f"good {i}" for i in range(N)]}, "sft": {"texts": [f"bad {i}" for i in range(N)]}}
+    evaluate.export_pairs(tmp_path / "pairs.jsonl", [f"cv {i}" for i in range(N)], judged, 5)
+    return [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+
+
+def answers(tmp_path, pairs, verdict):
+    (tmp_path / "verdicts.jsonl").write_text("\n".join(json.dumps(
+        {"id": p["id"]} | {aspect: verdict(p["prompt"], aspect) for aspect in evaluate.ASPECTS}) for p in pairs))
+    return evaluate.read_verdicts(tmp_path / "verdicts.jsonl", {"seed": 5, "cvs": N})
+
+
+def test_verdicts_are_read_back_through_the_shuffled_order(tmp_path):
+    """A judge that knows what is good, one that always says A, and ties."""
+    pairs = exported(tmp_path)
+    assert [p["id"] for p in pairs] == [f"girl_vs_sft/{i}" for i in range(N)]
+
+    def verdict(prompt, aspect):
+        good = re.search(r"([AB]):\ngood", prompt)[1]
+        return {"detail": good, "relevance": "BA"["AB".index(good)], "conciseness": "tie"}[aspect]
+    row = answers(tmp_path, pairs, verdict)["girl_vs_sft"]
+    assert row["answers"] == N and row["detail"] == [1, 0, 0] and row["relevance"] == [0, 0, 1] and row["conciseness"] == [0, 1, 0]
+    win, _, lose = answers(tmp_path, pairs, lambda *_: "A")["girl_vs_sft"]["detail"]
+    assert abs(win - lose) < 0.2                # who always says A favours nobody
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", "not JSON"), ("[]", "expected the keys"), ('{"id": "girl_vs_sft/0"}', "expected the keys"),
+    ('{"id": "girl_vs_sft/200", "detail": "A", "relevance": "A", "conciseness": "A"}', "no pair 'girl_vs_sft/200'"),
+    ('{"id": "girl_vs_me/0", "detail": "A", "relevance": "A", "conciseness": "A"}', "no pair"),
+    ('{"id": "girl_vs_sft/0", "detail": "A", "relevance": "C", "conciseness": "A"}', "found 'C'"),
+    ('{"id": "girl_vs_sft/1", "detail": "A", "relevance": "A", "conciseness": "A"}', "a second answer"), ("", "no answers")])
+def test_bad_verdicts_are_named(tmp_path, line, message):
+    good = json.dumps({"id": "girl_vs_sft/1", "detail": "A", "relevance": "B", "conciseness": "tie"}) + "\n"
+    (tmp_path / "v.jsonl").write_text((good if line else "") + line)
+    with pytest.raises(BadInput, match=re.escape(f"v.jsonl{':2' if line else ''}: ") + ".*" + re.escape(message)):
+        evaluate.read_verdicts(tmp_path / "v.jsonl", {"seed": 5, "cvs": N})

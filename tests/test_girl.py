@@ -42,7 +42,7 @@ def smoke(tmp_path_factory):
 
 def without_time(value):
     if isinstance(value, dict):
-        return {k: without_time(v) for k, v in value.items() if k not in ("seconds", "peak_rss_mb")}
+        return {k: without_time(v) for k, v in value.items() if k not in ("seconds", "peak_rss_mb", "candidates_per_second")}
     return value
 
 
@@ -56,9 +56,19 @@ def test_smoke_run_writes_every_stage_and_the_results(smoke):
     for name in ("sft", "sft_greedy", "sft_best16", "ppo", "ppo_greedy"):
         assert {"valid_nll", "format_rate", "title_rate", "true_match", "true_match_ci95", "reward", "judge", "copy_rate",
                 "distinct_2", "length"} <= set(results[name])
+    for contrast in ("girl_vs_sft", "girl_vs_nearest", "girl_vs_random", "girl_vs_constant", "girl_vs_echo", "girl_vs_best16"):
+        for by in ("true", "judge"):
+            low, high = results["wins"][contrast][f"{by}_advantage_ci95"]
+            win, tie, lose = results["wins"][contrast][by]
+            assert win + tie + lose == pytest.approx(1) and low <= win - lose <= high
+    modes = {(row["kind"], row["mode"]) for row in results["recommend"]["cvs"]["rows"]}
+    assert modes == {(kind, mode) for kind in ("dot", "mlp") for mode in ("none", "sft", "girl", "shuffled")}
+    for size in ("100", "1000"):
+        assert {"cv", "cv words", "sft", "girl", "shuffled", "cv + reward", "girl + reward"} <= set(results["grounding"]["pools"][size]["accepted"]["rows"])
     assert set(results["reward"]["one_change_accuracy"]) == {"skills", "years", "degree", "city", "field"}
     # Reward model and judge run side by side: the time in which both were at work counts once.
     seconds = results["seconds"]
+    assert "recommend" in seconds
     everything = sum(v for k, v in seconds.items() if k != "total")
     assert everything - min(seconds["reward"], seconds["judge"]) - 0.2 < seconds["total"] < everything
     assert (a / "sft" / "reader.safetensors").exists()
@@ -93,6 +103,48 @@ def test_generator_and_reward_model_learn_from_half_a_and_the_judge_from_half_b(
     assert seen == {"sft": {"A"}, "reward": {"A"}, "judge": {"B"}, "ppo": {"A"}}
 
 
+def test_the_recommender_learns_from_half_b_and_is_tested_on_the_held_out_split(smoke, tmp_path, monkeypatch):
+    (a, _), _ = smoke
+    shutil.copytree(a, tmp_path / "run")
+    seen = {}
+
+    def look(encoded, learn, test, *rest):
+        seen["learn"], seen["test"] = {r.cv for r in learn}, {r.cv for r in test}
+        return []
+    monkeypatch.setattr(girl.recommend, "train_and_test", look)
+    assert girl.main(["recommend", "--smoke", "--seed", "1", "--run", str(tmp_path / "run")]) == 0
+    cvs = {split: {r.cv for r in girl.read_records(a / "data" / f"{split}.jsonl")} for split in ("train", "test")}
+    assert seen["learn"] and seen["learn"] <= {cv for cv in cvs["train"] if half(cv) == "B"} and seen["test"] == cvs["test"]
+
+
+def test_jobs_for_one_cv_come_from_the_pool_best_first(smoke, tmp_path, capsys):
+    (a, _), _ = smoke
+    records = girl.read_records(a / "data" / "test.jsonl")
+    (tmp_path / "cv.txt").write_text(records[0].cv)
+    argv = ["recommend", "--run", str(a), "--cv", str(tmp_path / "cv.txt"), "--pool", str(a / "data" / "test.jsonl"), "--top", "3"]
+    assert girl.main(argv) == 0
+    shown = capsys.readouterr().out.split("\n\n")
+    jobs = [part.split("\n", 1) for part in shown if part.startswith("[")]
+    scores = [float(head[1:head.index("]")]) for head, _ in jobs]
+    assert len(jobs) == 3 and scores == sorted(scores, reverse=True) and all("agrees with the suggestion in" in head for head, _ in jobs)
+    assert {jd.strip() for _, jd in jobs} <= {r.jd for r in records}
+
+
+def test_pairs_for_an_outside_judge_go_out_and_its_verdicts_come_in(smoke, tmp_path, capsys):
+    (a, _), _ = smoke
+    shutil.copytree(a, tmp_path / "run")
+    pairs, verdicts = tmp_path / "pairs.jsonl", tmp_path / "verdicts.jsonl"
+    assert girl.main(["evaluate", "--smoke", "--seed", "1", "--run", str(tmp_path / "run"), "--export-pairs", str(pairs)]) == 0
+    questions = [json.loads(line) for line in pairs.read_text().splitlines()]
+    assert len({q["id"] for q in questions}) == len(questions) == 24 * len(girl.evaluate.CONTRASTS)
+    verdicts.write_text("".join(json.dumps({"id": q["id"], "detail": "A", "relevance": "tie", "conciseness": "B"}) + "\n" for q in questions))
+    capsys.readouterr()
+    assert girl.main(["evaluate", "--run", str(tmp_path / "run"), "--verdicts", str(verdicts)]) == 0
+    row = json.loads((tmp_path / "run" / "results.json").read_text())["wins"]["girl_vs_sft"]
+    assert row["relevance"] == [0, 1, 0] and row["detail"] == row["conciseness"][::-1] and row["true"] and row["answers"] == 24
+    assert "conciseness" in capsys.readouterr().out
+
+
 def test_same_seed_gives_identical_weights_metrics_and_results(smoke):
     (a, b), _ = smoke
     for stage in ("sft", "reward", "judge", "ppo"):
@@ -120,7 +172,7 @@ def test_finished_stages_are_not_run_again(smoke):
 
 
 def test_a_smoke_run_has_a_folder_of_its_own():
-    for command in ("sft", "reward", "ppo", "evaluate", "train"):
+    for command in ("sft", "reward", "ppo", "evaluate", "recommend", "train"):
         assert girl.parse([command]).run == "runs/default" and girl.parse([command, "--smoke"]).run == "runs/smoke"
         assert girl.parse([command, "--smoke", "--out", "x"]).run == "x"
 
@@ -340,6 +392,8 @@ def test_stages_that_start_together_all_note_their_flags(tmp_path):
     (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--top-p", "0"], "--top-p 0.0 above 0"),
     (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--temperature", "-1"], "--temperature -1.0 must be"),
     (["score", "--reward", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--jd", "{tmp}/cv.txt"], "not a model's config"),
+    (["recommend", "--run", "{tmp}/r"], "stage sft is not finished"),
+    (["evaluate", "--run", "{tmp}/r", "--verdicts", "{tmp}/cv.txt"], "results.json: no such file"),
     (["data", "--out", "{tmp}/cv.txt/x", "--people", "5", "--held-out", "2", "--jobs", "600"], "cannot be written"),
     (["data", "--out", "{tmp}/x", "--people", "5", "--jobs", "20"], "raise --jobs"),
     (["data", "--out", "{tmp}/x", "--held-out", "0"], "--held-out 0: must be at least 1"),
@@ -371,7 +425,7 @@ def test_a_broken_file_of_stage_1_is_named_and_train_says_which_stages_failed(sm
     assert "reward or judge failed" in lines[2]
 
 
-FLAGS = {"data": girl.DataFlags} | girl.STAGES
+FLAGS = {"data": girl.DataFlags, "recommend": girl.recommend.RecommendFlags} | girl.STAGES
 
 
 @pytest.mark.parametrize("argv", [["--help"]] + [[c, "--help"] for c in girl.HELP])

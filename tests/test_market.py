@@ -15,8 +15,8 @@ from data import Record
 from market import (ALL_SKILLS, BY_TITLE, CITIES, CV_LAYOUTS, DEGREES, FIELDS, JD_LAYOUTS, MAX_YEARS_ASKED, OCCUPATIONS,
                     REMOTE, Job, Person, applications, best_constants, coverage, degree_factor, draw_job, draw_person,
                     draw_split, echo, field_factor, fits_title, in_pools, match, one_changes, oracle, parse_cv, parse_jd,
-                    place_factor, same_occupation, seniority, sibling, skills_factor, spoil, true_match, worsen,
-                    write_cv, write_jd, yardsticks, years_factor)
+                    place_factor, rules, same_occupation, seniority, sibling, skills_factor, spoil, true_match, worsen,
+                    write_cv, write_jd, years_factor)
 from run import BadInput
 
 CHEF = Person("chef", 6, 1, "Leeds", False, ("butchery", "grilling", "pastry", "plating", "sauces", "staff rotas"))
@@ -535,10 +535,11 @@ def test_one_changes_come_from_accepted_decisions_and_keep_the_layout(split, fie
         assert parse_jd(worse) and frame == new_frame                       # the same punctuation around other words
 
 
-def test_yardsticks_are_ordered(split):
+def test_rules_write_what_they_stand_for_and_are_ordered(split):
     cvs, jds = sorted({r.cv for r in split[0]}), sorted({r.jd for r in split[0]})
-    found = yardsticks(random.Random(0), cvs, jds, cvs)
-    assert found["oracle_match"] == pytest.approx(0.95)
-    assert 0 < found["best_constant_match"] < found["echo_match"] < found["oracle_match"]
-    assert found["echo_match"] == pytest.approx(sum(match(p, echo(p)) for p in map(parse_cv, cvs)) / len(cvs))
-    assert yardsticks(random.Random(0), cvs[:5], [], cvs[:5])["best_constant_match"] == 0.0
+    found = rules(random.Random(0), cvs, jds, cvs)
+    mean = {name: sum(map(true_match, cvs, theirs)) / len(cvs) for name, theirs in found.items()}
+    assert mean["oracle"] == pytest.approx(0.95) and 0 < mean["constant"] < mean["echo"] < mean["oracle"]
+    assert mean["echo"] == pytest.approx(sum(match(p, echo(p)) for p in map(parse_cv, cvs)) / len(cvs))
+    assert len(set(found["constant"])) <= len(BY_TITLE)                     # one job for each title
+    assert rules(random.Random(0), cvs[:5], [], cvs[:5])["constant"] == [""] * 5

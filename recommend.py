@@ -1,0 +1,612 @@
+"""What the written JDs are worth to others: a classical recommender that reads them, and real jobs found through them.
+
+    python girl.py recommend --run RUN [--full]                         both, measured with controls; into results.json
+    python girl.py recommend --run RUN --cv FILE --pool FILE.jsonl      real jobs for one CV
+
+The recommender (Zheng et al. 2023, arXiv 2307.02157) predicts whether the recruiter accepts a CV for a JD, from c, j' and
+j, what a frozen encoder makes of the CV, of JDs written for it, and of the JD:
+
+    dot    (c + j' + MLP([c; j'])) . (j + MLP(j))            mlp    MLP([c; j'; j])           binary cross-entropy
+
+The paper's `dot` has the MLPs alone. Ours start at 0, so that before any label is seen the score is a similarity; a few
+hundred labels can mend a similarity, but not find one.
+
+Its labels are decisions on half B of the train CVs, on which nothing else was trained. Three controls: `none` (j' is 0),
+`shuffled` (written for another CV: the same width, no content), and `sft` (written before PPO).
+
+Grounding: the written JDs are queries for real ones. Each CV gets a pool of real JDs, half of them of its own occupation;
+those it was accepted for should rank high.
+
+Left out: fine-tuning the encoder, user and item ids, learning to rank.
+
+Shapes: N texts or decisions, C hidden size, k written JDs for each CV.
+"""
+import hashlib
+import json
+import math
+import random
+import re
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import reward
+from data import Codec, half, load_codec, pad_right, read_records
+from evaluate import alike, bootstrap_ci95, write_jds
+from model import LanguageModel, RewardModel, load_model
+from run import BadInput, Stage, autocast, flag, generator, peak_rss_mb, read_json, write_json
+
+BLOCKS = 1                  # of the body's blocks that the encoder uses: early states still say which words there are
+KINDS = ("dot", "mlp")
+SHARES = {False: (0.01, 0.1, 1.0), True: (0.01, 0.03, 0.1, 0.3, 1.0)}      # of the labels; True: with --full
+KS = {False: (1,), True: (1, 2, 4, 8)}     # written JDs for each CV, for the recommender
+SETTINGS = {False: ("cvs",), True: ("cvs", "jds", "occupations")}           # what is unseen, see sides()
+POOLS = (100, 1000)
+QUERIES = 4                 # written JDs for each CV, for grounding
+SHORTLIST = 20              # JDs that the reward model re-ranks, of the rankings in RERANKED
+RERANKED = ("cv", "cv words", "girl")
+GOOD = 0.5                  # a true match above this is relevant
+DIFFERENCES = (("girl", "cv"), ("girl", "cv words"), ("girl", "sft"), ("girl", "shuffled"), ("girl + reward", "cv + reward"),
+               ("girl + reward", "cv words + reward"), ("girl + reward", "reward"))
+
+
+@dataclass
+class RecommendFlags:
+    people: int = flag(3000, "CVs of half B whose decisions are the labels: 100% of them")
+    seeds: int = flag(5, "trainings of each recommender; each draws its labels and its initial weights", least=2)
+    hidden: int = flag(64, "width before and behind its hidden layers")
+    steps: int = flag(400, "most optimizer steps of a recommender; a fifth of its labels, kept apart, may stop it sooner")
+    batch: int = flag(256, "decisions in an optimizer step")
+    lr: float = flag(1e-3, "learning rate of AdamW")
+    dropout: float = flag(0.5, "of the recommender's hidden layers")
+    cvs: int = flag(150, "held-out CVs for which real jobs are looked for")
+
+
+class Models(NamedTuple):
+    """A finished run, loaded."""
+    sft: LanguageModel
+    girl: LanguageModel
+    reward: RewardModel
+    codec: Codec
+    device: torch.device
+    seed: int
+
+
+def load_run(run, device, seed):
+    sft, policy = (load_model(run / s, LanguageModel, device).eval() for s in ("sft", "ppo"))
+    reward_model = load_model(run / "reward", RewardModel, device).eval()
+    return Models(sft, policy, reward_model, load_codec(run / "sft", sft.config), device, seed)
+
+
+# ------------------------------------------------------------------------------------------------------ the encoder
+@torch.no_grad()
+def encode(body, rows, device, batch_size=128):
+    """Mean-pooled states of token rows: [N, C]. Rows of similar length are computed together."""
+    states = torch.zeros(len(rows), body.config.hidden_size)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(rows), batch_size):
+        part = order[start:start + batch_size]
+        ids, lengths = pad_right([rows[i] for i in part])
+        real = torch.arange(ids.shape[1]) < lengths[:, None]                                 # [B, T]
+        with autocast(device):
+            hidden = body(ids.to(device), blocks=BLOCKS).float().cpu()                       # [B, T, C]
+        states[part] = (hidden * real[..., None]).sum(1) / lengths[:, None]                  # [B, C]
+    return states
+
+
+def standardize(x, like):
+    """Each of the C features with mean 0 and standard deviation 1, as measured on `like` [N, C]."""
+    return (x - like.mean(0)) / (like.std(0, correction=0) + 1e-6)
+
+
+def whitening(states):
+    """The matrix [C, C] that makes (states - mean) [N, C] uncorrelated features of about variance 1 (Su et al. 2021, arXiv
+    2103.15316). Mean states differ most in layout and occupation; without this, that is all that a cosine of them sees.
+    Directions that hardly vary are mostly noise, and are kept small."""
+    _, S, V = torch.linalg.svd(states - states.mean(0), full_matrices=False)
+    std = S / math.sqrt(len(states))
+    return V.T / (std + 0.05 * std[0])
+
+
+class Encoder(NamedTuple):
+    """What turns mean states [..., C] of CVs and of JDs into vectors that can be compared: whitened, and of length sqrt(C),
+    so that their products are C times a cosine."""
+    cv_mean: torch.Tensor   # [C]
+    jd_mean: torch.Tensor   # [C]
+    matrix: torch.Tensor    # [C, C]
+
+    def of_cv(self, states):
+        return F.normalize((states - self.cv_mean) @ self.matrix, dim=-1) * math.sqrt(self.matrix.shape[1])
+
+    def of_jd(self, states):
+        return F.normalize((states - self.jd_mean) @ self.matrix, dim=-1) * math.sqrt(self.matrix.shape[1])
+
+
+def make_encoder(models, train, most=4000):
+    """The encoder's means and whitening matrix, from some texts of the train split."""
+    cvs, jds = sorted({r.cv for r in train}), sorted({r.jd for r in train})
+    draw = random.Random(models.seed)
+    c, j = (encode(models.sft.model, [row(text) for text in draw.sample(texts, min(most, len(texts)))], models.device)
+            for row, texts in ((models.codec.prompt, cvs), (models.codec.jd, jds)))          # [most, C] each
+    return Encoder(c.mean(0), j.mean(0), whitening(j))
+
+
+def write_and_encode(models, cvs, k, name):
+    """k sampled JDs for each CV from the generator `name`, encoded: [CVs, k, C]."""
+    written = write_jds(getattr(models, name), models.codec, [cv for cv in cvs for _ in range(k)], 1.0, models.seed,
+                        f"recommend {name} {k}", models.device)
+    return encode(models.sft.model, written, models.device).view(len(cvs), k, -1)
+
+
+# -------------------------------------------------------------------------------------------------- the recommender
+class Recommender(nn.Module):
+    """`dot` or `mlp` on features of N decisions, [N, C] each: c of the CV, w of its written JDs, j of the JD -> logits [N].
+
+    Without written JDs w is zero: all modes have the same parameters."""
+
+    def __init__(self, kind, C, flags):
+        super().__init__()
+        def mlp(inputs, outputs):
+            return nn.Sequential(nn.Linear(inputs, flags.hidden), nn.ReLU(), nn.Dropout(flags.dropout),
+                                 nn.Linear(flags.hidden, outputs))
+        self.kind, self.bias, self.log_scale = kind, nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
+        if kind == "dot":
+            self.seeker, self.job = mlp(2 * C, C), mlp(C, C)
+            for last in (self.seeker[-1], self.job[-1]):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+        else:
+            self.both = mlp(3 * C, 1)
+
+    def forward(self, c, w, j):
+        if self.kind == "mlp":
+            return self.both(torch.cat((c, w, j), 1)).squeeze(1) + self.bias                 # [N]
+        u, v = c + w + self.seeker(torch.cat((c, w), 1)), j + self.job(j)                    # [N, C] each
+        return self.log_scale.exp() * (u * v).mean(1) + self.bias
+
+
+def fit(model, features, labels, flags, draw):
+    """Train on features (each [N, ...]) and labels [N] of 0.0 and 1.0, with early stopping: the weights that are best on a
+    fifth of the labels, looked at every 10 steps, until 10 looks found nothing better."""
+    order, fifth = torch.randperm(len(labels), generator=draw), max(len(labels) // 5, 1)
+    kept, rest = order[:fifth], order[fifth:]
+    share = float(labels.mean().clamp(0.01, 0.99))
+    nn.init.constant_(model.bias, math.log(share / (1 - share)))
+    # Scale and bias are two numbers: few labels suffice, and they may move fast.
+    few, many = ([p for p in model.parameters() if (p.dim() == 0) == scalar] for scalar in (True, False))
+    optimizer = torch.optim.AdamW([{"params": many}, {"params": few, "lr": 30 * flags.lr}], lr=flags.lr, weight_decay=0.1,
+                                  fused=True)
+    best, best_step, weights = math.inf, 0, None
+    for step in range(flags.steps + 1):
+        if step % 10 == 0:
+            now = log_loss(predict(model, [x[kept] for x in features]), labels[kept])
+            if now < best:
+                best, best_step, weights = now, step, {k: v.clone() for k, v in model.state_dict().items()}
+            elif step - best_step >= 100:
+                break
+        batch = rest[torch.randint(len(rest), (min(flags.batch, len(rest)),), generator=draw)]
+        F.binary_cross_entropy_with_logits(model(*(x[batch] for x in features)), labels[batch]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.load_state_dict(weights)
+    return model
+
+
+@torch.no_grad()
+def predict(model, features):
+    model.eval()
+    logits = model(*features)
+    model.train()
+    return logits
+
+
+def log_loss(logits, labels):
+    """Mean -log of the probability that was given to what happened."""
+    return float(F.binary_cross_entropy_with_logits(logits, labels))
+
+
+def sides(labels, held_out, setting, titles):
+    """(learn, test) decisions with no CV, no JD, or no occupation on both sides.
+
+    cvs: the held-out split is the test (its JDs are new too, since no text is in two splits). jds: a fifth of the labels'
+    JDs is the test, for CVs that are known. occupations: those of a fifth of the titles, of the CV and of the JD, are the
+    test, from the held-out split; the generators have seen these occupations, the recommender has not."""
+    def kept(text):
+        return hashlib.sha256(text.encode()).digest()[0] < 51
+    if setting == "cvs":
+        return labels, held_out
+    if setting == "jds":
+        return [r for r in labels if not kept(r.jd)], [r for r in labels if kept(r.jd)]
+    return ([r for r in labels if not any(kept(t) for t in titles(r))],
+            [r for r in held_out if all(kept(t) for t in titles(r))])
+
+
+# Student's t for a 95% interval, by degrees of freedom; beyond these the last one, which is a little too wide.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def paired(a, b):
+    """Mean of a - b over seeds, and its 95% interval: [mean, low, high]."""
+    d = np.asarray(a) - np.asarray(b)
+    wide = T_95[min(len(d) - 1, len(T_95)) - 1] * d.std(ddof=1) / math.sqrt(len(d))
+    return [float(d.mean()), float(d.mean() - wide), float(d.mean() + wide)]
+
+
+class Encoded(NamedTuple):
+    """All texts of a comparison, as features for one kind of recommender."""
+    cv: dict                # text -> row of `c` and of `written`
+    jd: dict                # text -> row of `j`
+    c: torch.Tensor         # [CVs, C]
+    j: torch.Tensor         # [JDs, C]
+    written: dict           # mode -> JDs written for each CV, [CVs, k, C]
+
+
+def features(encoded, records, mode, k):
+    """(c, w, j) of decisions, [N, C] each: w is the mean of the first k JDs written for the CV, or 0."""
+    cv, jd = torch.tensor([encoded.cv[r.cv] for r in records]), torch.tensor([encoded.jd[r.jd] for r in records])
+    c = encoded.c[cv]
+    return c, torch.zeros_like(c) if mode == "none" else encoded.written[mode][cv, :k].mean(1), encoded.j[jd]
+
+
+def labels_of(records):
+    return torch.tensor([float(r.accepted) for r in records])
+
+
+def some_labels(learn, share, seed, n):
+    """A random share of the decisions, at least two."""
+    return random.Random(f"{seed} labels {share} {n}").sample(learn, max(2, round(share * len(learn))))
+
+
+def train_and_test(encoded, learn, test, modes, shares, flags, seed, stage):
+    """Every recommender on every share of the labels: rows of AUC and LogLoss (mean and standard deviation over seeds),
+    and differences in AUC against `none` and against `shuffled`, paired by seed. `encoded`: {kind: Encoded}."""
+    inputs = {(kind, mode): features(encoded[kind], test, *mode) for kind in KINDS for mode in modes}
+    truth, found = labels_of(test), defaultdict(list)
+    for share in shares:
+        for n in range(flags.seeds):
+            some = some_labels(learn, share, seed, n)
+            for kind, mode in inputs:
+                torch.manual_seed(n)            # the same first weights, batches and dropout for all modes
+                model = fit(Recommender(kind, encoded[kind].c.shape[1], flags), features(encoded[kind], some, *mode),
+                            labels_of(some), flags, generator(seed, "recommend", kind, share, n))
+                logits = predict(model, inputs[kind, mode])
+                found[kind, share, mode].append((reward.auc(logits.numpy(), truth.numpy()), log_loss(logits, truth)))
+                stage.log(kind=kind, mode=mode[0], k=mode[1], labels=len(some), seed=n,
+                          auc=found[kind, share, mode][-1][0], log_loss=found[kind, share, mode][-1][1])
+    rows = []
+    for (kind, share, (mode, k)), figures in found.items():
+        aucs, losses = zip(*figures)
+        row = {"kind": kind, "share": share, "labels": len(some_labels(learn, share, seed, 0)), "mode": mode, "k": k,
+               "auc": [float(np.mean(aucs)), float(np.std(aucs, ddof=1))],
+               "log_loss": [float(np.mean(losses)), float(np.std(losses, ddof=1))]}
+        for control, its_k in (("none", 1), ("shuffled", k)):
+            if mode not in ("none", control) and (kind, share, (control, its_k)) in found:
+                row[f"auc_over_{control}"] = paired(aucs, [a for a, _ in found[kind, share, (control, its_k)]])
+        rows.append(row)
+    return sorted(rows, key=lambda row: KINDS.index(row["kind"]))
+
+
+class Platt(nn.Module):
+    """A score [N] -> logits [N] (Platt 1999)."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope, self.bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
+
+    def forward(self, score):
+        return self.slope * score + self.bias
+
+
+def untrained(encoded, test, modes):
+    """AUC of `dot` before any label was seen, when its score is a sum of cosines."""
+    truth = labels_of(test).numpy()
+    return {f"{mode} k={k}": reward.auc(((c + w) * j).mean(1).numpy(), truth) for mode, k in modes
+            for c, w, j in [features(encoded, test, mode, k)]}
+
+
+def reward_alone(encoded, learn, test, rewards, share, flags, seed):
+    """The reward model as the recommender: AUC of its scores, and LogLoss after a logistic regression on its score, from
+    this share of the labels."""
+    def scores(records):
+        pairs = [(encoded.cv[r.cv], encoded.jd[r.jd]) for r in records]
+        found = rewards(set(pairs))
+        return torch.tensor([found[p] for p in pairs])                                       # [N]
+    some = some_labels(learn, share, seed, 0)
+    model = fit(Platt(), [scores(some)], labels_of(some), flags, generator(seed, "recommend", "reward"))
+    on_test, truth = scores(test), labels_of(test)
+    return {"reward_auc": reward.auc(on_test.numpy(), truth.numpy()),
+            "reward_log_loss": log_loss(predict(model, [on_test]), truth)}
+
+
+def compare_recommenders(models, train, held_out, encoder, flags, full, market, stage):
+    """All recommenders in all settings: {setting: figures}."""
+    labels = [r for r in train if half(r.cv) == "B"]
+    people = sorted({r.cv for r in labels})
+    people = set(random.Random(models.seed).sample(people, min(flags.people, len(people))))
+    labels = [r for r in labels if r.cv in people]
+    cvs, jds = list(dict.fromkeys(r.cv for r in labels + held_out)), sorted({r.jd for r in labels + held_out})
+    prompts, jd_rows = [models.codec.prompt(cv) for cv in cvs], [models.codec.jd(jd) for jd in jds]
+
+    # 1. Write for every CV, and encode all texts.
+    c, j = (encode(models.sft.model, rows, models.device) for rows in (prompts, jd_rows))
+    written = {name: write_and_encode(models, cvs, max(KS[full]), name) for name in ("sft", "girl")}
+    written["shuffled"] = written["girl"].roll(1, 0)                # those of another CV
+
+    def encoded(of_cv, of_jd):
+        return Encoded({t: i for i, t in enumerate(cvs)}, {t: i for i, t in enumerate(jds)}, of_cv(c), of_jd(j),
+                       {name: of_jd(w) for name, w in written.items()})
+    both = {"dot": encoded(encoder.of_cv, encoder.of_jd),
+            "mlp": encoded(lambda states: standardize(states, c), lambda states: standardize(states, j))}
+
+    def rewards(pairs):
+        return score_pairs(models.reward, prompts, jd_rows, pairs, models.device)
+
+    # 2. Train and test, beside the reward model alone.
+    modes = [("none", 1)] + [(mode, k) for mode in written for k in KS[full]]
+    settings = [s for s in SETTINGS[full] if market or s != "occupations"]
+    stage.total(len(settings) * len(SHARES[full]) * flags.seeds * len(KINDS) * len(modes))
+    table = {}
+    for setting in settings:
+        learn, test = sides(labels, held_out, setting, market and market.titles)
+        if len({r.accepted for r in learn}) < 2 or len({r.accepted for r in test}) < 2:
+            stage.say(f"recommend: unseen {setting}: too few decisions to learn from and to test on")
+            continue
+        accepted = [r.accepted for r in test]
+        best = reward.auc([market.true_match(r.cv, r.jd) for r in test], accepted) if market else None
+        table[setting] = {"learn": len(learn), "test": len(test), "best_auc": best,
+                          "untrained_auc": untrained(both["dot"], test, modes)}
+        table[setting] |= reward_alone(both["dot"], learn, test, rewards, min(SHARES[full]), flags, models.seed)
+        table[setting]["rows"] = train_and_test(both, learn, test, modes, SHARES[full], flags, models.seed, stage)
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------- grounding
+def ranking_figures(relevant):
+    """Of one ranked list (bools, the best rank first, at least one True): HR@1, 5, 10, 20 (is a relevant one among the
+    first k?), NDCG@10 (Jarvelin and Kekalainen 2002, binary gains) and the reciprocal rank of the first relevant one."""
+    relevant = np.asarray(relevant, dtype=bool)
+    first = int(relevant.argmax()) + 1
+    gains = 1 / np.log2(np.arange(2, 12))                                                    # of ranks 1 to 10
+    dcg = gains[:len(relevant)][relevant[:10]].sum()
+    return {f"hr_{k}": float(first <= k) for k in (1, 5, 10, 20)} | {"ndcg_10": float(dcg / gains[:relevant.sum()].sum()),
+                                                                      "mrr": 1 / first}
+
+
+def draw_pool(draw, own, hard, n_jds, size):
+    """Indices of `size` of n_jds JDs: `own`, as many of `hard` as make up half, and any others. In random order, which JDs
+    with equal scores keep: an accepted one must not stand first by itself."""
+    taken = set(own) | set(hard)
+    hard = [d for d in hard if d not in own]
+    hard = draw.sample(hard, min(len(hard), max(size // 2 - len(own), 0)))
+    others = [d for d in range(n_jds) if d not in taken]
+    pool = own + hard + draw.sample(others, min(len(others), max(size - len(own) - len(hard), 0)))
+    draw.shuffle(pool)
+    return np.array(pool)
+
+
+def ranked(pool, scores):
+    """A pool by descending score."""
+    return pool[np.argsort(-np.asarray(scores), kind="stable")]
+
+
+@torch.no_grad()
+def score_pairs(model, prompts, jds, pairs, device, batch_size=128):
+    """Reward of (prompt, JD) pairs, given as indices: {pair: score}. Each prompt is read once for the JDs of a batch; the
+    JDs of a few prompts go together by length, so that few pads are computed."""
+    pairs, scores = sorted(pairs, key=lambda pair: (pair[0] // 4, len(jds[pair[1]]), pair)), {}
+    for start in range(0, len(pairs), batch_size):
+        part = pairs[start:start + batch_size]
+        with autocast(device):
+            hidden, _, in_jd = reward.jd_states(model.model, [(prompts[q], jds[d]) for q, d in part], device)    # [B, R, C]
+            last = hidden[torch.arange(len(part), device=device), in_jd.sum(1) - 1]          # [B, C]
+            scores |= dict(zip(part, model.head(last).tolist()))
+    return scores
+
+
+def rank_pools(pools, similar, rewards, all_rewarded):
+    """Each pool (one per CV: indices of JDs) in the order of each method: {method: [order of a CV]}.
+
+    similar: {query: cosines [CVs, JDs]}; rewards(pairs): the reward model's scores of (CV, JD) pairs. It re-ranks the first
+    SHORTLIST of each of RERANKED; if `all_rewarded`, it ranks the whole pools too."""
+    orders = {name: [ranked(pool, S[q, pool]) for q, pool in enumerate(pools)] for name, S in similar.items()}
+    needed = {(q, int(d)) for name in RERANKED for q, order in enumerate(orders[name]) for d in order[:SHORTLIST]}
+    scores = rewards(needed | {(q, int(d)) for q, pool in enumerate(pools if all_rewarded else []) for d in pool})
+
+    def by_reward(q, some):
+        return ranked(some, [scores[q, int(d)] for d in some])
+    for name in RERANKED:
+        orders[f"{name} + reward"] = [np.concatenate((by_reward(q, order[:SHORTLIST]), order[SHORTLIST:]))
+                                      for q, order in enumerate(orders[name])]
+    if all_rewarded:
+        orders["reward"] = [by_reward(q, pool) for q, pool in enumerate(pools)]
+    return orders
+
+
+def rank_rows(orders, relevant, seed):
+    """The figures of each method, with intervals over CVs, and differences in NDCG@10 between methods, paired by CV.
+
+    relevant [CVs, JDs]: bools. CVs with nothing relevant in their pool are left out."""
+    found = {name: [ranking_figures(relevant[q, order]) for q, order in enumerate(lists) if relevant[q, order].any()]
+             for name, lists in orders.items()}
+    ndcg = {name: np.array([f["ndcg_10"] for f in figures]) for name, figures in found.items()}
+    rows = {name: {key: float(np.mean([f[key] for f in figures])) for key in figures[0]}
+            | {"ndcg_10_ci95": bootstrap_ci95(ndcg[name], seed), "cvs": len(figures)} for name, figures in found.items()}
+    differences = {f"{a} - {b}": [float((ndcg[a] - ndcg[b]).mean()), *bootstrap_ci95(ndcg[a] - ndcg[b], seed)]
+                   for a, b in DIFFERENCES if a in ndcg and b in ndcg}
+    return {"rows": rows, "differences": differences}
+
+
+def ground(models, held_out, encoder, flags, full, market):
+    """Look for real jobs: for some held-out CVs, in pools of real JDs, by every method. None where nobody was accepted."""
+    accepted = defaultdict(list)
+    for r in held_out:
+        if r.accepted:
+            accepted[r.cv].append(r.jd)
+    cvs, jds, codec = list(accepted)[:flags.cvs], sorted({r.jd for r in held_out}), models.codec
+    if not cvs:
+        return None
+    at, seconds = {jd: d for d, jd in enumerate(jds)}, defaultdict(float)
+    own = [[at[jd] for jd in dict.fromkeys(accepted[cv])] for cv in cvs]
+    prompts, jd_rows = [codec.prompt(cv) for cv in cvs], [codec.jd(jd) for jd in jds]
+
+    # 1. How similar is every JD to each CV's queries? The mean over its queries.
+    queries = {name: encoder.of_jd(write_and_encode(models, cvs, QUERIES, name))                # [CVs, QUERIES, C]
+               for name in ("sft", "girl")}
+    queries["shuffled"] = queries["girl"].roll(1, 0)                                         # those of another CV
+    queries["cv"] = encoder.of_cv(encode(models.sft.model, prompts, models.device))[:, None]
+    J = encoder.of_jd(encode(models.sft.model, jd_rows, models.device))                      # [JDs, C]
+    start = time.time()
+    similar = {name: (q.mean(1) @ J.T).numpy() for name, q in queries.items()}               # [CVs, JDs] each
+    seconds["similarity"] = (time.time() - start) / len(similar)
+    similar["cv words"] = alike([codec.encode(cv) for cv in cvs], [codec.encode(jd) for jd in jds],
+                                codec.tokenizer.get_vocab_size()).numpy()
+
+    scored = {}
+
+    def rewards(pairs):
+        start = time.time()
+        scored.update(score_pairs(models.reward, prompts, jd_rows, pairs - set(scored), models.device))
+        seconds["reward"] += time.time() - start
+        return scored
+
+    # 2. Every method ranks the same pools.
+    hard, result = hard_ones(cvs, jds, own, codec, market), {"cvs": len(cvs), "jds": len(jds), "pools": {}}
+    for size in POOLS:
+        draw = random.Random(f"{models.seed} pools {size}")
+        pools = [draw_pool(draw, own[q], hard[q], len(jds), size) for q in range(len(cvs))]
+        relevant = {"accepted": np.zeros((len(cvs), len(jds)), dtype=bool)}
+        for q, mine in enumerate(own):
+            relevant["accepted"][q, mine] = True
+        if market:
+            relevant["true match"] = np.zeros((len(cvs), len(jds)), dtype=bool)
+            for q, pool in enumerate(pools):
+                relevant["true match"][q, pool] = [market.true_match(cvs[q], jds[d]) >= GOOD for d in pool]
+        orders = rank_pools(pools, similar, rewards, full or size == min(POOLS))
+        result["pools"][str(size)] = {by: rank_rows(orders, r, models.seed) for by, r in relevant.items() if r.any()}
+    result["candidates_per_second"] = {"similarity": round(len(cvs) * len(jds) / seconds["similarity"]),
+                                       "reward": round(len(scored) / seconds["reward"])}
+    return result
+
+
+def hard_ones(cvs, jds, own, codec, market):
+    """For each CV the indices of JDs that are easily taken for a fitting one: of its occupation, at any level and in any
+    city; without a market those most like an accepted JD in their words."""
+    if market:
+        by_title = defaultdict(list)
+        for d, jd in enumerate(jds):
+            by_title[market.parse_jd(jd).title].append(d)
+        return [by_title[market.of_market(cv).title] for cv in cvs]
+    rows = [codec.encode(jd) for jd in jds]
+    nearest = alike([rows[mine[0]] for mine in own], rows, codec.tokenizer.get_vocab_size()).argsort(1, descending=True)
+    return nearest[:, :max(POOLS) // 2].tolist()
+
+
+# ------------------------------------------------------------------------------------------------- jobs for one CV
+def read_pool(path):
+    """The different JDs of a .jsonl file; each line is an object with a text "jd", whatever else it holds."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror}; give a file of lines like " + '{"jd": "..."}')
+    jds = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                jd = json.loads(line.decode("utf-8"))["jd"]
+                jd.encode()
+            except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as e:
+                raise BadInput(f"{path}:{number}: expected a line like {{\"jd\": \"...\"}} in UTF-8 ({type(e).__name__}: {e})")
+            jds += [jd] if jd.strip() else []
+    if not jds:
+        raise BadInput(f"{path}: no JDs; expected lines like " + '{"jd": "..."}')
+    return list(dict.fromkeys(jds))
+
+
+def find_jobs(models, cv, pool, top, train, market):
+    """Print the `top` jobs of a pool (texts) for one CV: GIRL writes JDs, the jobs most like them are shortlisted, and the
+    reward model ranks those. Each is shown with its score and with the fields in which it agrees with what was written."""
+    encoder = make_encoder(models, train)
+    [suggestion] = write_jds(models.girl, models.codec, [cv], 0.0, models.seed, "suggestion", models.device)
+    suggestion, jd_rows = models.codec.text(suggestion), [models.codec.jd(jd) for jd in pool]
+    [queries] = encoder.of_jd(write_and_encode(models, [cv], QUERIES, "girl"))               # [QUERIES, C]
+    J = encoder.of_jd(encode(models.sft.model, jd_rows, models.device))                      # [JDs, C]
+    short = ranked(np.arange(len(pool)), J @ queries.mean(0))[:max(top, SHORTLIST)]
+    scores = score_pairs(models.reward, [models.codec.prompt(cv)], jd_rows, [(0, int(d)) for d in short], models.device)
+    print(f"The suggestion:\n{suggestion}\n")
+    for d in ranked(short, [scores[0, int(d)] for d in short])[:top]:
+        print(f"[{scores[0, int(d)]:+.3f}] agrees with the suggestion in: {agreement(suggestion, pool[d], market)}")
+        print(f"{pool[d]}\n")
+
+
+def agreement(a, b, market):
+    """In what two JDs agree, as one line: fields of the market, or else the longest words that both have."""
+    if market and market.parse_jd(a) and market.parse_jd(b):
+        found = market.agreement(market.parse_jd(a), market.parse_jd(b))
+    else:
+        words = [set(re.findall(r"\w{4,}", text.lower())) for text in (a, b)]
+        found = sorted(words[0] & words[1], key=lambda word: (-len(word), word))[:8]
+    return ", ".join(found) or "nothing"
+
+
+# ------------------------------------------------------------------------------------------------------- the whole
+def measure(run, models, train, held_out, split, flags, full, market):
+    """Recommender and grounding into results.json, and their tables. `market`: the simulation's module, or None."""
+    start, results = time.time(), {"seed": models.seed, "split": split}
+    if (run / "results.json").exists():
+        results = read_json(run / "results.json")
+    if (results["seed"], results["split"]) != (models.seed, split):
+        raise BadInput(f"{run / 'results.json'}: is of seed {results['seed']} and split {results['split']}; run  python "
+                       f"girl.py evaluate --run {run} --seed {models.seed} --split {split}  first")
+    encoder = make_encoder(models, train)
+    with Stage(run, "recommend") as stage:
+        table = compare_recommenders(models, train, held_out, encoder, flags, full, market, stage)
+        grounded = ground(models, held_out, encoder, flags, full, market)
+        stage.finish()
+    results |= {"recommend": table, "grounding": grounded, "peak_rss_mb": max(results.get("peak_rss_mb", 0), peak_rss_mb())}
+    seconds = results.setdefault("seconds", {"total": 0})
+    others = seconds["total"] - seconds.get("recommend", 0)
+    seconds["recommend"] = round(time.time() - start, 1)
+    seconds["total"] = round(others + seconds["recommend"], 1)
+    write_json(run / "results.json", results)
+    print_recommend(table)
+    print_grounding(grounded)
+    return results
+
+
+def print_recommend(table):
+    """One line for each predictor and share of the labels: AUC of each mode, and what the written JDs add."""
+    for setting, found in table.items():
+        best = "" if found["best_auc"] is None else f", the true match {found['best_auc']:.3f}"
+        print(f"\nrecommender, unseen {setting}: AUC on {found['test']} decisions; "
+              f"the reward model alone {found['reward_auc']:.3f}{best}")
+        print("dot before any label: " + ", ".join(f"{name} {auc:.3f}" for name, auc in found["untrained_auc"].items()))
+        for row in found["rows"]:
+            name = f"{row['mode']} k={row['k']}"
+            over = ""
+            for control in ("none", "shuffled"):
+                if difference := row.get(f"auc_over_{control}"):
+                    mean, low, high = difference
+                    over += f"  over {control} {mean:+.3f} ({low:+.3f} to {high:+.3f})"
+            print(f"{row['kind']:<4}{row['labels']:>7} labels  {name:<13} AUC {row['auc'][0]:.3f} +- {row['auc'][1]:.3f}"
+                  f"  LogLoss {row['log_loss'][0]:.3f} +- {row['log_loss'][1]:.3f}{over}")
+
+
+def print_grounding(grounded):
+    for size, by in grounded["pools"].items() if grounded else ():
+        for relevance, found in by.items():
+            columns = ("hr_1", "hr_5", "hr_10", "hr_20", "ndcg_10", "mrr")
+            print(f"\ngrounding in pools of {size} real JDs, relevant by {relevance}")
+            print(f"{'':<20}" + "".join(f"{c:>9}" for c in columns))
+            for name, row in found["rows"].items():
+                print(f"{name:<20}" + "".join(f"{row[c]:>9.3f}" for c in columns))
+            for name, (mean, low, high) in found["differences"].items():
+                print(f"NDCG@10, {name:<36}{mean:+.3f} ({low:+.3f} to {high:+.3f})")
+    if grounded:
+        print(f"candidates scored per second: {grounded['candidates_per_second']}")

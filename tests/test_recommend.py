@@ -1,0 +1,238 @@
+"""The recommender and grounding: metrics by hand, sides without leaks, and constructed cases whose answer is known."""
+import math
+import random
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+import market
+import recommend
+import reward
+from data import Record
+from model import Transformer
+from run import BadInput
+
+CPU = torch.device("cpu")
+
+
+def test_encode_is_the_mean_of_a_rows_own_states(config):
+    torch.manual_seed(0)
+    body = Transformer(config)
+    rows = [[5, 6, 7], [8], [9, 10, 11, 5, 6], [7, 7]]
+    found = recommend.encode(body, rows, CPU, batch_size=3)
+    with torch.no_grad():
+        expected = torch.stack([body(torch.tensor([row]), blocks=recommend.BLOCKS)[0].mean(0) for row in rows])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_vectors_are_whitened_and_of_one_length():
+    torch.manual_seed(0)
+    states = torch.randn(5000, 6) @ torch.randn(6, 6) + torch.randn(6)
+    white = (states - states.mean(0)) @ recommend.whitening(states)
+    covariance = white.T @ white / len(white)
+    torch.testing.assert_close(covariance - covariance.diag().diag(), torch.zeros(6, 6), atol=1e-3, rtol=0)
+    assert covariance.diag().max() < 1 and covariance.diag().max() > 0.9     # the largest direction: 1 / 1.05 squared
+    encoder = recommend.Encoder(torch.zeros(6), states.mean(0), recommend.whitening(states))
+    found = encoder.of_jd(states)
+    torch.testing.assert_close((found * found).mean(1), torch.ones(5000))
+    torch.testing.assert_close((found[:9] * found[9:18]).mean(1), torch.cosine_similarity(white[:9], white[9:18]))
+    torch.testing.assert_close(encoder.of_cv(states - states.mean(0)), found)
+
+
+def test_score_pairs_are_the_reward_models_scores(reward_model, codec):
+    prompts = [codec.prompt(cv) for cv in ("nurse", "driver night", "cook part day")]
+    jds = [codec.jd(jd) for jd in ("wanted now", "full", "night part day")]
+    pairs = list(product(range(3), range(3)))
+    found = recommend.score_pairs(reward_model.eval(), prompts, jds, pairs[::-1], CPU, batch_size=4)
+    assert [found[p] for p in pairs] == pytest.approx(reward.score_rows(reward_model, [prompts[q] + jds[d] for q, d in pairs]), abs=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------- the recommender
+def test_the_two_predictors_are_their_formulas():
+    torch.manual_seed(0)
+    c, w, j = torch.randn(3, 4, 6).unbind(0)
+    dot, mlp = (recommend.Recommender(kind, 6, recommend.RecommendFlags(hidden=5)).eval() for kind in ("dot", "mlp"))
+    torch.testing.assert_close(dot(c, w, j), math.e * ((c + w) * j).mean(1) + dot.bias)         # before any label: cosines
+    for p in (*dot.parameters(), *mlp.parameters()):
+        torch.nn.init.normal_(p)
+    scale = float(dot.log_scale.detach().exp())
+    expected = scale * ((c + w + dot.seeker(torch.cat((c, w), 1))) * (j + dot.job(j))).sum(1) / 6 + dot.bias
+    torch.testing.assert_close(dot(c, w, j), expected)
+    torch.testing.assert_close(mlp(c, w, j), mlp.both(torch.cat((c, w, j), 1))[:, 0] + mlp.bias)
+
+
+def test_training_stops_where_the_labels_kept_apart_say_so(monkeypatch):
+    """Labels of pure chance: the longer it trains the worse it does on the labels kept apart, so the first weights stay."""
+    torch.manual_seed(0)
+    x, labels = torch.randn(60, 8), torch.tensor([0.0, 1.0, 0.0] * 20)
+    flags = recommend.RecommendFlags(steps=400, lr=1e-2, dropout=0.0)
+    c, w, j = x, torch.randn(60, 8), torch.randn(60, 8)
+    looks = []
+    predict = recommend.predict
+    monkeypatch.setattr(recommend, "predict", lambda *a: looks.append(predict(*a)) or looks[-1])
+    model = recommend.fit(recommend.Recommender("mlp", 8, flags), (c, w, j), labels, flags, torch.Generator().manual_seed(1))
+    assert all(len(look) == 12 for look in looks)                               # a fifth
+    kept = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:12]
+    losses = [recommend.log_loss(look, labels[kept]) for look in looks]
+    best = losses.index(min(losses))
+    assert len(looks) == best + 11 < 41                                         # ten looks after the best one
+    torch.testing.assert_close(predict(model, [v[kept] for v in (c, w, j)]), looks[best])
+
+
+def test_the_reward_model_alone_is_calibrated_on_some_labels_and_ranked_by_its_own_scores():
+    records = [Record(f"cv {i}", "jd 0", i % 4 == 0 or i % 5 == 0) for i in range(400)]
+    encoded = recommend.Encoded({r.cv: i for i, r in enumerate(records)}, {"jd 0": 0}, None, None, {})
+    scores = {(i, 0): 100.0 * (r.accepted - 0.5) + i % 7 for i, r in enumerate(records)}
+    flags = recommend.RecommendFlags()
+    found = recommend.reward_alone(encoded, records[:200], records[200:], lambda pairs: scores, 1.0, flags, 0)
+    assert found["reward_auc"] == 1 and found["reward_log_loss"] < 0.01
+    upside_down = {pair: -score for pair, score in scores.items()}
+    assert recommend.reward_alone(encoded, records[:200], records[200:], lambda pairs: upside_down, 1.0, flags, 0)["reward_auc"] == 0
+
+
+def test_paired_interval_by_hand():
+    # differences 1, 2, 3: mean 2, standard deviation 1, t(2) = 4.303
+    mean, low, high = recommend.paired([2, 3, 4], [1, 1, 1])
+    assert mean == 2 and high - 2 == 2 - low == pytest.approx(4.303 / math.sqrt(3))
+
+
+def test_log_loss_by_hand():
+    logits, labels = torch.tensor([0.0, math.log(3)]), torch.tensor([1.0, 0.0])
+    assert recommend.log_loss(logits, labels) == pytest.approx(-(math.log(0.5) + math.log(0.25)) / 2)
+
+
+def constructed(n_cvs=120, n_jds=80, C=8):
+    """A world in which a CV is accepted where its written JD (`girl`) points the way of the JD; c and `sft` are noise."""
+    torch.manual_seed(0)
+    girl, j = torch.randn(n_cvs, 2, C), torch.randn(n_jds, C)
+    girl[:, 1] = girl[:, 0]
+    written = {"girl": girl, "sft": torch.randn(n_cvs, 2, C), "shuffled": girl.roll(1, 0)}
+    encoded = recommend.Encoded({f"cv {i}": i for i in range(n_cvs)}, {f"jd {i}": i for i in range(n_jds)},
+                                torch.randn(n_cvs, C), j, written)
+    draw = random.Random(0)
+    records = [Record(f"cv {q}", f"jd {d}", bool(girl[q, 0] @ j[d] > 0))
+               for q, d in ((draw.randrange(n_cvs), draw.randrange(n_jds)) for _ in range(3000))]
+    return ({kind: encoded for kind in recommend.KINDS}, [r for r in records if int(r.cv[3:]) < 90],
+            [r for r in records if int(r.cv[3:]) >= 90])
+
+
+def test_features_that_carry_the_label_help_and_noise_does_not(stage):
+    encoded, learn, test = constructed()
+    flags = recommend.RecommendFlags(seeds=2, steps=150, lr=5e-3)
+    rows = recommend.train_and_test(encoded, learn, test, [("none", 1), ("girl", 1), ("girl", 2), ("sft", 1), ("shuffled", 1)],
+                                    (1.0,), flags, 0, stage)
+    auc = {(r["kind"], r["mode"], r["k"]): r["auc"][0] for r in rows}
+    for kind in recommend.KINDS:
+        assert auc[kind, "girl", 1] > 0.85 and all(abs(auc[kind, mode, 1] - 0.5) < 0.08 for mode in ("none", "sft", "shuffled"))
+        # Both written JDs are equal here: two are worth as much as one, and the comparison is with their own controls.
+        row = next(r for r in rows if (r["kind"], r["mode"], r["k"]) == (kind, "girl", 1))
+        assert row["auc_over_none"][1] > 0.2 and row["auc_over_shuffled"][1] > 0.2 and row["auc"][1] < 0.1
+        assert auc[kind, "girl", 2] == auc[kind, "girl", 1]
+    # Before any label only the written JDs that carry it rank the decisions.
+    found = recommend.untrained(encoded["dot"], test, [("none", 1), ("girl", 1), ("shuffled", 1)])
+    assert found["girl k=1"] > 0.8 and abs(found["none k=1"] - 0.5) < 0.08 and abs(found["shuffled k=1"] - 0.5) < 0.08
+
+
+def test_few_labels_are_few(stage):
+    """The share of the labels is what the recommender sees: 1% of them do not teach the constructed case to an `mlp`."""
+    encoded, learn, test = constructed()
+    rows = recommend.train_and_test(encoded, learn, test, [("girl", 1)], (0.01, 1.0), recommend.RecommendFlags(seeds=2, steps=150, lr=5e-3),
+                                    0, stage)
+    labels = {r["share"]: r["labels"] for r in rows}
+    assert labels == {0.01: round(0.01 * len(learn)), 1.0: len(learn)}
+    auc = {(r["kind"], r["share"]): r["auc"][0] for r in rows}
+    assert auc["mlp", 1.0] > auc["mlp", 0.01] + 0.1 and auc["dot", 1.0] > auc["dot", 0.01]
+
+
+@pytest.mark.parametrize("setting", ["cvs", "jds", "occupations"])
+def test_no_cv_jd_or_occupation_is_on_both_sides(setting, tmp_path):
+    market.write_market(tmp_path, 300, 150, 800, 6, 0)
+    labels, held_out = (recommend.read_records(tmp_path / f"{s}.jsonl") for s in ("train", "test"))
+    learn, test = recommend.sides(labels, held_out, setting, market.titles)
+    assert len(learn) > 500 and len(test) > 50
+
+    def column(records, key):
+        return {x for r in records for x in (market.titles(r) if key == "titles" else [getattr(r, key)])}
+    apart = {"cvs": ["cv", "jd"], "jds": ["jd"], "occupations": ["titles", "cv", "jd"]}[setting]
+    for key in apart:
+        assert not column(learn, key) & column(test, key), key
+
+
+# ------------------------------------------------------------------------------------------------------- grounding
+def test_ranking_figures_by_hand():
+    found = recommend.ranking_figures([False, True, False, True] + [False] * 20)
+    dcg = 1 / math.log2(3) + 1 / math.log2(5)
+    assert found == {"hr_1": 0, "hr_5": 1, "hr_10": 1, "hr_20": 1, "mrr": 0.5,
+                     "ndcg_10": pytest.approx(dcg / (1 + 1 / math.log2(3)))}
+    assert recommend.ranking_figures([False] * 14 + [True]) == {"hr_1": 0, "hr_5": 0, "hr_10": 0, "hr_20": 1, "mrr": 1 / 15, "ndcg_10": 0}
+    assert recommend.ranking_figures([True] * 12)["ndcg_10"] == 1
+
+
+def test_pools_hold_the_accepted_jds_and_half_hard_ones_in_random_order():
+    first = 0
+    for seed in range(200):
+        pool = recommend.draw_pool(random.Random(seed), [3, 4], [3, *range(10, 60)], 200, 40)
+        assert len(set(pool.tolist())) == 40 and {3, 4} <= set(pool.tolist())
+        assert sum(10 <= d < 60 for d in pool) == 18
+        first += pool[0] in (3, 4)
+    assert first < 30                       # two of forty: 10 expected
+    assert sorted(recommend.draw_pool(random.Random(0), [1], [2], 5, 100)) == [0, 1, 2, 3, 4]       # all there are
+
+
+def test_pools_are_ranked_by_each_query_and_shortlists_by_the_reward(monkeypatch):
+    monkeypatch.setattr(recommend, "SHORTLIST", 3)
+    monkeypatch.setattr(recommend, "RERANKED", ("girl",))
+    draw = np.random.default_rng(0)
+    pools = [draw.permutation(12)[:8] for _ in range(5)]
+    S, scores = draw.normal(size=(5, 12)), draw.normal(size=(5, 12))
+    asked = set()
+
+    def rewards(pairs):
+        asked.update(pairs)
+        return {(q, d): scores[q, d] for q, d in pairs}
+    orders = recommend.rank_pools(pools, {"girl": S}, rewards, False)
+    assert set(orders) == {"girl", "girl + reward"} and len(asked) == 5 * 3
+    for q, pool in enumerate(pools):
+        by_query = sorted(pool, key=lambda d: -S[q, d])
+        assert orders["girl"][q].tolist() == by_query
+        assert orders["girl + reward"][q].tolist() == sorted(by_query[:3], key=lambda d: -scores[q, d]) + by_query[3:]
+    orders = recommend.rank_pools(pools, {"girl": S}, rewards, True)
+    assert all(order.tolist() == sorted(pool, key=lambda d: -scores[q, d]) for q, (order, pool) in enumerate(zip(orders["reward"], pools)))
+
+
+def test_rank_rows_compare_the_methods_cv_by_cv():
+    relevant = np.zeros((3, 20), dtype=bool)
+    relevant[0, 4] = relevant[1, 5] = True                                  # CV 2 has nothing relevant: left out
+    best, worst = np.arange(20), np.arange(20)[::-1]
+    orders = {"girl": [np.roll(best, -4), np.roll(best, -5), best], "cv": [worst, worst, worst]}
+    rows, differences = recommend.rank_rows(orders, relevant, 0).values()
+    assert rows["girl"]["ndcg_10"] == rows["girl"]["mrr"] == 1 and rows["girl"]["cvs"] == 2 and rows["cv"]["ndcg_10"] == 0
+    assert differences == {"girl - cv": [1.0, 1.0, 1.0]}
+
+
+@pytest.mark.parametrize("content, says", [
+    (b'{"jd": "a"}\n{"jd": 3}\n', "pool.jsonl:2: expected a line like"), (b"[1]\n", "pool.jsonl:1: expected"),
+    (b'{"cv": "a"}\n', "pool.jsonl:1: expected"), (b'{"jd": "\xff"}\n', "pool.jsonl:1: expected"),
+    (b'{"jd": "\\ud800"}\n', "pool.jsonl:1: expected"), (b"\n", "no JDs"), (b'{"jd": " "}\n', "no JDs"), (None, "No such file")])
+def test_a_bad_pool_is_named(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "pool.jsonl").write_bytes(content)
+    with pytest.raises(BadInput, match=says):
+        recommend.read_pool(tmp_path / "pool.jsonl")
+
+
+def test_a_pool_is_read_without_repetitions(tmp_path):
+    (tmp_path / "pool.jsonl").write_text('{"jd": "b", "id": 1}\n\n{"jd": "a"}\n{"cv": "x", "jd": "b", "accepted": true}\n')
+    assert recommend.read_pool(tmp_path / "pool.jsonl") == ["b", "a"]
+
+
+def test_agreement_names_the_fields_or_the_words():
+    job = market.draw_job(random.Random(0), "chef")
+    text, other = market.write_jd(job, 0), market.write_jd(replace(job, place="Exeter" if job.place != "Exeter" else "Leeds"), 1)
+    found = recommend.agreement(text, other, market)
+    assert "occupation (chef)" in found and "place" not in found and all(skill in found for skill in job.skills)
+    assert recommend.agreement("We seek a careful welder", "a WELDER, careful", None) == "careful, welder"
+    assert recommend.agreement("cook", "sailor", None) == "nothing"

@@ -6,8 +6,8 @@ Nothing here is used in training, and no checkpoint is picked: the last one is w
 simulation's module, handed in where the data are simulated, else None: then whatever needs the truth is null.
 
 What is compared gives one JD for each CV. Generators: `sft` and `ppo` sample at temperature 1, `_greedy` takes the
-likeliest token, `sft_best16` is the best of 16 SFT samples by the reward model. Retrieval: `nearest` is the JD that the most
-similar training candidate was accepted for, `random` any accepted JD. Rules of the market: `constant` and `echo`.
+likeliest token, `sft_best16` is the best of 16 SFT samples by the reward model. Retrieval, from the pairs that stage 1 learned
+from: `nearest` is the JD that the most similar candidate was accepted for, `random` any. Rules of the market: `constant`, `echo`.
 
 An outside judge (a person, or another language model) can be asked too:
 
@@ -152,7 +152,7 @@ def retrieved(codec, pairs, cvs, seed):
 def win_tie_lose(wins, losses, seed):
     """Shares of CVs won, tied, lost, and the 95% interval of win - lose over CVs; from two arrays of bools."""
     wins, losses = np.asarray(wins, dtype=float), np.asarray(losses, dtype=float)
-    return ([float(wins.mean()), float(1 - wins.mean() - losses.mean()), float(losses.mean())],
+    return ([float(wins.mean()), float((1 - wins - losses).mean()), float(losses.mean())],
             bootstrap_ci95(wins - losses, seed))
 
 

@@ -66,7 +66,7 @@ class RecommendFlags:
     batch: int = flag(256, "decisions in an optimizer step")
     lr: float = flag(1e-3, "learning rate of AdamW")
     dropout: float = flag(0.5, "of the recommender's hidden layers")
-    cvs: int = flag(150, "held-out CVs for which real jobs are looked for")
+    cvs: int = flag(300, "held-out CVs for which real jobs are looked for")
 
 
 class Models(NamedTuple):
@@ -433,14 +433,31 @@ def rank_rows(orders, relevant, seed):
     """The figures of each method, with intervals over CVs, and differences in NDCG@10 between methods, paired by CV.
 
     relevant [CVs, JDs]: bools. CVs with nothing relevant in their pool are left out."""
-    found = {name: [ranking_figures(relevant[q, order]) for q, order in enumerate(lists) if relevant[q, order].any()]
-             for name, lists in orders.items()}
-    ndcg = {name: np.array([f["ndcg_10"] for f in figures]) for name, figures in found.items()}
-    rows = {name: {key: float(np.mean([f[key] for f in figures])) for key in figures[0]}
-            | {"ndcg_10_ci95": bootstrap_ci95(ndcg[name], seed), "cvs": len(figures)} for name, figures in found.items()}
+    rows, ndcg = {}, {}
+    for name, lists in orders.items():
+        found = [ranking_figures(relevant[q, order]) for q, order in enumerate(lists) if relevant[q, order].any()]
+        rows[name], ndcg[name] = {"cvs": len(found)}, np.array([figures["ndcg_10"] for figures in found])
+        for key in found[0]:
+            values = [figures[key] for figures in found]
+            rows[name] |= {key: float(np.mean(values)), f"{key}_ci95": bootstrap_ci95(values, seed)}
     differences = {f"{a} - {b}": [float((ndcg[a] - ndcg[b]).mean()), *bootstrap_ci95(ndcg[a] - ndcg[b], seed)]
                    for a, b in DIFFERENCES if a in ndcg and b in ndcg}
     return {"rows": rows, "differences": differences}
+
+
+def similarities(models, cvs, prompts, jds, jd_rows, encoder):
+    """How similar is every JD to each CV's query, {query: [CVs, JDs]}, and how many candidates a second were compared
+    (when all texts were written and encoded)."""
+    queries = {name: encoder.of_jd(write_and_encode(models, cvs, QUERIES, name)).mean(1) for name in ("sft", "girl")}
+    queries["shuffled"] = queries["girl"].roll(1, 0)                                         # those of another CV
+    queries["cv"] = encoder.of_cv(encode(models.sft.model, prompts, models.device))          # [CVs, C]
+    J, codec = encoder.of_jd(encode(models.sft.model, jd_rows, models.device)), models.codec     # [JDs, C]
+    start = time.time()
+    similar = {name: (q @ J.T).numpy() for name, q in queries.items()}
+    speed = round(len(similar) * len(cvs) * len(jds) / (time.time() - start))
+    similar["cv words"] = alike([codec.encode(cv) for cv in cvs], [codec.encode(jd) for jd in jds],
+                                codec.tokenizer.get_vocab_size()).numpy()
+    return similar, speed
 
 
 def ground(models, held_out, encoder, flags, full, market):
@@ -449,35 +466,23 @@ def ground(models, held_out, encoder, flags, full, market):
     for r in held_out:
         if r.accepted:
             accepted[r.cv].append(r.jd)
-    cvs, jds, codec = list(accepted)[:flags.cvs], sorted({r.jd for r in held_out}), models.codec
+    cvs, jds = list(accepted)[:flags.cvs], sorted({r.jd for r in held_out})
     if not cvs:
         return None
-    at, seconds = {jd: d for d, jd in enumerate(jds)}, defaultdict(float)
+    at = {jd: d for d, jd in enumerate(jds)}
     own = [[at[jd] for jd in dict.fromkeys(accepted[cv])] for cv in cvs]
-    prompts, jd_rows = [codec.prompt(cv) for cv in cvs], [codec.jd(jd) for jd in jds]
-
-    # 1. How similar is every JD to each CV's queries? The mean over its queries.
-    queries = {name: encoder.of_jd(write_and_encode(models, cvs, QUERIES, name))                # [CVs, QUERIES, C]
-               for name in ("sft", "girl")}
-    queries["shuffled"] = queries["girl"].roll(1, 0)                                         # those of another CV
-    queries["cv"] = encoder.of_cv(encode(models.sft.model, prompts, models.device))[:, None]
-    J = encoder.of_jd(encode(models.sft.model, jd_rows, models.device))                      # [JDs, C]
-    start = time.time()
-    similar = {name: (q.mean(1) @ J.T).numpy() for name, q in queries.items()}               # [CVs, JDs] each
-    seconds["similarity"] = (time.time() - start) / len(similar)
-    similar["cv words"] = alike([codec.encode(cv) for cv in cvs], [codec.encode(jd) for jd in jds],
-                                codec.tokenizer.get_vocab_size()).numpy()
-
-    scored = {}
+    prompts, jd_rows = [models.codec.prompt(cv) for cv in cvs], [models.codec.jd(jd) for jd in jds]
+    similar, speed = similarities(models, cvs, prompts, jds, jd_rows, encoder)
+    scored, seconds = {}, 0.0
 
     def rewards(pairs):
+        nonlocal seconds
         start = time.time()
         scored.update(score_pairs(models.reward, prompts, jd_rows, pairs - set(scored), models.device))
-        seconds["reward"] += time.time() - start
+        seconds += time.time() - start
         return scored
 
-    # 2. Every method ranks the same pools.
-    hard, result = hard_ones(cvs, jds, own, codec, market), {"cvs": len(cvs), "jds": len(jds), "pools": {}}
+    hard, result = hard_ones(cvs, jds, own, models.codec, market), {"cvs": len(cvs), "jds": len(jds), "pools": {}}
     for size in POOLS:
         draw = random.Random(f"{models.seed} pools {size}")
         pools = [draw_pool(draw, own[q], hard[q], len(jds), size) for q in range(len(cvs))]
@@ -490,9 +495,7 @@ def ground(models, held_out, encoder, flags, full, market):
                 relevant["true match"][q, pool] = [market.true_match(cvs[q], jds[d]) >= GOOD for d in pool]
         orders = rank_pools(pools, similar, rewards, full or size == min(POOLS))
         result["pools"][str(size)] = {by: rank_rows(orders, r, models.seed) for by, r in relevant.items() if r.any()}
-    result["candidates_per_second"] = {"similarity": round(len(cvs) * len(jds) / seconds["similarity"]),
-                                       "reward": round(len(scored) / seconds["reward"])}
-    return result
+    return result | {"candidates_per_second": {"similarity": speed, "reward": round(len(scored) / seconds)}}
 
 
 def hard_ones(cvs, jds, own, codec, market):
@@ -602,7 +605,7 @@ def print_grounding(grounded):
     for size, by in grounded["pools"].items() if grounded else ():
         for relevance, found in by.items():
             columns = ("hr_1", "hr_5", "hr_10", "hr_20", "ndcg_10", "mrr")
-            print(f"\ngrounding in pools of {size} real JDs, relevant by {relevance}")
+            print(f"\ngrounding in pools of {min(int(size), grounded['jds'])} real JDs, relevant by {relevance}")
             print(f"{'':<20}" + "".join(f"{c:>9}" for c in columns))
             for name, row in found["rows"].items():
                 print(f"{name:<20}" + "".join(f"{row[c]:>9.3f}" for c in columns))

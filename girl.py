@@ -441,7 +441,7 @@ HELP = {"data": "make the data set of the simulated job market", "sft": "stage 1
         "generate": "write JDs for a CV", "score": "score one JD for one CV",
         "evaluate": "measure a run on held-out CVs, write results.json",
         "recommend": "measure what the written JDs are worth to a recommender and in finding real jobs; or find jobs for one CV",
-        "train": "all stages and the evaluation"}
+        "train": "all stages, the evaluation and the recommender"}
 
 
 def add_flags(parser, cls):
@@ -483,7 +483,7 @@ def build_parser():
     e.add_argument("--cvs", type=positive, default=400, metavar="N", help="how many CVs of the split are used (default 400)")
     e.add_argument("--export-pairs", metavar="FILE", help="also write pairs of JDs with a question, for an outside judge (JSON lines)")
     e.add_argument("--verdicts", metavar="FILE", help="only read an outside judge's answers into results.json, and print the table")
-    r.add_argument("--full", action="store_true", help="the whole grid: more labels, settings, numbers of JDs (about an hour)")
+    r.add_argument("--full", action="store_true", help="the whole grid: more labels, settings, numbers of JDs (half an hour or more)")
     r.add_argument("--cv", metavar="FILE", help="find jobs for this CV instead (a text file, - for standard input)")
     r.add_argument("--pool", metavar="FILE", help='real JDs to choose from: lines like {"jd": "..."}')
     r.add_argument("--top", type=positive, default=5, metavar="N", help="how many jobs are shown (default 5)")

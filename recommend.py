@@ -49,7 +49,7 @@ SHARES = {False: (0.01, 0.1, 1.0), True: (0.01, 0.03, 0.1, 0.3, 1.0)}      # of 
 KS = {False: (1,), True: (1, 2, 4, 8)}     # written JDs for each CV, for the recommender
 SETTINGS = {False: ("cvs",), True: ("cvs", "jds", "occupations")}           # what is unseen, see sides()
 POOLS = (100, 1000)
-QUERIES = 4                 # written JDs for each CV, for grounding
+QUERIES = 8                 # written JDs for each CV, for grounding
 SHORTLIST = 20              # JDs that the reward model re-ranks, of the rankings in RERANKED
 RERANKED = ("cv", "cv words", "girl")
 GOOD = 0.5                  # a true match above this is relevant
@@ -59,14 +59,15 @@ DIFFERENCES = (("girl", "cv"), ("girl", "cv words"), ("girl", "sft"), ("girl", "
 
 @dataclass
 class RecommendFlags:
-    people: int = flag(3000, "CVs of half B whose decisions are the labels: 100% of them")
+    people: int = flag(3000, "CVs of half B; the decisions on them are the labels")
     seeds: int = flag(5, "trainings of each recommender; each draws its labels and its initial weights", least=2)
     hidden: int = flag(64, "width before and behind its hidden layers")
     steps: int = flag(400, "most optimizer steps of a recommender; a fifth of its labels, kept apart, may stop it sooner")
     batch: int = flag(256, "decisions in an optimizer step")
     lr: float = flag(1e-3, "learning rate of AdamW")
     dropout: float = flag(0.5, "of the recommender's hidden layers")
-    cvs: int = flag(300, "held-out CVs for which real jobs are looked for")
+    prior: float = flag(15000, "weight decay of its matrices, divided by the number of labels")
+    cvs: int = flag(200, "held-out CVs for which real jobs are looked for")
 
 
 class Models(NamedTuple):
@@ -179,10 +180,11 @@ def fit(model, features, labels, flags, draw):
     kept, rest = order[:fifth], order[fifth:]
     share = float(labels.mean().clamp(0.01, 0.99))
     nn.init.constant_(model.bias, math.log(share / (1 - share)))
-    # Scale and bias are two numbers: few labels suffice, and they may move fast.
+    # Scale and bias are two numbers: few labels suffice, and they may move fast. The matrices are held back by a weight
+    # decay that counts the less the more labels there are, as a prior does.
     few, many = ([p for p in model.parameters() if (p.dim() == 0) == scalar] for scalar in (True, False))
-    optimizer = torch.optim.AdamW([{"params": many}, {"params": few, "lr": 30 * flags.lr}], lr=flags.lr, weight_decay=0.1,
-                                  fused=True)
+    optimizer = torch.optim.AdamW([{"params": many, "weight_decay": flags.prior / len(labels)},
+                                   {"params": few, "weight_decay": 0.0, "lr": 30 * flags.lr}], lr=flags.lr, fused=True)
     best, best_step, weights = math.inf, 0, None
     for step in range(flags.steps + 1):
         if step % 10 == 0:
@@ -571,7 +573,8 @@ def measure(run, models, train, held_out, split, flags, full, market):
     with Stage(run, "recommend") as stage:
         table = compare_recommenders(models, train, held_out, encoder, flags, full, market, stage)
         grounded = ground(models, held_out, encoder, flags, full, market)
-        stage.finish()
+        if stage.rows:                  # there were decisions enough in some setting
+            stage.finish()
     results |= {"recommend": table, "grounding": grounded, "peak_rss_mb": max(results.get("peak_rss_mb", 0), peak_rss_mb())}
     seconds = results.setdefault("seconds", {"total": 0})
     others = seconds["total"] - seconds.get("recommend", 0)

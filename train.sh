@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All of GIRL: data -> sft -> reward -> judge -> ppo -> evaluate. A stage whose result is there is not run again.
+# All of GIRL: data -> sft -> reward -> judge -> ppo -> evaluate -> recommend. A stage whose result is there is not run again.
 #   bash train.sh [--out DIR] [--data DIR] [--seed N] [--smoke]       (DIR: absolute, or as seen from this file's folder)
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -68,7 +68,7 @@ def test_training_stops_where_the_labels_kept_apart_say_so(monkeypatch):
     """Labels of pure chance: the longer it trains the worse it does on the labels kept apart, so the first weights stay."""
     torch.manual_seed(0)
     x, labels = torch.randn(60, 8), torch.tensor([0.0, 1.0, 0.0] * 20)
-    flags = recommend.RecommendFlags(steps=400, lr=1e-2, dropout=0.0)
+    flags = recommend.RecommendFlags(steps=400, lr=1e-2, dropout=0.0, prior=0.0)
     c, w, j = x, torch.randn(60, 8), torch.randn(60, 8)
     looks = []
     predict = recommend.predict
@@ -80,6 +80,21 @@ def test_training_stops_where_the_labels_kept_apart_say_so(monkeypatch):
     best = losses.index(min(losses))
     assert len(looks) == best + 11 < 41                                         # ten looks after the best one
     torch.testing.assert_close(predict(model, [v[kept] for v in (c, w, j)]), looks[best])
+
+
+def test_the_fewer_the_labels_the_more_the_similarity_is_kept():
+    """Weight decay is prior / labels: with few of them the towers' own part stays small, scale and bias are learned."""
+    torch.manual_seed(0)
+    c, w, j = torch.randn(3, 2000, 8).unbind(0)
+    labels = (((c + w) * j).mean(1) > 0.3).float()
+    sizes = []
+    for n in (60, 2000):
+        flags = recommend.RecommendFlags(steps=100)
+        model = recommend.fit(recommend.Recommender("dot", 8, flags), [x[:n] for x in (c, w, j)], labels[:n], flags,
+                              torch.Generator().manual_seed(0))
+        sizes.append(float(model.seeker[-1].weight.detach().abs().mean()))
+        assert model.log_scale > 1.2 and model.bias < 0
+    assert 0 < 3 * sizes[0] < sizes[1]
 
 
 def test_the_reward_model_alone_is_calibrated_on_some_labels_and_ranked_by_its_own_scores():
@@ -121,7 +136,7 @@ def constructed(n_cvs=120, n_jds=80, C=8):
 
 def test_features_that_carry_the_label_help_and_noise_does_not(stage):
     encoded, learn, test = constructed()
-    flags = recommend.RecommendFlags(seeds=2, steps=150, lr=5e-3)
+    flags = recommend.RecommendFlags(seeds=2, steps=150, lr=5e-3, prior=100)
     rows = recommend.train_and_test(encoded, learn, test, [("none", 1), ("girl", 1), ("girl", 2), ("sft", 1), ("shuffled", 1)],
                                     (1.0,), flags, 0, stage)
     auc = {(r["kind"], r["mode"], r["k"]): r["auc"][0] for r in rows}
@@ -139,7 +154,7 @@ def test_features_that_carry_the_label_help_and_noise_does_not(stage):
 def test_few_labels_are_few(stage):
     """The share of the labels is what the recommender sees: 1% of them do not teach the constructed case to an `mlp`."""
     encoded, learn, test = constructed()
-    rows = recommend.train_and_test(encoded, learn, test, [("girl", 1)], (0.01, 1.0), recommend.RecommendFlags(seeds=2, steps=150, lr=5e-3),
+    rows = recommend.train_and_test(encoded, learn, test, [("girl", 1)], (0.01, 1.0), recommend.RecommendFlags(seeds=2, steps=150, lr=5e-3, prior=100),
                                     0, stage)
     labels = {r["share"]: r["labels"] for r in rows}
     assert labels == {0.01: round(0.01 * len(learn)), 1.0: len(learn)}

@@ -61,7 +61,7 @@ DIFFERENCES = (("girl", "cv"), ("girl", "cv words"), ("girl", "sft"), ("girl", "
 class RecommendFlags:
     people: int = flag(3000, "CVs of half B; the decisions on them are the labels")
     seeds: int = flag(5, "trainings of each recommender; each draws its labels and its initial weights", least=2)
-    hidden: int = flag(64, "width before and behind its hidden layers")
+    hidden: int = flag(64, "width of the recommender's hidden layers")
     steps: int = flag(400, "most optimizer steps of a recommender; a fifth of its labels, kept apart, may stop it sooner")
     batch: int = flag(256, "decisions in an optimizer step")
     lr: float = flag(1e-3, "learning rate of AdamW")

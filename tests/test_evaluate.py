@@ -103,6 +103,7 @@ def test_win_tie_lose_by_hand():
     shares, (low, high) = evaluate.win_tie_lose([True, True, False, False], [False, False, True, False], 0)
     assert shares == [0.5, 0.25, 0.25] and low < 0.25 < high
     assert evaluate.win_tie_lose([True] * 9, [False] * 9, 0) == ([1.0, 0.0, 0.0], [1.0, 1.0])
+    assert evaluate.win_tie_lose([False] * 9, [True] * 9, 0) == ([0.0, 0.0, 1.0], [-1.0, -1.0])
 
 
 def test_small_differences_are_ties():

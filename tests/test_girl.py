@@ -110,6 +110,9 @@ def test_the_recommender_learns_from_half_b_and_is_tested_on_the_held_out_split(
 
     def look(encoded, learn, test, *rest):
         seen["learn"], seen["test"] = {r.cv for r in learn}, {r.cv for r in test}
+        for kind in encoded.values():                       # the control: each CV has what was written for another
+            girl_, shuffled = kind.written["girl"], kind.written["shuffled"]
+            assert shuffled[1:].equal(girl_[:-1]) and not shuffled[1:].equal(girl_[1:])
         return []
     monkeypatch.setattr(girl.recommend, "train_and_test", look)
     assert girl.main(["recommend", "--smoke", "--seed", "1", "--run", str(tmp_path / "run")]) == 0
@@ -121,12 +124,12 @@ def test_jobs_for_one_cv_come_from_the_pool_best_first(smoke, tmp_path, capsys):
     (a, _), _ = smoke
     records = girl.read_records(a / "data" / "test.jsonl")
     (tmp_path / "cv.txt").write_text(records[0].cv)
-    argv = ["recommend", "--run", str(a), "--cv", str(tmp_path / "cv.txt"), "--pool", str(a / "data" / "test.jsonl"), "--top", "3"]
+    argv = ["recommend", "--run", str(a), "--cv", str(tmp_path / "cv.txt"), "--pool", str(a / "data" / "test.jsonl"), "--top", "15"]
     assert girl.main(argv) == 0
     shown = capsys.readouterr().out.split("\n\n")
     jobs = [part.split("\n", 1) for part in shown if part.startswith("[")]
     scores = [float(head[1:head.index("]")]) for head, _ in jobs]
-    assert len(jobs) == 3 and scores == sorted(scores, reverse=True) and all("agrees with the suggestion in" in head for head, _ in jobs)
+    assert len(jobs) == 15 and scores == sorted(scores, reverse=True) and len(set(scores)) > 5 and all("agrees with the suggestion in" in head for head, _ in jobs)
     assert {jd.strip() for _, jd in jobs} <= {r.jd for r in records}
 
 

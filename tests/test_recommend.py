@@ -134,6 +134,16 @@ def constructed(n_cvs=120, n_jds=80, C=8):
             [r for r in records if int(r.cv[3:]) >= 90])
 
 
+def test_features_are_the_mean_of_the_first_k_written_jds_or_nothing():
+    written = torch.randn(2, 4, 3)
+    encoded = recommend.Encoded({"a": 0, "b": 1}, {"x": 0, "y": 1}, torch.randn(2, 3), torch.randn(2, 3), {"girl": written})
+    records = [Record("b", "x", True), Record("a", "y", False)]
+    c, w, j = recommend.features(encoded, records, "girl", 3)
+    torch.testing.assert_close(w, torch.stack([written[1, :3].mean(0), written[0, :3].mean(0)]))
+    assert c.equal(encoded.c[[1, 0]]) and j.equal(encoded.j[[0, 1]])
+    assert recommend.features(encoded, records, "none", 3)[1].equal(torch.zeros(2, 3))
+
+
 def test_features_that_carry_the_label_help_and_noise_does_not(stage):
     encoded, learn, test = constructed()
     flags = recommend.RecommendFlags(seeds=2, steps=150, lr=5e-3, prior=100)

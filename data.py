@@ -28,46 +28,58 @@ class Record(NamedTuple):
     accepted: bool
 
 
-def read_records(path):
-    """All decisions of a .jsonl file; a bad line is refused with its number and what is wrong."""
-    records, texts = [], {}
+def json_lines(path, remedy):
+    """(where, object) of each line of a .jsonl file that is not blank; `where` names file and line. What cannot be read is
+    refused; `remedy` says what to give instead of a file that cannot be opened."""
     try:
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
-                    r = parse_record(line, f"{path}:{number}")
-                    # Most texts come many times (one CV, several jobs): keep one copy of each.
-                    records.append(Record(texts.setdefault(r.cv, r.cv), texts.setdefault(r.jd, r.jd), r.accepted))
+                    where = f"{path}:{number}"
+                    try:
+                        yield where, json.loads(line.decode("utf-8"))
+                    except UnicodeDecodeError as e:
+                        raise BadInput(f"{where}: not UTF-8 text (byte {e.start} of the line); save the file as UTF-8")
+                    except (ValueError, RecursionError) as e:
+                        raise BadInput(f"{where}: not JSON ({e})")
     except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}; a data folder holds {', '.join(s + '.jsonl' for s in SPLITS)}")
+        raise BadInput(f"{path}: {e.strerror}; {remedy}")
+
+
+def text_of(raw, key, where):
+    """The text under a key of a line's object."""
+    if not isinstance(raw[key], str):
+        raise BadInput(f"{where}: {key} must be a text, found {type(raw[key]).__name__}")
+    try:
+        raw[key].encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{where}: {key} holds half of a surrogate pair, which is no character")
+    return raw[key]
+
+
+def read_records(path):
+    """All decisions of a .jsonl file; a bad line is refused with its number and what is wrong."""
+    records, texts = [], {}
+    for where, raw in json_lines(path, f"a data folder holds {', '.join(s + '.jsonl' for s in SPLITS)}"):
+        r = parse_record(raw, where)
+        # Most texts come many times (one CV, several jobs): keep one copy of each.
+        records.append(Record(texts.setdefault(r.cv, r.cv), texts.setdefault(r.jd, r.jd), r.accepted))
     if not records:
         raise BadInput(f"{path}: no records; expected lines like " + '{"cv": "...", "jd": "...", "accepted": true}')
     return records
 
 
-def parse_record(line, where):
-    """One line (bytes) of a .jsonl file as a Record."""
-    try:
-        raw = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as e:
-        raise BadInput(f"{where}: not UTF-8 text (byte {e.start} of the line); save the file as UTF-8")
-    except (ValueError, RecursionError) as e:
-        raise BadInput(f"{where}: not JSON ({e})")
+def parse_record(raw, where):
+    """The object of one line as a Record."""
     if not isinstance(raw, dict) or set(raw) != set(Record._fields):
         found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
         raise BadInput(f"{where}: expected the keys cv, jd, accepted; found {found}")
-    for key in ("cv", "jd"):
-        if not isinstance(raw[key], str):
-            raise BadInput(f"{where}: {key} must be a text, found {type(raw[key]).__name__}")
-        try:
-            raw[key].encode()
-        except UnicodeEncodeError:
-            raise BadInput(f"{where}: {key} holds half of a surrogate pair, which is no character")
-    if not raw["cv"].strip():
+    cv, jd = (text_of(raw, key, where) for key in ("cv", "jd"))
+    if not cv.strip():
         raise BadInput(f"{where}: cv is empty")
     if not isinstance(raw["accepted"], bool):
         raise BadInput(f"{where}: accepted must be true or false, found {raw['accepted']!r}")
-    return Record(**raw)
+    return Record(cv, jd, raw["accepted"])
 
 
 def write_records(path, records):

@@ -25,7 +25,7 @@ import torch
 
 import ppo
 import reward
-from data import half, load_codec, read_records
+from data import half, json_lines, load_codec, read_records
 from model import LanguageModel, RewardModel, generate, load_model
 from run import BadInput, autocast, generator, peak_rss_mb, read_json, write_bytes, write_json
 
@@ -205,16 +205,11 @@ def export_pairs(path, cvs, judged, seed):
 def read_verdicts(path, results):
     """The answers of an outside judge: {contrast: {aspect: [win, tie, lose], aspect_advantage_ci95: [low, high]}}."""
     found = {}
-    try:
-        lines = open(path, encoding="utf-8").read().split("\n")
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{path}: cannot be read ({e}); give the file of answers to what --export-pairs wrote")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            name, verdict = parse_verdict(line, f"{path}:{number}", results["cvs"])
-            if name in found:
-                raise BadInput(f"{path}:{number}: a second answer for {name}; keep one")
-            found[name] = verdict
+    for where, raw in json_lines(path, "give the file of answers to what --export-pairs wrote"):
+        name = check_verdict(raw, where, results["cvs"])
+        if name in found:
+            raise BadInput(f"{where}: a second answer for {name}; keep one")
+        found[name] = raw
     if not found:
         raise BadInput(f"{path}: no answers; expected lines like " + '{"id": "girl_vs_sft/0", "detail": "A", ...}')
     table = {}
@@ -229,23 +224,26 @@ def read_verdicts(path, results):
     return table
 
 
+def read_results(run):
+    """results.json, as `evaluate` left it."""
+    path = run / "results.json"
+    if not path.exists() or "wins" not in read_json(path):
+        raise BadInput(f"{path}: no evaluation of this version; run  python girl.py evaluate --run {run}  first")
+    return read_json(path)
+
+
 def add_verdicts(run, path):
     """Read the answers to `export_pairs` into results.json, and print them."""
-    if not (run / "results.json").exists():
-        raise BadInput(f"{run / 'results.json'}: no such file; run  python girl.py evaluate --run {run}  first")
-    results = read_json(run / "results.json")
+    results = read_results(run)
     table = read_verdicts(path, results)
     for contrast, row in table.items():
-        results["wins"].setdefault(contrast, {}).update(row)
+        results["wins"][contrast] = results["wins"].get(contrast, {}) | row
     write_json(run / "results.json", results)
     print_wins(table)
 
 
-def parse_verdict(line, where, n_cvs):
-    try:
-        raw = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise BadInput(f"{where}: not JSON ({e})")
+def check_verdict(raw, where, n_cvs):
+    """The name of the pair that the object of one line answers."""
     if not isinstance(raw, dict) or not {"id", *ASPECTS} <= set(raw):
         raise BadInput(f"{where}: expected the keys id, {', '.join(ASPECTS)}")
     contrast, _, number = str(raw["id"]).partition("/")
@@ -253,7 +251,7 @@ def parse_verdict(line, where, n_cvs):
         raise BadInput(f"{where}: there is no pair {raw['id']!r} in this run")
     if bad := [raw[a] for a in ASPECTS if raw[a] not in ("A", "B", "tie")]:
         raise BadInput(f"{where}: an answer is \"A\", \"B\" or \"tie\", found {bad[0]!r}")
-    return raw["id"], raw
+    return raw["id"]
 
 
 # -------------------------------------------------------------------------------------------- data and reward model
@@ -316,8 +314,8 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, export=N
     records = read_records(folder / f"{split}.jsonl")
     cvs = list(dict.fromkeys(r.cv for r in records))[:n_cvs]
     valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
-    known_cvs, known_jds = (sorted({text for text in column}) for column in zip(*((r.cv, r.jd) for r in train)))
-    rules = market.rules(random.Random(seed), known_cvs, known_jds, cvs) if market else {}
+    known_cvs, known_jds = {r.cv for r in train}, {r.jd for r in train}
+    rules = market.rules(random.Random(seed), sorted(known_cvs), sorted(known_jds), cvs) if market else {}
 
     # 1. One JD for each CV: written by every generator, retrieved, and by rule.
     samples, sample_scores = best_of(sft, reward_model, codec, cvs, seed, device)
@@ -337,7 +335,7 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, export=N
     judged = {name: judge_all(cvs, r, codec, reward_model, judge, market) for name, r in responses.items()}
     nll = {"sft": mean_nll(sft, valid, codec, device), "ppo": mean_nll(policy, valid, codec, device)}
     for name, found in judged.items():
-        results[name] = describe(cvs, responses[name], found, codec, set(known_jds), market, seed)
+        results[name] = describe(cvs, responses[name], found, codec, known_jds, market, seed)
         results[name]["valid_nll"] = nll.get(name[:3])
     results["ppo_kl_per_text"] = kl_per_text(policy, sft, codec, cvs, responses["ppo"], device)
     results["wins"] = {name: compare(judged[a], judged[b], seed) for name, (a, b) in CONTRASTS.items() if {a, b} <= set(judged)}

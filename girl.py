@@ -332,10 +332,17 @@ def make_data(args):
                {"started": round(start, 1), "seconds": round(time.time() - start, 1), "peak_rss_mb": peak_rss_mb()})
 
 
+def folders(args):
+    """The run's folder, its data, and the market's module where these are simulated."""
+    run = Path(args.run)
+    folder = Path(args.data or run / "data")
+    return run, folder, market if (folder / "market.json").exists() else None
+
+
 def run_stage(args, device):
     """One of sft, reward, judge, ppo; a stage whose result is there is not run again."""
     name = "judge" if getattr(args, "judge", False) else args.command
-    run, folder = Path(args.run), Path(args.data or Path(args.run) / "data")
+    run, folder, _ = folders(args)
     if finished(run, name):
         print(f"{name}: finished already, see {run / name}")
         return
@@ -402,23 +409,21 @@ def run_apart(run, commands):
 
 
 def evaluate_run(args, device):
-    run, folder = Path(args.run), Path(args.data or Path(args.run) / "data")
+    run, folder, truth = folders(args)
     if args.verdicts:
         return evaluate.add_verdicts(run, args.verdicts)
     for stage in ("sft", "reward", "judge", "ppo"):
         need(run, stage)
-    truth = market if (folder / "market.json").exists() else None
     evaluate.evaluate(run, folder, args.split, args.cvs, args.seed, device, truth, mean_nll, args.export_pairs)
 
 
 def recommend_run(args, device):
     """`recommend`: jobs of a pool for one CV, or what the written JDs are worth, measured."""
-    run, folder = Path(args.run), Path(args.data or Path(args.run) / "data")
+    run, folder, truth = folders(args)
     if bool(args.cv) != bool(args.pool):
         raise BadInput("recommend: --cv and --pool belong together: real jobs of the pool for this CV")
     for stage in ("sft", "reward", "ppo"):
         need(run, stage)
-    truth = market if (folder / "market.json").exists() else None
     models, train = recommend.load_run(run, device, args.seed), read_records(folder / "train.jsonl")
     if args.cv:
         recommend.find_jobs(models, read_text(args.cv), recommend.read_pool(args.pool), args.top, train, truth)

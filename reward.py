@@ -123,6 +123,21 @@ def score_rows(model, rows, batch_size=128):
     return scores
 
 
+@torch.no_grad()
+def score_pairs(model, prompts, jds, pairs, batch_size=128):
+    """Scores of (prompt, JD) pairs, given as indices: {pair: score}. For many JDs of each prompt: it is read once for the
+    JDs of a batch, and the JDs of a few prompts go together by length, so that few pads are computed."""
+    device, scores = model.score.weight.device, {}
+    pairs = sorted(pairs, key=lambda pair: (pair[0] // 4, len(jds[pair[1]]), pair))
+    for start in range(0, len(pairs), batch_size):
+        part = pairs[start:start + batch_size]
+        with autocast(device):
+            hidden, _, in_jd = jd_states(model.model, [(prompts[q], jds[d]) for q, d in part], device)           # [B, R, C]
+            last = hidden[torch.arange(len(part), device=device), in_jd.sum(1) - 1]          # [B, C]
+            scores |= dict(zip(part, model.head(last).tolist()))
+    return scores
+
+
 def score_texts(model, codec, pairs):
     """Scores of (cv, jd) texts."""
     return score_rows(model, [codec.prompt(cv) + codec.jd(jd) for cv, jd in pairs])

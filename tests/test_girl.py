@@ -133,6 +133,17 @@ def test_jobs_for_one_cv_come_from_the_pool_best_first(smoke, tmp_path, capsys):
     assert {jd.strip() for _, jd in jobs} <= {r.jd for r in records}
 
 
+def test_recommend_adds_to_the_evaluation_of_the_same_seed_and_split(smoke, tmp_path, capsys):
+    (a, _), _ = smoke
+    shutil.copytree(a, tmp_path / "run")
+    argv = ["recommend", "--smoke", "--run", str(tmp_path / "run")]
+    assert girl.main(argv + ["--seed", "2"]) == 2
+    assert "is of seed 1 and split test" in capsys.readouterr().err
+    (tmp_path / "run" / "results.json").unlink()
+    assert girl.main(argv + ["--seed", "1"]) == 2
+    assert "results.json: no evaluation of this version; run  python girl.py evaluate" in capsys.readouterr().err
+
+
 def test_pairs_for_an_outside_judge_go_out_and_its_verdicts_come_in(smoke, tmp_path, capsys):
     (a, _), _ = smoke
     shutil.copytree(a, tmp_path / "run")
@@ -396,7 +407,7 @@ def test_stages_that_start_together_all_note_their_flags(tmp_path):
     (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--temperature", "-1"], "--temperature -1.0 must be"),
     (["score", "--reward", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--jd", "{tmp}/cv.txt"], "not a model's config"),
     (["recommend", "--run", "{tmp}/r"], "stage sft is not finished"),
-    (["evaluate", "--run", "{tmp}/r", "--verdicts", "{tmp}/cv.txt"], "results.json: no such file"),
+    (["evaluate", "--run", "{tmp}/r", "--verdicts", "{tmp}/cv.txt"], "results.json: no evaluation"),
     (["data", "--out", "{tmp}/cv.txt/x", "--people", "5", "--held-out", "2", "--jobs", "600"], "cannot be written"),
     (["data", "--out", "{tmp}/x", "--people", "5", "--jobs", "20"], "raise --jobs"),
     (["data", "--out", "{tmp}/x", "--held-out", "0"], "--held-out 0: must be at least 1"),

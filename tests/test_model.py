@@ -84,6 +84,14 @@ def test_forward_equals_plain_loops(K, tied):
         torch.testing.assert_close(logits[b], slow_logits(model, ids[b].tolist()), atol=1e-4, rtol=1e-4)
 
 
+def test_states_after_some_blocks_are_those_of_a_body_that_has_no_more():
+    model, ids = tiny(), random_ids(2, 7)
+    with torch.no_grad():
+        some, all_ = model.model(ids, blocks=1), model.model(ids)
+        model.model.layers = model.model.layers[:1]
+        assert torch.equal(some, model.model(ids)) and not torch.equal(some, all_)
+
+
 def test_a_token_never_sees_what_is_behind_it():
     model, ids = tiny(), random_ids(1, 9)
     changed = ids.clone()

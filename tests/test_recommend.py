@@ -1,8 +1,9 @@
 """The recommender and grounding: metrics by hand, sides without leaks, and constructed cases whose answer is known."""
 import math
 import random
+import zlib
 from dataclasses import replace
-from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 import market
 import recommend
 import reward
-from data import Record
+from data import Record, read_records
 from model import Transformer
 from run import BadInput
 
@@ -40,14 +41,6 @@ def test_vectors_are_whitened_and_of_one_length():
     torch.testing.assert_close((found * found).mean(1), torch.ones(5000))
     torch.testing.assert_close((found[:9] * found[9:18]).mean(1), torch.cosine_similarity(white[:9], white[9:18]))
     torch.testing.assert_close(encoder.of_cv(states - states.mean(0)), found)
-
-
-def test_score_pairs_are_the_reward_models_scores(reward_model, codec):
-    prompts = [codec.prompt(cv) for cv in ("nurse", "driver night", "cook part day")]
-    jds = [codec.jd(jd) for jd in ("wanted now", "full", "night part day")]
-    pairs = list(product(range(3), range(3)))
-    found = recommend.score_pairs(reward_model.eval(), prompts, jds, pairs[::-1], CPU, batch_size=4)
-    assert [found[p] for p in pairs] == pytest.approx(reward.score_rows(reward_model, [prompts[q] + jds[d] for q, d in pairs]), abs=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------- the recommender
@@ -175,7 +168,7 @@ def test_few_labels_are_few(stage):
 @pytest.mark.parametrize("setting", ["cvs", "jds", "occupations"])
 def test_no_cv_jd_or_occupation_is_on_both_sides(setting, tmp_path):
     market.write_market(tmp_path, 300, 150, 800, 6, 0)
-    labels, held_out = (recommend.read_records(tmp_path / f"{s}.jsonl") for s in ("train", "test"))
+    labels, held_out = (read_records(tmp_path / f"{s}.jsonl") for s in ("train", "test"))
     learn, test = recommend.sides(labels, held_out, setting, market.titles)
     assert len(learn) > 500 and len(test) > 50
 
@@ -238,10 +231,40 @@ def test_rank_rows_compare_the_methods_cv_by_cv():
     assert differences == {"girl - cv": [1.0, 1.0, 1.0]}
 
 
+def test_grounding_finds_the_jobs_whose_text_was_written(monkeypatch, tmp_path):
+    """A constructed case: GIRL writes the accepted JD itself, SFT and the CV are noise, and the reward model knows nothing."""
+    market.write_market(tmp_path, 10, 60, 800, 6, 0)
+    held_out = read_records(tmp_path / "test.jsonl")
+    accepted = {r.cv: r.jd for r in reversed(held_out) if r.accepted}        # the first one of each CV
+    codec = SimpleNamespace(prompt=lambda cv: [cv], jd=lambda jd: [jd], encode=lambda text: [1],
+                            tokenizer=SimpleNamespace(get_vocab_size=lambda: 2))
+    models = recommend.Models(SimpleNamespace(model=None), None, None, codec, CPU, 0)
+
+    def vector(text):
+        return torch.randn(16, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())))
+
+    monkeypatch.setattr(recommend, "encode", lambda body, rows, device: torch.stack([vector(row[0]) for row in rows]))
+    monkeypatch.setattr(recommend, "write_and_encode", lambda models, cvs, k, name: torch.stack(
+        [vector(accepted[cv] if name == "girl" else cv + name) for cv in cvs])[:, None].expand(-1, k, -1))
+    monkeypatch.setattr(reward, "score_pairs", lambda model, prompts, jds, pairs: {pair: 0.0 for pair in pairs})
+    encoder = recommend.Encoder(torch.zeros(16), torch.zeros(16), torch.eye(16))
+    found = recommend.ground(models, held_out, encoder, recommend.RecommendFlags(cvs=1000), False, market)
+    assert found["cvs"] == len(accepted)
+    figures = found["pools"]["100"]["accepted"]
+    assert figures["rows"]["girl"]["hr_1"] == 1 and figures["differences"]["girl - cv"][1] > 0.3
+    for name in ("sft", "cv", "shuffled", "cv words"):
+        assert figures["rows"][name]["hr_1"] < 0.15, name
+    # Half of a pool are of the CV's occupation, and relevant by true match is what the market says.
+    hard = recommend.hard_ones(list(accepted)[:5], sorted({r.jd for r in held_out}), None, codec, market)
+    for cv, mine in zip(accepted, hard):
+        titles = [market.parse_jd(jd).title == market.parse_cv(cv).title for jd in sorted({r.jd for r in held_out})]
+        assert mine == [d for d, same in enumerate(titles) if same]
+
+
 @pytest.mark.parametrize("content, says", [
-    (b'{"jd": "a"}\n{"jd": 3}\n', "pool.jsonl:2: expected a line like"), (b"[1]\n", "pool.jsonl:1: expected"),
-    (b'{"cv": "a"}\n', "pool.jsonl:1: expected"), (b'{"jd": "\xff"}\n', "pool.jsonl:1: expected"),
-    (b'{"jd": "\\ud800"}\n', "pool.jsonl:1: expected"), (b"\n", "no JDs"), (b'{"jd": " "}\n', "no JDs"), (None, "No such file")])
+    (b'{"jd": "a"}\n{"jd": 3}\n', "pool.jsonl:2: jd must be a text, found int"), (b"[1]\n", "pool.jsonl:1: expected"),
+    (b'{"cv": "a"}\n', "pool.jsonl:1: expected"), (b'{"jd": "\xff"}\n', "pool.jsonl:1: not UTF-8"), (b"{\n", "pool.jsonl:1: not JSON"),
+    (b'{"jd": "\\ud800"}\n', "pool.jsonl:1: jd holds half of a surrogate pair"), (b"\n", "no JDs"), (b'{"jd": " "}\n', "no JDs"), (None, "No such file")])
 def test_a_bad_pool_is_named(tmp_path, content, says):
     if content is not None:
         (tmp_path / "pool.jsonl").write_bytes(content)

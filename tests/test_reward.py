@@ -55,6 +55,14 @@ def test_04_scores_come_back_in_the_order_of_the_rows(reward_model):
     assert list(reward.score_rows(reward_model, ROWS, batch_size=2)) == pytest.approx(alone, abs=1e-5)
 
 
+def test_score_pairs_are_the_reward_models_scores(reward_model, codec):
+    prompts = [codec.prompt(cv) for cv in ("nurse", "driver night", "cook part day")]
+    jds = [codec.jd(jd) for jd in ("wanted now", "full", "night part day")]
+    pairs = list(itertools.product(range(3), range(3)))
+    found = reward.score_pairs(reward_model.eval(), prompts, jds, pairs[::-1], batch_size=4)
+    assert [found[p] for p in pairs] == pytest.approx(reward.score_rows(reward_model, [prompts[q] + jds[d] for q, d in pairs]), abs=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------- loss and metrics
 def test_05_ranking_loss_is_minus_log_sigmoid_of_the_difference():
     chosen, rejected = [2.0, -1.0, 0.5], [0.5, 1.0, 0.5]

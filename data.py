@@ -9,6 +9,8 @@ All else is derived from these. Text from users is data: `<|endoftext|>` inside 
 import hashlib
 import json
 import math
+from collections import defaultdict
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from run import BadInput, write_bytes, write_json
 
-PAD, EOS = "<|pad|>", "<|endoftext|>"      # ids 0 and 1
+PAD, EOS = "<|pad|>", "<|endoftext|>"      # ids 0 and 1 of our own tokenizer
+TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"        # ChatML, where a pretrained model's vocabulary has it
 SPLITS = ("train", "valid", "test")
 
 
@@ -86,10 +89,48 @@ def write_records(path, records):
     write_bytes(path, b"".join(json.dumps(r._asdict(), ensure_ascii=False).encode() + b"\n" for r in records))
 
 
-def half(cv):
-    """'A' or 'B', by a hash of the text. Generator and reward model learn from half A of the train CVs, the judge from
-    half B, so that nothing is measured on what it was taught."""
-    return "AB"[hashlib.sha256(cv.encode()).digest()[0] % 2]
+def half(text):
+    """'A' or 'B', by a hash of the text."""
+    return "AB"[hashlib.sha256(text.encode()).digest()[0] % 2]
+
+
+def connected(records):
+    """Groups of records, as lists of indices, that hang together: who shares a CV or a JD with one of a group is in it."""
+    parent = {}
+
+    def root(x):
+        while parent.setdefault(x, x) != x:
+            parent[x] = x = parent[parent[x]]
+        return x
+    for r in records:
+        parent[root(("cv", r.cv))] = root(("jd", r.jd))
+    groups = defaultdict(list)
+    for i, r in enumerate(records):
+        groups[root(("cv", r.cv))].append(i)
+    return list(groups.values())
+
+
+def read_half(folder, part, *files):
+    """The decisions on half A or B of the train CVs. Generator and reward model learn from A, the judge and the recommender
+    from B, so that nothing is measured on what it was taught."""
+    records = [r for name in files or ("train.jsonl",) for r in read_records(Path(folder) / name)]
+    side = halves_by_group(records) if (Path(folder) / "import.json").exists() else {r.cv: half(r.cv) for r in records}
+    return [r for r in records if side[r.cv] == part]
+
+
+def halves_by_group(records):
+    """CV -> half, for an imported table. Often each of its JDs has one accepted CV and one that was turned down: these two
+    must stay together, or there is nothing to compare. So what hangs together by acceptances goes to one half, and a CV
+    without any goes with the JD that it was first turned down for."""
+    accepted, side, side_of_jd = [r for r in records if r.accepted], {}, {}
+    for group in connected(accepted):
+        name = half(min(accepted[i].cv for i in group))
+        for i in group:
+            side[accepted[i].cv] = side_of_jd[accepted[i].jd] = name
+    for r in records:
+        if r.cv not in side:
+            side[r.cv] = side_of_jd.get(r.jd, half(r.cv))
+    return side
 
 
 # --------------------------------------------------------------------------------------------- tokenizer and prompt
@@ -115,37 +156,61 @@ def plain_text_only(tokenizer):
     return tokenizer
 
 
-def save_tokenizer(folder, tokenizer):
-    write_bytes(Path(folder) / "tokenizer.json", tokenizer.to_str().encode())
+def save_tokenizer(folder, codec):
+    write_bytes(Path(folder) / "tokenizer.json", codec.tokenizer.to_str().encode())
     write_json(Path(folder) / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "eos_token": EOS, "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": codec.tokenizer.id_to_token(codec.pad),
+        "eos_token": codec.tokenizer.id_to_token(codec.eos), "padding_side": "left",
         "clean_up_tokenization_spaces": False, "split_special_tokens": True})
 
 
 def load_tokenizer(folder):
     path = Path(folder) / "tokenizer.json"
     try:
-        return plain_text_only(Tokenizer.from_file(str(path)))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        for token in raw.get("added_tokens") or []:
+            token["special"] = True             # so that no text makes one, whatever it is for
+        tokenizer = Tokenizer.from_str(json.dumps(raw))
     except Exception as e:                      # tokenizers raises plain Exception
         raise BadInput(f"{path}: cannot be read as a tokenizer ({e})")
+    tokenizer.no_truncation()                   # both are done here, and counted
+    tokenizer.no_padding()
+    return plain_text_only(tokenizer)
 
 
 class Codec:
     """Texts to token ids and back, within a budget of tokens. Counts what it had to cut.
 
-    T, the prompt template, stands around the CV:  `CV: ... \\nJD: `, then the JD's tokens, then end-of-text.
+    T, the prompt template, stands around the CV:  `CV: ... \\nJD: `, then the JD's tokens, then end-of-text. Where the
+    vocabulary has the tokens of ChatML, CV and JD are a user's turn and the answer, and what ends a turn ends the JD.
     CV, template and JD are encoded each by itself, so that a CV cannot change how the rest is cut into tokens."""
 
-    def __init__(self, tokenizer, max_cv, max_jd):
+    def __init__(self, tokenizer, max_cv, max_jd, eos=None):
+        def ids(text):
+            return tokenizer.encode(text, add_special_tokens=False).ids
         self.tokenizer, self.max_cv, self.max_jd = tokenizer, max_cv, max_jd
-        self.eos = tokenizer.token_to_id(EOS)
-        self.before, self.after = (tokenizer.encode(t).ids for t in ("CV:", "\nJD:"))
+        special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+        # What the tokenizer puts before every text: begin-of-text, or nothing.
+        begin = list(takewhile(set(special.values()).__contains__, tokenizer.encode("a").ids))
+        if TURN in special and END_OF_TURN in special:
+            turn, self.eos, self.space = special[TURN], special[END_OF_TURN], ""
+            self.before = begin + [turn] + ids("user\nWrite the job description of a job that fits this CV.\n\n")
+            self.after = [self.eos] + ids("\n") + [turn] + ids("assistant\n")
+        else:
+            # A word is the same token at the beginning as it is elsewhere: with a space before it, which some
+            # tokenizers (SentencePiece's) put there themselves.
+            self.eos = tokenizer.token_to_id(EOS) if eos is None else eos
+            self.space = "" if (tokenizer.id_to_token(ids("a")[0]) or "").startswith("\u2581") else " "
+            self.before, self.after = begin + ids("CV:"), ids("\nJD:")
+        # To fill rows up: a token that no text has. Not end-of-text, or what reads a padded row would not find its end.
+        spare = [i for t, i in special.items() if i not in {self.eos, *self.before, *self.after}]
+        self.pad = special.get(PAD, spare[0] if spare else tokenizer.token_to_id(PAD))
         self.cut_cvs = self.cut_jds = 0
         self.ids = {}                           # most texts come many times: each is encoded once
 
     def encode(self, text):
         if text not in self.ids:
-            self.ids[text] = self.tokenizer.encode(" " + text).ids
+            self.ids[text] = self.tokenizer.encode(self.space + text, add_special_tokens=False).ids
         return self.ids[text]
 
     def prompt(self, cv):
@@ -162,7 +227,7 @@ class Codec:
     def text(self, ids):
         """The text of generated tokens, up to the first end-of-text."""
         ids = ids[:ids.index(self.eos)] if self.eos in ids else ids
-        return self.tokenizer.decode(ids, skip_special_tokens=False).removeprefix(" ")
+        return self.tokenizer.decode(ids, skip_special_tokens=False).removeprefix(self.space)
 
     def shrink(self, longest_prompt, longest_jd):
         """Lower the budgets to what the training data needs (a tenth more, for held-out texts)."""
@@ -176,7 +241,7 @@ class Codec:
 
 def load_codec(folder, config):
     """The codec of a model's folder, within the budgets that its config keeps."""
-    return Codec(load_tokenizer(folder), config.max_cv_tokens, config.max_jd_tokens)
+    return Codec(load_tokenizer(folder), config.max_cv_tokens, config.max_jd_tokens, config.eos_token_id)
 
 
 # ------------------------------------------------------------------------------------------------------- batches

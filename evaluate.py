@@ -6,7 +6,8 @@ Nothing here is used in training, and no checkpoint is picked: the last one is w
 simulation's module, handed in where the data are simulated, else None: then whatever needs the truth is null.
 
 What is compared gives one JD for each CV. Generators: `sft` and `ppo` sample at temperature 1, `_greedy` takes the
-likeliest token, `sft_best16` is the best of 16 SFT samples by the reward model. Retrieval, from the pairs that stage 1 learned
+likeliest token, `sft_best16` is the best of 16 SFT samples by the reward model, `base` the pretrained model that the run began
+with, if it did. Retrieval, from the pairs that stage 1 learned
 from: `nearest` is the JD that the most similar candidate was accepted for, `random` any. Rules of the market: `constant`, `echo`.
 
 An outside judge (a person, or another language model) can be asked too:
@@ -25,27 +26,35 @@ import torch
 
 import ppo
 import reward
-from data import half, json_lines, load_codec, read_records
-from model import LanguageModel, RewardModel, generate, load_model
+from data import json_lines, load_codec, read_half, read_records
+from model import LanguageModel, RewardModel, generate, logits_size, rows_that_fit
 from run import BadInput, autocast, generator, peak_rss_mb, read_json, write_bytes, write_json
+from weights import load_model
 
 BEST_OF = 16
 STAGES = ("data", "sft", "reward", "judge", "ppo")
 # Who is compared with whom, CV by CV; GIRL is the generator after PPO.
 CONTRASTS = {"girl_vs_sft": ("ppo", "sft"), "girl_vs_nearest": ("ppo", "nearest"), "girl_vs_random": ("ppo", "random"),
              "girl_vs_constant": ("ppo", "constant"), "girl_vs_echo": ("ppo", "echo"), "girl_vs_best16": ("ppo", "sft_best16"),
-             "girl_greedy_vs_sft_greedy": ("ppo_greedy", "sft_greedy"), "sft_vs_nearest": ("sft", "nearest")}
+             "girl_greedy_vs_sft_greedy": ("ppo_greedy", "sft_greedy"), "sft_vs_nearest": ("sft", "nearest"),
+             "girl_vs_base": ("ppo", "base"), "girl_greedy_vs_base_greedy": ("ppo_greedy", "base_greedy")}
 # Differences below this are a tie: in true match, and in standard deviations of the judge.
 TIE = {"true": 0.02, "judge": 0.1}
-ANSWERS = ("sft", "ppo", "sft_greedy", "ppo_greedy", "sft_best16", "nearest", "random", "constant", "echo")
+ANSWERS = ("base", "sft", "ppo", "base_greedy", "sft_greedy", "ppo_greedy", "sft_best16", "nearest", "random", "constant", "echo")
 
 
 # ------------------------------------------------------------------------------------------------------ measures
-def bootstrap_ci95(values, seed, resamples=2000):
-    """95% interval of the mean over CVs: the 2.5 and 97.5 percentiles of means of resampled CVs (Efron 1979)."""
+def bootstrap_ci95(values, seed, weights=None, resamples=2000):
+    """95% interval of the mean over CVs: the 2.5 and 97.5 percentiles of means of resampled CVs (Efron 1979). With weights:
+    of the weighted mean, where each value is itself the mean over so many."""
     values = np.asarray(values, dtype=float)
     picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    return [float(x) for x in np.percentile(values[picks].mean(1), (2.5, 97.5))]
+    if weights is None:
+        means = values[picks].mean(1)
+    else:
+        weights = np.asarray(weights, dtype=float)
+        means = (values * weights)[picks].sum(1) / weights[picks].sum(1)
+    return [float(x) for x in np.percentile(means, (2.5, 97.5))]
 
 
 def ngrams(text, n):
@@ -88,12 +97,13 @@ def best_of(lm, reward_model, codec, cvs, seed, device):
 
 
 @torch.no_grad()
-def kl_per_text(policy, reference, codec, cvs, responses, device, batch_size=64):
+def kl_per_text(policy, reference, codec, cvs, responses, device):
     """Mean over the policy's samples of sum log(pi / pi_ref), in nats per text."""
-    total = 0.0
+    total, batch_size = 0.0, rows_that_fit(64, logits_size(policy.config))
     for k in range(0, len(cvs), batch_size):
         e = ppo.make_episodes([codec.prompt(cv) for cv in cvs[k:k + batch_size]], responses[k:k + batch_size], device)
-        kl = ppo.k1(*(ppo.evaluate_reference(lm, e, 1.0) for lm in (policy, reference)))
+        with autocast(device):
+            kl = ppo.k1(*(ppo.evaluate_reference(lm, e, 1.0) for lm in (policy, reference)))
         total += float((kl * e.mask).sum())
     return total / len(cvs)
 
@@ -271,11 +281,26 @@ def data_figures(records, rules, cvs, market):
 
 
 def reward_figures(model, codec, records, market, seed):
-    """Pair accuracy on real decisions (within one occupation, where there are occupations), and on single changes."""
+    """Pair accuracy on real decisions (within one occupation, where there are occupations), on easy ones (an accepted JD
+    against the JD that another CV of these was accepted for), and on single changes."""
     def score(pairs):
         return reward.score_texts(model, codec, pairs)
+
+    def accuracy(margins):
+        """Share of positive margins (ties count half) over groups of them, and its interval over the groups."""
+        right, sizes = [((m > 0) + 0.5 * (m == 0)).mean() for m in margins], [len(m) for m in margins]
+        return (float(np.average(right, weights=sizes)), bootstrap_ci95(right, seed, sizes)) if margins else (None, None)
     same = [r for r in records if market.same_occupation(r)] if market else records
-    figures = reward.pair_metrics(same, score([(r.cv, r.jd) for r in same])) | {"center": model.center, "one_change_accuracy": None}
+    scores, draw = score([(r.cv, r.jd) for r in same]), random.Random(f"{seed} easy")
+    figures = reward.pair_metrics(same, scores) | {"pair_accuracy_ci95": accuracy(reward.pair_margins(same, scores))[1],
+                                                   "center": model.center, "one_change_accuracy": None}
+    pairs = [(r.cv, r.jd) for r in records if r.accepted]
+    mine, easy = set(pairs), []
+    for cv, jd in draw.sample(pairs, min(400, len(pairs))):
+        if (cv, other := draw.choice(pairs)[1]) not in mine:
+            easy.append((cv, jd, other))
+    margins = score([(cv, jd) for cv, jd, _ in easy]) - score([(cv, other) for cv, _, other in easy])
+    figures["easy_pair_accuracy"], figures["easy_pair_accuracy_ci95"] = accuracy(list(margins[:, None]))
     if market:
         figures["one_change_accuracy"] = {}
         for field in market.FIELDS:
@@ -304,13 +329,18 @@ def covered(stages):
     return total
 
 
-def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, export=None):
-    """Write results.json of a run and print its tables. `mean_nll(model, pairs, codec, device)` is stage 1's."""
+def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, init="", export=None):
+    """Write results.json of a run and print its tables. `mean_nll(model, pairs, codec, device)` is stage 1's; `init` the
+    folder of the pretrained model that the run began with, or nothing."""
     start = time.time()
-    sft, policy = (load_model(run / s, LanguageModel, device).eval() for s in ("sft", "ppo"))
-    reward_model, judge = (load_model(run / s, RewardModel, device).eval() for s in ("reward", "judge"))
-    codec = load_codec(run / "sft", sft.config)
-    train = [r for r in read_records(folder / "train.jsonl") if half(r.cv) == "A"]
+    sft = load_model(run / "sft", LanguageModel, device).eval()
+    policy = load_model(run / "ppo", LanguageModel, device, beside=sft).eval()
+    reward_model, judge = (load_model(run / s, RewardModel, device, beside=sft).eval() for s in ("reward", "judge"))
+    codec, generators = load_codec(run / "sft", sft.config), {"sft": sft, "ppo": policy}
+    if init:
+        generators["base"] = load_model(init, LanguageModel, device).eval()
+        generators["base"].config = sft.config      # the budgets, and what ends a JD
+    train = read_half(folder, "A")
     records = read_records(folder / f"{split}.jsonl")
     cvs = list(dict.fromkeys(r.cv for r in records))[:n_cvs]
     valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
@@ -319,10 +349,11 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, export=N
 
     # 1. One JD for each CV: written by every generator, retrieved, and by rule.
     samples, sample_scores = best_of(sft, reward_model, codec, cvs, seed, device)
-    responses = {"sft": [s[0] for s in samples], "ppo": write_jds(policy, codec, cvs, 1.0, seed, "ppo", device),
-                 "sft_greedy": write_jds(sft, codec, cvs, 0.0, seed, "greedy", device),
-                 "ppo_greedy": write_jds(policy, codec, cvs, 0.0, seed, "greedy", device),
-                 "sft_best16": [s[k] for s, k in zip(samples, sample_scores.argmax(1))]}
+    responses = {"sft": [s[0] for s in samples], "sft_best16": [s[k] for s, k in zip(samples, sample_scores.argmax(1))]}
+    for name, lm in generators.items():
+        if name != "sft":
+            responses[name] = write_jds(lm, codec, cvs, 1.0, seed, name, device)
+        responses[name + "_greedy"] = write_jds(lm, codec, cvs, 0.0, seed, "greedy", device)
     others = retrieved(codec, [(r.cv, r.jd) for r in train if r.accepted], cvs, seed) | rules
     responses |= {name: [codec.jd(jd) for jd in others[name]] for name in others if name != "oracle"}
 
@@ -333,10 +364,10 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, export=N
                "reward": reward_figures(reward_model, codec, records, market, seed)}
     results["reward"]["sample_accuracy"] = sample_accuracy(sample_scores, cvs, samples, codec, market) if market else None
     judged = {name: judge_all(cvs, r, codec, reward_model, judge, market) for name, r in responses.items()}
-    nll = {"sft": mean_nll(sft, valid, codec, device), "ppo": mean_nll(policy, valid, codec, device)}
+    nll = {name: mean_nll(lm, valid, codec, device) for name, lm in generators.items()}
     for name, found in judged.items():
         results[name] = describe(cvs, responses[name], found, codec, known_jds, market, seed)
-        results[name]["valid_nll"] = nll.get(name[:3])
+        results[name]["valid_nll"] = nll.get(name.split("_")[0])
     results["ppo_kl_per_text"] = kl_per_text(policy, sft, codec, cvs, responses["ppo"], device)
     results["wins"] = {name: compare(judged[a], judged[b], seed) for name, (a, b) in CONTRASTS.items() if {a, b} <= set(judged)}
 
@@ -350,7 +381,8 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, export=N
     write_json(run / "results.json", results)
     print_table(results)
     print_wins(results["wins"])
-    show_one(cvs[0], judged["sft_greedy"]["texts"][0], judged["ppo_greedy"]["texts"][0], market)
+    stages = {"before any training": "base_greedy", "before PPO": "sft_greedy", "after PPO": "ppo_greedy"}
+    show_one(cvs[0], {name: judged[key]["texts"][0] for name, key in stages.items() if key in judged}, market)
     if export:
         export_pairs(export, cvs, judged, seed)
     return results
@@ -370,7 +402,7 @@ def print_table(results):
     data, judged = results["data"], results["reward"]
     print("true match of other answers: " + ", ".join(f"{k.removesuffix('_match')} {cell(v)}" for k, v in data.items() if "match" in k))
     print(f"reward model: pair accuracy {cell(judged['pair_accuracy'])} (best possible {cell(data['bayes_pair_accuracy'])}), "
-          f"AUC {cell(judged['auc'])}")
+          f"AUC {cell(judged['auc'])}; JDs of others {cell(judged['easy_pair_accuracy'])}")
     if judged["one_change_accuracy"]:
         print("one field made worse is noticed: " + ", ".join(f"{k} {cell(v)}" for k, v in judged["one_change_accuracy"].items()))
     print(f"KL of PPO from SFT: {results['ppo_kl_per_text']:.2f} nats per text; "
@@ -387,8 +419,8 @@ def print_wins(wins):
                   f"advantage {win - lose:+.2f} ({low:+.2f} to {high:+.2f})")
 
 
-def show_one(cv, before, after, market):
-    def truth(jd):
-        return f" (true match {market.true_match(cv, jd):.2f})" if market else ""
-    print(f"\nA CV of the held-out split:\n{cv}\n\nThe JD before PPO{truth(before)}:\n{before}\n\n"
-          f"The JD after PPO{truth(after)}:\n{after}")
+def show_one(cv, jds, market):
+    print(f"\nA CV of the held-out split:\n{cv}")
+    for name, jd in jds.items():
+        truth = f" (true match {market.true_match(cv, jd):.2f})" if market else ""
+        print(f"\nThe JD {name}{truth}:\n{jd}")

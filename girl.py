@@ -25,7 +25,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,10 +39,12 @@ import market
 import ppo
 import recommend
 import reward
-from data import SPLITS, Codec, bucketed, half, load_codec, pad_right, read_records, save_tokenizer
-from model import Config, LanguageModel, RewardModel, generate, load_model, save_model
+import table
+from data import SPLITS, Codec, bucketed, load_codec, load_tokenizer, pad_right, read_half, read_records, save_tokenizer
+from model import Config, LanguageModel, RewardModel, StartFlags, generate, logits_size, merge_lora, rows_that_fit, twin
 from run import (BadInput, Optimizer, Stage, autocast, finished, flag, generator, load_tensors, peak_rss_mb, pick_device,
                  read_json, save_tensors, write_json)
+from weights import load_model, load_pretrained, read_config, read_lora, save_model
 
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -55,7 +57,7 @@ class DataFlags:
 
 
 @dataclass
-class SFTFlags:
+class SFTFlags(StartFlags):
     epochs: float = flag(1.4, "passes over the accepted pairs of half A", least=0.01)
     batch: int = flag(16, "pairs in an optimizer step")
     accumulate: int = flag(1, "micro-batches that a batch is cut into, to save memory")
@@ -110,9 +112,9 @@ def sft_loss(model, reader, examples, cv_loss, device):
 
 
 @torch.no_grad()
-def mean_nll(model, pairs, codec, device, batch=64):
+def mean_nll(model, pairs, codec, device):
     """Mean -log P of a JD token, in nats, over (cv, jd) texts."""
-    total = count = 0
+    total, count, batch = 0.0, 0, rows_that_fit(64, logits_size(model.config))
     for k in range(0, len(pairs), batch):
         part = [Example(codec.prompt(cv), codec.jd(jd), True, False) for cv, jd in pairs[k:k + batch]]
         loss, n, _ = sft_loss(model, None, part, 0.0, device)
@@ -123,21 +125,27 @@ def mean_nll(model, pairs, codec, device, batch=64):
 # ------------------------------------------------------------------------------------------------------ stage 1
 def train_sft(run, folder, flags, seed, device):
     with Stage(run, "sft") as stage:
-        train = [r for r in read_records(folder / "train.jsonl") if half(r.cv) == "A"]
+        train = read_half(folder, "A")
         valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
         if not valid or not any(r.accepted for r in train):
             raise BadInput(f"{folder}: stage 1 learns from accepted pairs, and there is none in "
                            f"{'half A of train.jsonl' if valid else 'valid.jsonl'}")
 
-        # 1. The tokenizer, from the train split only; token rows; a model of the size that the data need.
-        codec = Codec(data.train_tokenizer(sorted({t for r in train for t in (r.cv, r.jd)}), flags.vocab),
-                      flags.max_cv, flags.max_jd)
-        pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd), True, True) for r in train if r.accepted]
+        # 1. The tokenizer, from the train split only; token rows; a model of the size that the data need. Or both from --init.
+        codec = new_codec(train, flags)
+        pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd), True, flags.reading > 0) for r in train if r.accepted]
         stage.say(f"sft: {len(pairs)} accepted pairs, {sum(len(e.prompt) + len(e.jd) for e in pairs) / len(pairs):.0f} tokens each; "
                   f"cut: {codec.cut_cvs} CVs at {codec.max_cv} tokens, {codec.cut_jds} JDs at {codec.max_jd}")
         codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
-        model = new_model(codec, pairs, flags, generator(seed, "sft-init").initial_seed()).to(device)
-        reader = nn.Linear(flags.hidden, 1).to(device)
+        init_seed, before = generator(seed, "sft-init").initial_seed(), {}
+        if flags.init:
+            model = load_pretrained(flags, codec, init_seed, device)
+            before = {"valid_nll_before": mean_nll(model, valid, codec, device)}
+            stage.say(f"sft: valid NLL of the pretrained model {before['valid_nll_before']:.4f}")
+        else:
+            model = new_model(codec, pairs, flags, init_seed).to(device)
+        model.model.checkpointing = flags.checkpointing
+        reader = nn.Linear(model.config.hidden_size, 1).to(device)
 
         # 2. The warm-up: a third of it copies, a third are decisions (written too if accepted), a third are random JDs.
         draw, third = generator(seed, "sft-warm-up"), math.ceil(flags.warm_steps * flags.batch / 3)
@@ -163,9 +171,23 @@ def train_sft(run, folder, flags, seed, device):
             stage.say(f"sft epoch {epoch + 1}: train loss {stage.mean('loss', 100):.4f}, valid NLL {nll:.4f}, "
                       f"perplexity {math.exp(nll):.3f}\n--- a sample\n{valid[0][0]}\n->\n{codec.text(sample[0])}\n---")
         save_model(stage.folder, model)
-        save_tokenizer(stage.folder, codec.tokenizer)
-        save_tensors(stage.folder / "reader.safetensors", {k: v.cpu() for k, v in reader.state_dict().items()})
-        stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=steps)
+        save_tokenizer(stage.folder, codec)
+        if not flags.init:
+            save_tensors(stage.folder / "reader.safetensors", {k: v.cpu() for k, v in reader.state_dict().items()})
+        stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=steps, **before)
+
+
+def new_codec(train, flags):
+    """The pretrained model's tokenizer, or one that is learned from these records."""
+    if not flags.init:
+        texts = sorted({t for r in train for t in (r.cv, r.jd)})
+        return Codec(data.train_tokenizer(texts, flags.vocab), flags.max_cv, flags.max_jd)
+    config, raw = read_config(flags.init)
+    ends = raw.get("eos_token_id") is not None
+    codec = Codec(load_tokenizer(flags.init), flags.max_cv, flags.max_jd, config.eos_token_id if ends else None)
+    if codec.eos is None or codec.pad is None:
+        raise BadInput(f"{flags.init}: its tokenizer has no end-of-text token, or no special token that is free to fill rows up")
+    return codec
 
 
 def new_model(codec, examples, flags, seed):
@@ -229,6 +251,12 @@ def need(run, stage):
     return run / stage
 
 
+def init_of(run):
+    """The folder of the pretrained model that a run began with, or nothing."""
+    path = Path(run) / "config.json"
+    return read_json(path).get("sft", {}).get("init", "") if path.exists() else ""
+
+
 def train_reward(run, folder, flags, seed, device, judge):
     """Stage 2, or the judge: another seed, and the decisions on the other half of the CVs. (Both start from stage 1's
     weights, and the jobs are the same.)"""
@@ -236,11 +264,15 @@ def train_reward(run, folder, flags, seed, device, judge):
     generator_model = load_model(need(run, "sft"), LanguageModel, device)
     codec = load_codec(run / "sft", generator_model.config)
     with Stage(run, name) as stage:
-        records = read_records(folder / "train.jsonl")
-        if (folder / "probes.jsonl").exists():
-            records += read_records(folder / "probes.jsonl")
-        records = [r for r in records if half(r.cv) == part]
-        model, reader = new_reward_model(run / "sft", generator(seed, name, "init").initial_seed())
+        probes = ["probes.jsonl"] if (folder / "probes.jsonl").exists() else []
+        records, init_seed = read_half(folder, part, "train.jsonl", *probes), generator(seed, name, "init").initial_seed()
+        if flags.init:
+            if load_tokenizer(flags.init).to_str() != codec.tokenizer.to_str():
+                raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that model writes")
+            start = load_pretrained(flags, codec, init_seed, device)
+        else:
+            start = generator_model
+        model, reader = new_reward_model(start, run / "sft", bool(flags.init or init_of(run)), init_seed)
         reward.train(model.to(device), reader.to(device), codec, records, flags, seed, stage, device)
         cvs = sorted({r.cv for r in records})
         samples = reward.sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
@@ -249,14 +281,18 @@ def train_reward(run, folder, flags, seed, device, judge):
         metrics = reward.pair_metrics(valid, reward.score_texts(model, codec, [(r.cv, r.jd) for r in valid]))
         stage.say(f"{name}: valid " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
         save_model(stage.folder, model)
-        save_tokenizer(stage.folder, codec.tokenizer)
+        save_tokenizer(stage.folder, codec)
         stage.finish(**metrics, center=model.center, cut_cvs=codec.cut_cvs, cut_jds=codec.cut_jds)
 
 
-def new_reward_model(folder, seed):
-    """Stage 1's body and its head for reading, as stage 2 takes them up; the head for the score is random."""
+def new_reward_model(lm, folder, pretrained, seed):
+    """A language model's body, as stage 2 takes it up, and a head for reading; the head for the score is random."""
     torch.manual_seed(seed)
-    model = load_model(folder, RewardModel)
+    if pretrained:
+        # Its end-of-text knows what was said. With adapters, body and generator share the weights that nobody trains.
+        return RewardModel(lm.config, body=twin(lm.model)), nn.Linear(lm.config.hidden_size, 1)
+    model = RewardModel(lm.config)
+    model.model.load_state_dict(lm.model.state_dict())
     model.add_averaging_block()
     reader = nn.Linear(model.config.hidden_size, 1)
     reader.load_state_dict(load_tensors(folder / "reader.safetensors"))
@@ -271,13 +307,13 @@ def new_reward_model(folder, seed):
 def train_ppo(run, folder, flags, seed, device):
     policy = ppo.Policy(load_model(need(run, "sft"), LanguageModel, device)).to(device)
     codec = load_codec(run / "sft", policy.lm.config)
-    reward_model = load_model(need(run, "reward"), RewardModel, device)
+    reward_model = load_model(need(run, "reward"), RewardModel, device, beside=policy.lm)
     truth = market.true_match if (folder / "market.json").exists() else None
     with Stage(run, "ppo") as stage:
-        cvs = sorted({r.cv for r in read_records(folder / "train.jsonl") if half(r.cv) == "A"})
+        cvs = sorted({r.cv for r in read_half(folder, "A")})
         ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, device, truth)
         save_model(stage.folder, policy.lm)
-        save_tokenizer(stage.folder, codec.tokenizer)
+        save_tokenizer(stage.folder, codec)
         save_tensors(stage.folder / "value_head.safetensors", {k: v.cpu() for k, v in policy.value_head.state_dict().items()})
         stage.finish(**stage.rows[-1])
 
@@ -323,11 +359,33 @@ def score_one(args, device):
     print(f"{reward.score_texts(model, codec, [(read_text(args.cv), read_text(args.jd))])[0]:.4f}")
 
 
+def export(args, device):
+    """A generator or a reward model into a folder of its own."""
+    if taken := [name for name in ("config.json", "girl.json", "adapter_config.json") if (Path(args.out) / name).exists()]:
+        raise BadInput(f"{args.out}: holds a model already ({taken[0]}); choose another --out")
+    config, raw = read_config(args.model)
+    model = load_model(args.model, RewardModel if "num_labels" in raw else LanguageModel)
+    if args.merge:
+        merge_lora(model)
+    save_model(args.out, model)
+    save_tokenizer(args.out, load_codec(args.model, config))
+    kind = "adapters on " + model.model.lora.base_model_name_or_path if model.model.lora else "plain weights"
+    print(f"{args.out}: {type(model).__name__}, {kind}")
+
+
 # ---------------------------------------------------------------------------------------------------- commands
 def make_data(args):
-    flags = from_args(DataFlags, args)
-    start = time.time()
-    market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
+    start, flags = time.time(), from_args(DataFlags, args)
+    named = {name: getattr(args, name) for name in ("cv", "jd", "accepted", "rejected_cv", "rejected_jd") if getattr(args, name)}
+    if args.source:
+        if not {"cv", "jd"} <= set(named) or len(named) > 3:
+            raise BadInput("data: --from needs --cv and --jd, and at most one of --accepted, --rejected-cv, --rejected-jd")
+        table.import_table(args.source, args.out, named, args.keep_contacts, args.seed)
+    elif named:
+        raise BadInput(f"data: --{next(iter(named)).replace('_', '-')} names a column of a table; give the table with --from FILE")
+    else:
+        market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
+        (Path(args.out) / "import.json").unlink(missing_ok=True)        # of a table that was here before
     write_json(Path(args.out) / "summary.json",
                {"started": round(start, 1), "seconds": round(time.time() - start, 1), "peak_rss_mb": peak_rss_mb()})
 
@@ -343,10 +401,14 @@ def run_stage(args, device):
     """One of sft, reward, judge, ppo; a stage whose result is there is not run again."""
     name = "judge" if getattr(args, "judge", False) else args.command
     run, folder, _ = folders(args)
+    if getattr(args, "plan", None) is not None:
+        return show_plan(args, run)
     if finished(run, name):
         print(f"{name}: finished already, see {run / name}")
         return
     flags = from_args(STAGES[args.command], args)
+    if getattr(flags, "lora_rank", 0) and not flags.init:
+        raise BadInput(f"{args.command}: --lora-rank goes with --init; adapters need weights beside them that know something already")
     for split in SPLITS:
         if not (folder / f"{split}.jsonl").exists():
             raise BadInput(f"{folder / split}.jsonl: no such file; make a data set with  python girl.py data --out {folder}")
@@ -357,6 +419,17 @@ def run_stage(args, device):
         train_reward(run, folder, flags, args.seed, device, args.judge)
     else:
         train_ppo(run, folder, flags, args.seed, device)
+
+
+def show_plan(args, run):
+    """`ppo --plan`: memory and work of an iteration for a model of which only the config.json is read."""
+    folder = Path(args.plan or need(run, "sft"))
+    config, raw = read_config(folder)
+    if "max_cv_tokens" not in raw:              # a pretrained model that no stage has taken up yet
+        config = replace(config, max_cv_tokens=SFTFlags.max_cv, max_jd_tokens=SFTFlags.max_jd)
+    lora = read_lora(folder)
+    rank, targets = (lora.r, lora.target_modules) if lora else (16, SFTFlags.lora_targets.split(","))
+    ppo.print_plan(config, from_args(ppo.PPOFlags, args), rank, targets)
 
 
 def note_config(run, stage, flags):
@@ -377,15 +450,23 @@ def note_config(run, stage, flags):
 def run_all(args, device):
     """`train`: every stage of a run, then the evaluation. What bash train.sh calls."""
     run, common = Path(args.run), ["--seed", str(args.seed)] + ["--smoke"] * args.smoke
+    start = [x for f in fields(StartFlags) if getattr(args, f.name) for x in flag_words(f, getattr(args, f.name))]
     if args.data is None:
         args.data = str(run / "data")
         run_apart(run, {"data": ["data", "--out", args.data] + common})
     common += ["--run", args.run, "--data", args.data]
-    run_apart(run, {"sft": ["sft"] + common})
-    run_apart(run, {"reward": ["reward"] + common, "judge": ["reward", "--judge"] + common})
-    run_stage(parse(["ppo"] + common), device)
+    again = ["--checkpointing"] * args.checkpointing
+    run_apart(run, {"sft": ["sft"] + common + start})
+    run_apart(run, {"reward": ["reward"] + common + again, "judge": ["reward", "--judge"] + common + again})
+    run_stage(parse(["ppo"] + common + again), device)
     evaluate_run(parse(["evaluate"] + common), device)
     recommend_run(parse(["recommend"] + common), device)
+
+
+def flag_words(f, value):
+    """A field's flag as it is written on the command line."""
+    name = "--" + f.name.replace("_", "-")
+    return [name] if value is True else [name, str(value)]
 
 
 def run_apart(run, commands):
@@ -414,7 +495,8 @@ def evaluate_run(args, device):
         return evaluate.add_verdicts(run, args.verdicts)
     for stage in ("sft", "reward", "judge", "ppo"):
         need(run, stage)
-    evaluate.evaluate(run, folder, args.split, args.cvs, args.seed, device, truth, mean_nll, args.export_pairs)
+    evaluate.evaluate(run, folder, args.split, args.cvs, args.seed, device, truth, mean_nll, init_of(run),
+                      args.export_pairs)
 
 
 def recommend_run(args, device):
@@ -428,7 +510,7 @@ def recommend_run(args, device):
     if args.cv:
         recommend.find_jobs(models, read_text(args.cv), recommend.read_pool(args.pool), args.top, train, truth)
     else:
-        recommend.measure(run, models, train, read_records(folder / f"{args.split}.jsonl"), args.split,
+        recommend.measure(run, models, train, read_half(folder, "B"), read_records(folder / f"{args.split}.jsonl"), args.split,
                           from_args(recommend.RecommendFlags, args), args.full, truth)
 
 
@@ -441,9 +523,16 @@ SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600},
          "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8} | SMOKE_RUN,
          "evaluate": {"cvs": 24} | SMOKE_RUN,
          "recommend": {"people": 40, "seeds": 2, "steps": 20, "cvs": 10} | SMOKE_RUN, "train": SMOKE_RUN}
-HELP = {"data": "make the data set of the simulated job market", "sft": "stage 1: learn to write the JDs that were accepted",
+# What changes where a run begins with a pretrained model: it can read and write already, so it needs gentle steps and none of
+# what helps a small model to learn to copy; and adapters need larger steps than the weights themselves.
+PRETRAINED = {"sft": {"epochs": 2, "batch": 8, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10, "warm_steps": 0, "reading": 0.0},
+              "reward": {"steps": 120, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10, "reading": 0.0, "samples": 32},
+              "ppo": {"iterations": 20, "episodes": 32, "minibatch": 16, "accumulate": 4, "lr": 1e-5}}
+LORA = {"sft": {"lr": 4e-4}, "reward": {"lr": 4e-4}, "ppo": {"lr": 1e-4}}
+HELP = {"data": "make a data set: of the simulated job market, or of a table of your own CVs and JDs", "sft": "stage 1: learn to write the JDs that were accepted",
         "reward": "stage 2: learn to judge as the recruiter does", "ppo": "stage 3: learn to write what is accepted",
         "generate": "write JDs for a CV", "score": "score one JD for one CV",
+        "export": "write a generator or a reward model into a folder of its own, with --merge as plain weights",
         "evaluate": "measure a run on held-out CVs, write results.json",
         "recommend": "measure what the written JDs are worth to a recommender and in finding real jobs; or find jobs for one CV",
         "train": "all stages, the evaluation and the recommender"}
@@ -451,14 +540,16 @@ HELP = {"data": "make the data set of the simulated job market", "sft": "stage 1
 
 def add_flags(parser, cls):
     for f in fields(cls):
-        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), default=f.default, metavar=f.name[0].upper(),
-                            help=f"{f.metadata['help']} (default %(default)s)")
+        name, switch = "--" + f.name.replace("_", "-"), isinstance(f.default, bool)
+        how = {"action": "store_true"} if switch else {"type": type(f.default), "metavar": f.name[0].upper()}
+        shown = "off" if switch else "%(default)s" if f.default != "" else "none"
+        parser.add_argument(name, default=f.default, help=f"{f.metadata['help']} (default {shown})", **how)
 
 
 def from_args(cls, args):
     flags = cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
     for f in fields(cls):
-        if not getattr(flags, f.name) >= f.metadata["least"]:
+        if f.metadata["least"] is not None and not getattr(flags, f.name) >= f.metadata["least"]:
             raise BadInput(f"{args.command}: --{f.name.replace('_', '-')} {getattr(flags, f.name)}: "
                            f"must be at least {f.metadata['least']}")
     return flags
@@ -471,7 +562,7 @@ def build_parser():
     parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in HELP.items()}
     for name, p in parsers.items():
         p.add_argument("--seed", type=int, default=0, help="one seed gives one result on one machine (default 0)")
-        if name not in ("generate", "score"):
+        if name not in ("generate", "score", "export"):
             p.add_argument("--smoke", action="store_true", help="toy size: shows that it runs, not that it learns")
         if name in (*STAGES, "evaluate", "recommend", "train"):
             p.add_argument("--run", "--out", default="runs/default", metavar="DIR", help="the run's folder (default %(default)s)")
@@ -480,7 +571,16 @@ def build_parser():
             add_flags(p, STAGES[name])
     parsers["data"].add_argument("--out", required=True, metavar="DIR", help="where to write it")
     add_flags(parsers["data"], DataFlags)
+    d = parsers["data"].add_argument_group("a table of your own", "a .csv, .tsv or .jsonl file; each row is a CV and a JD that go together")
+    d.add_argument("--from", dest="source", metavar="FILE", help="make the data set of this table, not of the simulated market")
+    for name, text in {"cv": "of the CVs", "jd": "of the JDs", "accepted": "that says yes or no", "rejected-cv": "of CVs that were turned "
+                       "down for the JD", "rejected-jd": "of JDs that were turned down for the CV"}.items():
+        d.add_argument(f"--{name}", metavar="COLUMN", help=f"the column {text}")
+    d.add_argument("--keep-contacts", action="store_true", help="leave e-mail addresses, phone numbers and links as they are")
+    add_flags(parsers["train"], StartFlags)
     parsers["reward"].add_argument("--judge", action="store_true", help="train the independent judge instead, from half B")
+    parsers["ppo"].add_argument("--plan", nargs="?", const="", metavar="DIR", help="only print the memory and the work of an iteration, "
+                                "for the model of RUN/sft, or of any folder with a config.json")
     e, r = parsers["evaluate"], parsers["recommend"]
     for p in (e, r):
         p.add_argument("--split", choices=("valid", "test"), default="test",
@@ -493,8 +593,11 @@ def build_parser():
     r.add_argument("--pool", metavar="FILE", help='real JDs to choose from: lines like {"jd": "..."}')
     r.add_argument("--top", type=positive, default=5, metavar="N", help="how many jobs are shown (default 5)")
     add_flags(r, recommend.RecommendFlags)
-    g, s = parsers["generate"], parsers["score"]
+    g, s, x = parsers["generate"], parsers["score"], parsers["export"]
     g.add_argument("--model", required=True, metavar="RUN/ppo", help="folder of a generator: RUN/ppo or RUN/sft")
+    x.add_argument("--model", required=True, metavar="RUN/ppo", help="folder of a generator or of a reward model")
+    x.add_argument("--out", required=True, metavar="DIR", help="where to write it")
+    x.add_argument("--merge", action="store_true", help="add the adapters to the weights beside them")
     g.add_argument("--number", type=positive, default=1, metavar="N", help="how many JDs (default 1)")
     g.add_argument("--temperature", type=float, default=1.0, metavar="T", help="below 1: safer, above: bolder (default 1)")
     g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P (default 1: all)")
@@ -514,11 +617,18 @@ def positive(text):
 
 
 def parse(argv):
+    """Arguments of a command. Where another recipe is asked for, they are parsed again with its values as defaults, so that
+    what was set on the command line stays."""
     top, parsers = build_parser()
     args = top.parse_args(argv)
-    if getattr(args, "smoke", False) and args.command in SMOKE:
-        # Only what was not set on the command line: parse again with the toy sizes as defaults.
-        parsers[args.command].set_defaults(**SMOKE[args.command])
+    toy = SMOKE.get(args.command, {}) if getattr(args, "smoke", False) else {}
+    parsers[args.command].set_defaults(**toy)
+    args = top.parse_args(argv)
+    init = getattr(args, "init", "")
+    began = args.command in ("reward", "ppo") and init_of(args.run)
+    if args.command in PRETRAINED and (init or began or getattr(args, "plan", None)):
+        adapters = args.lora_rank if init else (Path(args.run) / "sft" / "adapter_config.json").exists()
+        parsers[args.command].set_defaults(**PRETRAINED[args.command] | (LORA[args.command] if adapters else {}) | toy)
         args = top.parse_args(argv)
     return args
 
@@ -532,7 +642,7 @@ def main(argv=None):
         elif args.command in STAGES:
             run_stage(args, device)
         else:
-            {"generate": write_for, "score": score_one, "evaluate": evaluate_run,
+            {"generate": write_for, "score": score_one, "export": export, "evaluate": evaluate_run,
              "recommend": recommend_run, "train": run_all}[args.command](args, device)
         return 0
     except BadInput as e:

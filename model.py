@@ -1,38 +1,43 @@
-"""The transformer, its key-value cache and sampling, its heads, and weights in and out.
+"""The transformer, its key-value cache and sampling, its heads and its adapters.
 
 A decoder-only transformer as in Llama (Touvron et al. 2023, arXiv 2302.13971): pre-norm RMSNorm, rotary positions,
-grouped-query attention, SwiGLU, tied or untied embeddings. Parameters carry the names of the Hugging Face Llama
-layout, so that a saved folder is read by other tools and the other way round.
+grouped-query attention, SwiGLU, tied or untied embeddings. With the switches of `Config` it is Mistral, Qwen2 or Qwen3 too.
+Parameters carry the names of the Hugging Face layout, so that a saved folder is read by other tools and the other way round.
 
-Shapes:  B rows of a batch, T tokens, C hidden size, H query heads, K key-value heads, D = C / H, F feed-forward size,
-V vocabulary.
+Shapes:  B rows of a batch, T tokens, C hidden size, H query heads, K key-value heads, D size of a head, F feed-forward
+size, V vocabulary.
 
-Left out: dropout (PPO compares log-probabilities of two passes, which must agree), attention biases, sliding windows.
+Left out: dropout (PPO compares log-probabilities of two passes, which must agree), sliding windows (a Mistral that has one is
+used within it), mixtures of experts, quantised weights.
 """
-import json
+import copy
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from run import BadInput, load_tensors, save_tensors, write_json
+from run import BadInput, flag
 
 
 @dataclass
 class Config:
-    """The sizes of a model, by the names of a Hugging Face Llama `config.json`."""
+    """The sizes of a model, by the names of a Hugging Face `config.json`, and what its family does differently."""
     vocab_size: int
     hidden_size: int = 128
     intermediate_size: int = 344
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 4
+    head_dim: int | None = None         # D; None: C / H
     max_position_embeddings: int = 256
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None    # Llama 3.1's, see rotary_table
+    qkv_bias: bool = False              # Qwen2: queries, keys and values have a bias
+    qk_norm: bool = False               # Qwen3: queries and keys are normed, each head by itself
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     pad_token_id: int = 0
@@ -42,9 +47,11 @@ class Config:
 
     def __post_init__(self):
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if min(C, H, K) < 1 or C % H or H % K or (C // H) % 2:
-            raise BadInput(f"hidden_size {C} must be a multiple of num_attention_heads {H} with an even quotient, "
-                           f"and num_attention_heads a multiple of num_key_value_heads {K}")
+        if min(C, H, K) < 1 or H % K or (self.head_dim is None and C % H):
+            raise BadInput(f"hidden_size {C} must be a multiple of num_attention_heads {H}, and that one of num_key_value_heads {K}")
+        self.head_dim = self.head_dim or C // H
+        if self.head_dim % 2:
+            raise BadInput(f"the size of a head, {self.head_dim} (hidden_size / num_attention_heads), must be even")
 
 
 # -------------------------------------------------------------------------------------------------- the transformer
@@ -60,12 +67,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_table(positions, D, theta):
+def rotary_table(positions, D, theta, scaling=None):
     """Cosines and sines of the angles position / theta^(2i/D), i = 0..D/2-1: two tensors [*positions.shape, D].
 
     Rotary embedding (Su et al. 2021, arXiv 2104.09864), in the Hugging Face order: the pair of coordinate i is
-    coordinate i + D/2, not its neighbour i + 1."""
+    coordinate i + D/2, not its neighbour i + 1. `scaling` is Llama 3.1's (Dubey et al. 2024, arXiv 2407.21783): what turns
+    fewer than low_freq_factor times within the original context turns `factor` times slower, what turns more than
+    high_freq_factor times stays as it was, and between the two there is a ramp."""
     frequencies = theta ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)    # [D/2]
+    if scaling:
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)               # [D/2]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        stays = ((turns - low) / (high - low)).clamp(0, 1)                                               # [D/2]
+        frequencies = frequencies * (stays + (1 - stays) / scaling["factor"])
     angles = positions[..., None].float() * frequencies                                                  # [..., D/2]
     angles = torch.cat((angles, angles), dim=-1)                                                         # [..., D]
     return angles.cos(), angles.sin()
@@ -80,16 +94,17 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.H, self.K, self.D = c.num_attention_heads, c.num_key_value_heads, c.hidden_size // c.num_attention_heads
-        self.q_proj = nn.Linear(c.hidden_size, self.H * self.D, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, self.K * self.D, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, self.K * self.D, bias=False)
+        self.H, self.K, self.D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.H * self.D, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.K * self.D, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.K * self.D, bias=c.qkv_bias)
         self.o_proj = nn.Linear(self.H * self.D, c.hidden_size, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(self.D, c.rms_norm_eps) if c.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x, cos, sin, visible, cache):
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.H, self.D).transpose(1, 2), cos, sin)      # [B, H, T, D]
-        k = rotate(self.k_proj(x).view(B, T, self.K, self.D).transpose(1, 2), cos, sin)      # [B, K, T, D]
+        q = rotate(self.q_norm(self.q_proj(x).view(B, T, self.H, self.D)).transpose(1, 2), cos, sin)     # [B, H, T, D]
+        k = rotate(self.k_norm(self.k_proj(x).view(B, T, self.K, self.D)).transpose(1, 2), cos, sin)     # [B, K, T, D]
         v = self.v_proj(x).view(B, T, self.K, self.D).transpose(1, 2)                        # [B, K, T, D]
         if cache is not None:
             k, v = cache.append(k, v)                                                        # [B, K, past + T, D]
@@ -130,6 +145,8 @@ class Transformer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
+        self.lora = None            # the LoRA of its layers, where they have one
+        self.checkpointing = False  # in training keep only what goes into each block, and compute the rest again
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -156,19 +173,22 @@ class Transformer(nn.Module):
             # A pad at the very left would see nothing and give 0/0; let every token see itself.
             itself = torch.eye(S, dtype=torch.bool, device=ids.device)[-T:]                  # [T, S]
             visible = (causal & mask[:, None, None, :]) | itself                             # [B, 1, T, S]
-        cos, sin = rotary_table(positions, self.layers[0].self_attn.D, self.config.rope_theta)
+        cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         x = self.embed_tokens(ids)                                                           # [B, T, C]
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for i, layer in enumerate(self.layers[:blocks]):
-            given = x
-            x = layer(x, cos, sin, visible, caches[i] if caches else None)
+            given, cache = x, caches[i] if caches else None
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, visible, cache, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, visible, cache)
         return (self.norm(x), self.norm(given)) if before_last else self.norm(x)             # [B, T, C]
 
 
 class LanguageModel(nn.Module):
     """The generator G: a transformer and a head that gives the logits of the next token."""
 
-    architecture = "LlamaForCausalLM"
+    architecture = "ForCausalLM"
 
     def __init__(self, c):
         super().__init__()
@@ -187,12 +207,12 @@ class LanguageModel(nn.Module):
 class RewardModel(nn.Module):
     """The reward model U: a transformer and a scalar head, read at the last real token of each row."""
 
-    architecture = "LlamaForSequenceClassification"
+    architecture = "ForSequenceClassification"
 
-    def __init__(self, c, center=0.0):
+    def __init__(self, c, center=0.0, body=None):
         super().__init__()
         self.config = c
-        self.model = Transformer(c)
+        self.model = body or Transformer(c)
         self.score = nn.Linear(c.hidden_size, 1, bias=False)
         # Stiennon et al. 2020, arXiv 2009.01325: std 1/sqrt(d + 1). No bias: a pair's loss could not teach one.
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(c.hidden_size + 1))
@@ -234,7 +254,7 @@ class Cache:
     """Keys and values of one layer for all tokens so far, in a buffer that is made once."""
 
     def __init__(self, B, c, capacity, device, dtype):
-        shape = (B, c.num_key_value_heads, capacity, c.hidden_size // c.num_attention_heads)
+        shape = (B, c.num_key_value_heads, capacity, c.head_dim)
         self.k, self.v = torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
         self.used = 0
 
@@ -249,18 +269,39 @@ class Cache:
 
 
 class SharedPrompts:
-    """Keys and values of one layer for prompts that are read once and continued by several rows each; gradients pass.
+    """Keys and values of one layer for prompts that are read once and continued by several rows each; gradients pass."""
 
-    The first call takes the prompts themselves, the second their continuations: row b continues prompt owner[b]."""
-
-    def __init__(self, owner):
-        self.owner, self.k, self.v = owner, None, None
+    def __init__(self):
+        self.kept = None
 
     def append(self, k, v):
-        if self.k is None:
-            self.k, self.v = k, v
-            return k, v
-        return torch.cat((self.k[self.owner], k), dim=2), torch.cat((self.v[self.owner], v), dim=2)
+        self.kept = self.kept or (k, v)         # the first time: checkpointing computes the same again
+        return k, v
+
+
+class Continued:
+    """One layer's cache for the rows that continue such prompts: row b continues prompt owner[b]."""
+
+    def __init__(self, prompts, owner):
+        self.prompts, self.owner = prompts, owner
+
+    def append(self, k, v):
+        return tuple(torch.cat((past[self.owner], now), dim=2) for past, now in zip(self.prompts.kept, (k, v)))
+
+
+def rows_that_fit(most, numbers):
+    """How many rows, of `most`, are computed at once where each needs so many numbers in memory: those of a GB."""
+    return max(1, min(most, 2 ** 28 // numbers))
+
+
+def cache_size(c, T):
+    """Keys and values of T tokens, in numbers."""
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * T
+
+
+def logits_size(c):
+    """Logits of a JD, their log-softmax, and one more of their size in between, in numbers."""
+    return 3 * c.vocab_size * c.max_jd_tokens
 
 
 def sample(logits, temperature=1.0, top_p=1.0, generator=None):
@@ -289,7 +330,11 @@ def generate(model, prompts, max_new, temperature=1.0, top_p=1.0, generator=None
     Returns a list of token lists, the end-of-text included where it was reached. A row that has finished leaves the
     batch: it costs nothing more."""
     c, device = model.config, model.lm_head.weight.device
-    B, P = len(prompts), max(map(len, prompts))
+    P = max(map(len, prompts))
+    B = rows_that_fit(len(prompts), cache_size(c, P + max_new))
+    if B < len(prompts):
+        parts = [prompts[k:k + B] for k in range(0, len(prompts), B)]
+        return [o for part in parts for o in generate(model, part, max_new, temperature, top_p, generator)]
     ids = torch.full((B, P), c.pad_token_id)
     mask = torch.zeros(B, P + max_new, dtype=torch.bool)
     for b, prompt in enumerate(prompts):                    # padded on the left: the last token of all stands at P - 1
@@ -316,50 +361,74 @@ def generate(model, prompts, max_new, temperature=1.0, top_p=1.0, generator=None
     return outputs
 
 
-# --------------------------------------------------------------------------------------------- weights in and out
-def save_model(folder, model):
-    """`config.json` and `model.safetensors` in the Hugging Face layout; the tokenizer is saved beside them by data.py."""
-    c = model.config
-    config = asdict(c) | {"model_type": "llama", "architectures": [model.architecture], "torch_dtype": "float32",
-                          "hidden_act": "silu", "bos_token_id": None, "head_dim": c.hidden_size // c.num_attention_heads}
-    if isinstance(model, RewardModel):
-        config |= {"num_labels": 1, "center": model.center}
-    weights = {n: p.detach().float().cpu().contiguous() for n, p in model.state_dict().items()}
-    if c.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)                 # the same tensor as embed_tokens: stored once
-    write_json(Path(folder) / "config.json", config)
-    save_tensors(Path(folder) / "model.safetensors", weights)
+# ------------------------------------------------------------------------------------------------------- adapters
+@dataclass
+class StartFlags:
+    """What stages 1 and 2 start from, and which of its weights they train."""
+    init: str = flag("", "start from the model in this Hugging Face folder: Llama, Mistral, Qwen2 or Qwen3")
+    lora_rank: int = flag(0, "with --init: train adapters of this rank and leave its weights as they are; 0: train all", least=0)
+    lora_alpha: float = flag(0.0, "the adapters count alpha / rank; 0: twice the rank")
+    lora_targets: str = flag("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers with adapters")
+    checkpointing: bool = flag(False, "keep only what goes into each block, and compute the rest again: less memory, more time")
 
 
-def read_config(folder):
-    path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return Config(**{f.name: raw[f.name] for f in fields(Config) if f.name in raw}), raw
-    except (OSError, ValueError, TypeError) as e:
-        raise BadInput(f"{path}: not a model's config ({e}); give a folder that `sft`, `reward` or `ppo` wrote")
+@dataclass
+class LoRA:
+    """What adapters a model has, by the names of PEFT's `adapter_config.json`."""
+    base_model_name_or_path: str        # the folder of the frozen weights
+    r: int                              # the rank
+    lora_alpha: float
+    target_modules: list                # which layers of each block, such as q_proj
 
 
-def load_model(folder, kind=LanguageModel, device="cpu"):
-    """Read a folder that `save_model` wrote, as a LanguageModel or a RewardModel.
+class LoRALinear(nn.Module):
+    """A frozen linear layer W and beside it a trained product of rank r: W x + alpha / r * B A x (Hu et al. 2021,
+    arXiv 2106.09685, section 4.1). B starts at zero, so that the model starts as it was."""
 
-    A RewardModel asked of a LanguageModel's folder takes its body and keeps a fresh head: the start of stage 2."""
-    config, raw = read_config(folder)
-    try:
-        model = kind(config)
-    except (TypeError, RuntimeError) as e:
-        raise BadInput(f"{folder}/config.json: no model has these sizes ({e})")
-    path = Path(folder) / "model.safetensors"
-    weights = load_tensors(path)
-    if kind is RewardModel and raw.get("architectures") == [LanguageModel.architecture]:
-        weights.pop("lm_head.weight", None)
-        weights["score.weight"] = model.score.weight.detach()
-    elif kind is RewardModel:
-        model.center = raw.get("center", 0.0)
-    if kind is LanguageModel and config.tie_word_embeddings and "model.embed_tokens.weight" in weights:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        raise BadInput(f"{path}: does not fit its config as a {kind.__name__}: {' '.join(str(e).split())}")
-    return model.to(device)
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base_layer, self.scale = base, alpha / r
+        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=base.weight.device)
+        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=base.weight.device)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.scale * self.lora_B(self.lora_A(x))
+
+
+def linear_layers(body):
+    """(module, name, layer) of each linear layer in the blocks; one with an adapter counts as one."""
+    return [(part, name, layer) for block in body.layers for part in (block.self_attn, block.mlp)
+            for name, layer in list(part.named_children()) if isinstance(layer, (nn.Linear, LoRALinear))]
+
+
+def add_lora(model, lora):
+    """Freeze a model, but for a reward model's head, and give it fresh adapters in the place of any that it had."""
+    known = sorted({name for _, name, _ in linear_layers(model.model)})
+    if lora.r < 1 or not lora.target_modules or not set(lora.target_modules) <= set(known):
+        raise BadInput(f"LoRA of rank {lora.r} beside {', '.join(lora.target_modules)}: the rank must be at least 1, and the "
+                       f"layers some of {', '.join(known)}")
+    model.model.lora = lora
+    for part, name, layer in linear_layers(model.model):
+        setattr(part, name, getattr(layer, "base_layer", layer))
+    for name, p in model.named_parameters():
+        p.requires_grad = name == "score.weight"
+    for part, name, layer in linear_layers(model.model):
+        if name in lora.target_modules:
+            setattr(part, name, LoRALinear(layer, lora.r, lora.lora_alpha))
+
+
+@torch.no_grad()
+def merge_lora(model):
+    """Add the adapters to the weights beside them: the same function, in plain weights."""
+    for part, name, layer in linear_layers(model.model):
+        if isinstance(layer, LoRALinear):
+            layer.base_layer.weight += layer.scale * layer.lora_B.weight @ layer.lora_A.weight
+            setattr(part, name, layer.base_layer)
+    model.model.lora = None
+
+
+def twin(model):
+    """A copy whose trained parameters are its own and whose frozen ones are the very same: one base in memory for the
+    policy, its reference and the reward model."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})

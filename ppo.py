@@ -19,7 +19,6 @@ an entropy bonus, early stopping by KL within an iteration, an advantage estimat
 
 Shapes: B episodes, R response tokens (padded), T prompt + response (padded), C hidden size, V vocabulary.
 """
-import copy
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,7 +27,7 @@ import torch
 import torch.nn as nn
 
 from data import pad_right
-from model import generate
+from model import cache_size, generate, logits_size, rows_that_fit, twin
 from reward import score_rows
 from run import BadInput, autocast, flag, generator
 
@@ -52,6 +51,7 @@ class PPOFlags:
     temperature: float = flag(1.0, "divides the logits in rollout, reference and update", least=0.01)
     cut_off_score: float = flag(-3.0, "score of a JD that was cut off before its end-of-text", least=-math.inf)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
+    checkpointing: bool = flag(False, "keep only what goes into each block, and compute the rest again: less memory, more time")
 
 
 # ---------------------------------------------------------------------------------------- the mathematics, on masks
@@ -173,7 +173,9 @@ def response_states(body, e):
 def log_probs(lm, states, tokens, temperature):
     """log pi of the response tokens and the entropy of each prediction, [B, R] both, in float32."""
     logp = (lm.lm_head(states).float() / temperature).log_softmax(-1)                        # [B, R, V]
-    return logp.gather(-1, tokens[..., None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+    with torch.no_grad():       # the entropy is only looked at: a gradient would keep another [B, R, V]
+        entropy = -(logp.exp() * logp).sum(-1)                                               # [B, R]
+    return logp.gather(-1, tokens[..., None]).squeeze(-1), entropy
 
 
 def evaluate_policy(policy, e, temperature):
@@ -250,8 +252,9 @@ def rollout(policy, reference, reward_model, prompts, codec, flags, beta, genera
     e = make_episodes(prompts, responses, device)
     with torch.no_grad(), autocast(device):
         # Without the cache, exactly as the update will see it: the first ratio is 1.
-        logp, _, values = evaluate_policy(policy, e, flags.temperature)
-        ref_logp = evaluate_reference(reference, e, flags.temperature)
+        parts = torch.arange(len(prompts)).split(rows_that_fit(len(prompts), logits_size(policy.lm.config)))
+        logp, _, values = (torch.cat(x) for x in zip(*[evaluate_policy(policy, e.rows(p), flags.temperature) for p in parts]))
+        ref_logp = torch.cat([evaluate_reference(reference, e.rows(p), flags.temperature) for p in parts])
     kl = k1(logp, ref_logp) * e.mask                                                         # [B, R]
     rewards = token_rewards(scores.to(device), kl, e.mask, beta)                             # [B, R]
     advantages, returns = gae(rewards, values, e.mask, flags.gamma, flags.lam)               # [B, R] each
@@ -268,10 +271,11 @@ def rollout(policy, reference, reward_model, prompts, codec, flags, beta, genera
 
 def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match=None):
     """Stage 3. `cvs`: texts to write for; `true_match(cv, jd)`: a number that is logged and never used, or None."""
-    reference = copy.deepcopy(policy.lm).eval().requires_grad_(False)
+    reference = twin(policy.lm).eval().requires_grad_(False)
     reward_model.eval().requires_grad_(False)
+    policy.lm.model.checkpointing = flags.checkpointing
     # eps 1e-5 as in the original PPO code: with the default 1e-8 tiny second moments make the first steps too large.
-    optimizer = torch.optim.Adam(policy.parameters(), lr=flags.lr, eps=1e-5)
+    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=flags.lr, eps=1e-5)
     controller = KLController(flags.kl_coef, flags.kl_target, flags.kl_horizon)
     negative = 0
     for i in range(stage.total(flags.iterations)):
@@ -307,3 +311,66 @@ def report(stage, i, flags, log, cvs, texts):
         stage.say("ppo: FAULT: the mean KL has been negative for 5 iterations; log-probabilities or masks disagree")
     if i % 20 == 0 or i + 1 == flags.iterations:
         stage.say(f"--- a sample\n{cvs[0]}\n->\n{texts[0]}\n---")
+
+
+# ------------------------------------------------------------------------------------------- what an iteration takes
+TEMPLATE = 32               # tokens of the prompt around the CV, about
+
+
+def plan(c, flags, rank=0, targets=(), frozen_bytes=4):
+    """Parameters, memory in bytes by part, and FLOPs of an iteration, from a Config and PPOFlags alone. rank 0: all weights
+    are trained; else adapters beside these layers, and each number of the one frozen base takes `frozen_bytes`.
+
+    Every text is counted at its budget: T tokens of prompt and JD, R of JD. The reward model is counted with as many blocks."""
+    C, L, V = c.hidden_size, c.num_hidden_layers, c.vocab_size
+    HD, KD, F = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
+    shapes = {"q_proj": (C, HD), "k_proj": (C, KD), "v_proj": (C, KD), "o_proj": (HD, C), "gate_proj": (C, F), "up_proj": (C, F),
+              "down_proj": (F, C)}
+    blocks, head = L * sum(i * o for i, o in shapes.values()), V * C
+    gains = (2 * L + 1) * C + L * (c.qkv_bias * (HD + 2 * KD) + c.qk_norm * 2 * c.head_dim)
+    total = blocks + gains + head * (1 if c.tie_word_embeddings else 2)
+    adapters = L * sum(rank * sum(shapes[t]) for t in targets)
+    trained = (adapters if rank else total) + C + 1                                          # with the value head
+
+    # 1. Memory.
+    R, T = c.max_jd_tokens, c.max_cv_tokens + c.max_jd_tokens + TEMPLATE
+    rows = math.ceil(flags.minibatch / flags.accumulate)
+    # What autograd keeps of a block for each token, as counted on the CPU in float32. Frozen gains and layers without an
+    # adapter do not keep their inputs.
+    if rank:
+        inputs = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
+        kept = (2 + len({inputs[t] for t in targets if t in inputs})) * C + (3 + ("down_proj" in targets)) * F + rank * len(targets)
+    else:
+        kept = 6 * C + 4 * F
+    kept += (2 + c.qk_norm * (1 if rank else 2)) * (HD + KD)
+    numbers = L * C + kept if flags.checkpointing else L * kept
+    together = [rows_that_fit(flags.episodes, numbers) * numbers for numbers in (cache_size(c, T), logits_size(c))]
+    memory = {
+        # the reward model has no head over the vocabulary
+        "weights": frozen_bytes * total + 4 * 3 * adapters if rank else 4 * (3 * total - (0 if c.tie_word_embeddings else head)),
+        "gradients": 4 * trained, "Adam": 8 * trained, "activations": frozen_bytes * rows * T * numbers, "logits": 4 * rows * logits_size(c)}
+    memory["rollout"] = 4 * max(together)
+    memory["peak"] = memory["weights"] + memory["Adam"] + max(memory["gradients"] + memory["activations"] + memory["logits"], memory["rollout"])
+
+    # 2. FLOPs: 2 for each weight and token forward; backward as many for the inputs, and for the weights that are trained.
+    B, attention = flags.episodes, 2 * T * HD * L                                            # attention: of a token, on average
+    forward, scores = T * (2 * blocks + attention), R * 2 * head
+    backward = (1 if rank else 2) * (forward + scores) + (forward if flags.checkpointing else 0)
+    flops = {"rollout": B * (forward + scores), "scoring": B * (3 * forward + 2 * scores),
+             "update": flags.ppo_epochs * B * (forward + scores + backward)}
+    return {"tokens": T, "micro-batch": rows, "parameters": total, "trained": trained, "memory": memory, "flops": flops | {"iteration": sum(flops.values())}}
+
+
+def print_plan(c, flags, rank, targets):
+    """Full fine-tuning and LoRA side by side, for one model."""
+    columns = {"all weights": plan(c, flags), f"LoRA, rank {rank}": plan(c, flags, rank, targets),
+               "base in bf16 (CUDA)": plan(c, flags, rank, targets, frozen_bytes=2)}
+    first = columns["all weights"]
+    print(f"{flags.episodes} episodes of {first['tokens']} tokens, {c.max_jd_tokens} of them written; micro-batches of "
+          f"{first['micro-batch']}; checkpointing {'on' if flags.checkpointing else 'off'}")
+    print(f"{'':<28}" + "".join(f"{name:>20}" for name in columns))
+    for name in ("parameters", "trained"):
+        print(f"{name:<28}" + "".join(f"{column[name] / 1e6:>18.1f} M" for column in columns.values()))
+    for part, unit, size in (("memory", "GB", 1e9), ("flops", "TFLOP", 1e12)):
+        for name in first[part]:
+            print(f"{part + ', ' + name:<28}" + "".join(f"{column[part][name] / size:>{19 - len(unit)}.2f} {unit}" for column in columns.values()))

@@ -36,10 +36,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import reward
-from data import Codec, half, json_lines, load_codec, pad_right, text_of
+from data import Codec, json_lines, load_codec, pad_right, text_of
 from evaluate import alike, bootstrap_ci95, read_results, write_jds
-from model import LanguageModel, RewardModel, load_model
+from model import LanguageModel, RewardModel
 from run import BadInput, Stage, autocast, flag, generator, peak_rss_mb, write_json
+from weights import load_model
 
 BLOCKS = 1                  # of the body's blocks that the encoder uses: early states still say which words there are
 KINDS = ("dot", "mlp")
@@ -182,9 +183,9 @@ def fit(model, features, labels, flags, draw):
     share = float(labels.mean().clamp(0.01, 0.99))
     nn.init.constant_(model.bias, math.log(share / (1 - share)))
     # Scale and bias are two numbers: few labels suffice, and they may move fast. The matrices are held back by a weight
-    # decay that counts the less the more labels there are, as a prior does.
+    # decay that counts the less the more labels there are, as a prior does; at most half of a matrix decays in a step.
     few, many = ([p for p in model.parameters() if (p.dim() == 0) == scalar] for scalar in (True, False))
-    optimizer = torch.optim.AdamW([{"params": many, "weight_decay": flags.prior / len(labels)},
+    optimizer = torch.optim.AdamW([{"params": many, "weight_decay": min(flags.prior / len(labels), 0.5 / flags.lr)},
                                    {"params": few, "weight_decay": 0.0, "lr": 30 * flags.lr}], lr=flags.lr, fused=True)
     best, best_step, weights = math.inf, 0, None
     for step in range(flags.steps + 1):
@@ -328,9 +329,8 @@ def reward_alone(encoded, learn, test, rewards, share, flags, seed):
             "reward_log_loss": log_loss(predict(model, [on_test]), truth)}
 
 
-def compare_recommenders(models, train, held_out, encoder, flags, full, market, stage):
-    """All recommenders in all settings: {setting: figures}."""
-    labels = [r for r in train if half(r.cv) == "B"]
+def compare_recommenders(models, labels, held_out, encoder, flags, full, market, stage):
+    """All recommenders in all settings, learned from these labels: {setting: figures}."""
     people = sorted({r.cv for r in labels})
     people = set(random.Random(models.seed).sample(people, min(flags.people, len(people))))
     labels = [r for r in labels if r.cv in people]
@@ -542,7 +542,7 @@ def agreement(a, b, market):
 
 
 # ------------------------------------------------------------------------------------------------------- the whole
-def measure(run, models, train, held_out, split, flags, full, market):
+def measure(run, models, train, labels, held_out, split, flags, full, market):
     """Recommender and grounding into results.json, and their tables. `market`: the simulation's module, or None."""
     start, results = time.time(), read_results(run)
     if (results["seed"], results["split"]) != (models.seed, split):
@@ -550,7 +550,7 @@ def measure(run, models, train, held_out, split, flags, full, market):
                        f"girl.py evaluate --run {run} --seed {models.seed} --split {split}  first")
     encoder = make_encoder(models, train)
     with Stage(run, "recommend") as stage:
-        table = compare_recommenders(models, train, held_out, encoder, flags, full, market, stage)
+        table = compare_recommenders(models, labels, held_out, encoder, flags, full, market, stage)
         grounded = ground(models, held_out, encoder, flags, full, market)
         if stage.rows:                  # there were decisions enough in some setting
             stage.finish()

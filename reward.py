@@ -30,12 +30,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import bucketed, pad_right
-from model import SharedPrompts, generate
+from model import Continued, SharedPrompts, StartFlags, generate, rows_that_fit
 from run import BadInput, Optimizer, autocast, flag, generator
 
 
 @dataclass
-class RewardFlags:
+class RewardFlags(StartFlags):
     steps: int = flag(1400, "optimizer steps")
     groups: int = flag(4, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
     max_group: int = flag(8, "decisions of a group used in a step", least=2)
@@ -110,10 +110,16 @@ def subsample(group, n, generator):
 
 
 # ------------------------------------------------------------------------------------------------------ scoring
+def rows_for_scores(model, most):
+    """The widest moment of a forward pass: the MLP, of one block at a time."""
+    c = model.config
+    return rows_that_fit(most, 4 * c.intermediate_size * (c.max_cv_tokens + c.max_jd_tokens))
+
+
 @torch.no_grad()
 def score_rows(model, rows, batch_size=128):
     """Scores of token rows, as an array in their order. Rows of similar length are computed together."""
-    device, scores = model.score.weight.device, np.zeros(len(rows))
+    device, scores, batch_size = model.score.weight.device, np.zeros(len(rows)), rows_for_scores(model, batch_size)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(rows), batch_size):
         part = order[start:start + batch_size]
@@ -127,7 +133,7 @@ def score_rows(model, rows, batch_size=128):
 def score_pairs(model, prompts, jds, pairs, batch_size=128):
     """Scores of (prompt, JD) pairs, given as indices: {pair: score}. For many JDs of each prompt: it is read once for the
     JDs of a batch, and the JDs of a few prompts go together by length, so that few pads are computed."""
-    device, scores = model.score.weight.device, {}
+    device, scores, batch_size = model.score.weight.device, {}, rows_for_scores(model, batch_size)
     pairs = sorted(pairs, key=lambda pair: (pair[0] // 4, len(jds[pair[1]]), pair))
     for start in range(0, len(pairs), batch_size):
         part = pairs[start:start + batch_size]
@@ -143,11 +149,15 @@ def score_texts(model, codec, pairs):
     return score_rows(model, [codec.prompt(cv) + codec.jd(jd) for cv, jd in pairs])
 
 
+def pair_margins(records, scores):
+    """For each group of decisions the margins score(accepted) - score(rejected) of its comparisons."""
+    return [np.array([scores[g[i]] - scores[g[j]] for i, j in comparisons([records[k].accepted for k in g])])
+            for g in decision_groups(records)]
+
+
 def pair_metrics(records, scores):
     """Accuracy and mean margin over all comparisons (ties count half), and AUC over all decisions."""
-    margins = [scores[g[i]] - scores[g[j]] for g in decision_groups(records)
-               for i, j in comparisons([records[k].accepted for k in g])]
-    margins = np.array(margins)
+    margins = np.concatenate([np.empty(0), *pair_margins(records, scores)])
     some = len(margins) > 0
     return {"pair_accuracy": float((margins > 0).mean() + (margins == 0).mean() / 2) if some else None,
             "auc": auc(scores, [r.accepted for r in records]), "margin": float(margins.mean()) if some else None,
@@ -166,9 +176,10 @@ def jd_states(body, rows, device):
     jds, jd_lengths = (x.to(device) for x in pad_right([jd for _, jd in rows]))              # [B, R], [B]
     in_prompt = torch.arange(prompts.shape[1], device=device) < prompt_lengths[:, None]      # [N, P]
     in_jd = torch.arange(jds.shape[1], device=device) < jd_lengths[:, None]                  # [B, R]
-    shared = [SharedPrompts(owner) for _ in body.layers]
+    shared = [SharedPrompts() for _ in body.layers]
     body(prompts, caches=shared)
-    return *body(jds, torch.cat((in_prompt[owner], in_jd), dim=1), shared, before_last=True), in_jd
+    continued = [Continued(layer, owner) for layer in shared]
+    return *body(jds, torch.cat((in_prompt[owner], in_jd), dim=1), continued, before_last=True), in_jd
 
 
 def reading_loss(reader, states, rows):
@@ -214,6 +225,7 @@ def train(model, reader, codec, records, flags, seed, stage, device):
         raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision: nothing to compare")
     stage.say(f"{stage.name}: {len(records)} decisions in {len(found)} groups, {len(groups)} of them used; {dropped} rejected "
               f"ones dropped, identical to an accepted one after truncation; cut: {codec.cut_cvs} CVs, {codec.cut_jds} JDs")
+    model.model.checkpointing = flags.checkpointing
     optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(flags.steps))
     longest, epoch, batches = [max(len(p) + len(j) for p, j in g.rows) for g in groups], 0, []
     for step in range(flags.steps):

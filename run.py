@@ -30,8 +30,10 @@ class BadInput(Exception):
 
 def flag(default, help, least=None):
     """A documented field of a stage's dataclass of flags; girl.py makes the command line and its --help from them. Counts
-    are at least 1 and other numbers at least 0, where `least` does not say otherwise."""
-    return field(default=default, metadata={"help": help, "least": int(isinstance(default, int)) if least is None else least})
+    are at least 1 and other numbers at least 0, where `least` does not say otherwise; texts and switches have no least."""
+    if least is None:
+        least = {int: 1, float: 0}.get(type(default))
+    return field(default=default, metadata={"help": help, "least": least})
 
 
 # ------------------------------------------------------------------------------------------------- atomic files
@@ -59,7 +61,7 @@ def write_json(path, value):
 def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise BadInput(f"{path}: cannot be read as JSON ({e})")
 
 
@@ -71,7 +73,7 @@ def load_tensors(path):
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
-        raise BadInput(f"{path}: cannot be read as safetensors ({e}); run the stage that writes it again")
+        raise BadInput(f"{path}: cannot be read as safetensors ({e}); run the stage that writes it again, or download it again")
 
 
 # ----------------------------------------------------------------------------------------- device and randomness
@@ -86,6 +88,11 @@ def autocast(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
+def frozen_dtype(device):
+    """In what the weights that LoRA leaves as they are lie in memory."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
 def generator(seed, *where, device="cpu"):
     """A random generator that depends on (seed, stage, step, ...) alone, never on what ran before."""
     digest = hashlib.sha256(repr((seed, *where)).encode()).digest()
@@ -94,8 +101,8 @@ def generator(seed, *where, device="cpu"):
 
 # ------------------------------------------------------------------------------------------------ optimisation
 class Optimizer:
-    """Muon for the matrices of the transformer's layers, AdamW for the rest (embeddings, norms, heads), with one
-    schedule over both: linear warm-up, then a half cosine down to 0.
+    """Muon for the matrices of the transformer's layers, AdamW for the rest (embeddings, norms, heads), or for all where
+    `matrix_lr` is 0; with one schedule over both: linear warm-up, then a half cosine down to 0.
 
     Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes each update of a matrix orthogonal, so that all its
     directions are learned at the same pace. In our trials its loss fell a little sooner than that of AdamW alone.
@@ -103,19 +110,21 @@ class Optimizer:
     short run each)."""
 
     def __init__(self, model, flags, steps):
-        matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n]
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for n, p in trained.items() if p.dim() == 2 and ".layers." in n and flags.matrix_lr]
         chosen = set(map(id, matrices))
-        rest = [p for p in model.parameters() if id(p) not in chosen]
-        self.parameters = matrices + rest
-        self.parts = [torch.optim.Muon(matrices, lr=flags.matrix_lr, weight_decay=0.0, ns_steps=3),
-                      torch.optim.AdamW(rest, lr=flags.lr, betas=(0.9, 0.95), weight_decay=0.0)]
-        self.peaks, self.flags, self.steps = (flags.matrix_lr, flags.lr), flags, steps
+        rest = [p for p in trained.values() if id(p) not in chosen]
+        self.parameters, self.flags, self.steps = matrices + rest, flags, steps
+        self.parts = [(torch.optim.AdamW(rest, lr=flags.lr, betas=(0.9, 0.95), weight_decay=0.0), flags.lr)]
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=flags.matrix_lr, weight_decay=0.0, ns_steps=3)
+            self.parts.insert(0, (muon, flags.matrix_lr))
 
     def step(self, step):
         """Clip the gradients, set the learning rates of step 0..steps-1, update, and clear the gradients."""
         torch.nn.utils.clip_grad_norm_(self.parameters, self.flags.max_grad_norm)
         factor = cosine(step, self.steps, self.flags.warmup)
-        for part, peak in zip(self.parts, self.peaks):
+        for part, peak in self.parts:
             part.param_groups[0]["lr"] = peak * factor
             part.step()
             part.zero_grad()

@@ -97,7 +97,7 @@ def test_any_unicode_round_trips(tokenizer):
 
 @pytest.mark.parametrize("text", [EOS, PAD, f"before{EOS}after", f"a {PAD} {EOS} b", EOS * 3, "<|pad", "<unk>"])
 def test_what_looks_like_a_special_token_is_plain_text(tokenizer, tmp_path, text):
-    save_tokenizer(tmp_path, tokenizer)
+    save_tokenizer(tmp_path, Codec(tokenizer, 50, 50))
     for t in (tokenizer, load_tokenizer(tmp_path)):
         codec = Codec(t, 100, 100)
         assert not {t.token_to_id(EOS), t.token_to_id(PAD)} & set(codec.prompt(text) + codec.jd(text)[:-1])
@@ -109,7 +109,7 @@ def test_pad_is_0_and_eos_is_1(tokenizer):
 
 
 def test_tokenizer_is_saved_and_loaded(tokenizer, tmp_path):
-    save_tokenizer(tmp_path, tokenizer)
+    save_tokenizer(tmp_path, Codec(tokenizer, 50, 50))
     again = load_tokenizer(tmp_path)
     assert again.get_vocab() == tokenizer.get_vocab()
     text = "Wanted: nurse, Łódź. Skills: triage."
@@ -117,8 +117,8 @@ def test_tokenizer_is_saved_and_loaded(tokenizer, tmp_path):
 
 
 def test_a_loaded_codec_keeps_the_budgets_of_its_config(tokenizer, tmp_path):
-    save_tokenizer(tmp_path, tokenizer)
-    codec = load_codec(tmp_path, SimpleNamespace(max_cv_tokens=3, max_jd_tokens=5))
+    save_tokenizer(tmp_path, Codec(tokenizer, 50, 50))
+    codec = load_codec(tmp_path, SimpleNamespace(max_cv_tokens=3, max_jd_tokens=5, eos_token_id=1))
     many = "a b c d e f g h"
     assert len(codec.prompt(many)) == len(codec.before) + 3 + len(codec.after)
     assert len(codec.jd(many)) == 5
@@ -126,7 +126,7 @@ def test_a_loaded_codec_keeps_the_budgets_of_its_config(tokenizer, tmp_path):
 
 def test_transformers_reads_the_tokenizer(tokenizer, tmp_path):
     from transformers import AutoTokenizer
-    save_tokenizer(tmp_path, tokenizer)
+    save_tokenizer(tmp_path, Codec(tokenizer, 50, 50))
     reference = AutoTokenizer.from_pretrained(tmp_path)
     assert (reference.pad_token_id, reference.eos_token_id) == (0, 1)
     for text in ("Wanted: nurse, Łódź. Skills: triage.", f"a {EOS} b"):

@@ -11,8 +11,9 @@ import torch
 
 import reward
 from data import Record, pad_right
-from model import RewardModel, load_model, save_model
+from model import RewardModel
 from run import generator
+from weights import load_model, save_model
 
 CPU = torch.device("cpu")
 EOS = 1

@@ -1,0 +1,336 @@
+"""A run that begins with a pretrained model: its tokenizer and prompt, adapters through all stages, and its way out again."""
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from peft import AutoPeftModelForCausalLM
+from tokenizers import Tokenizer, models, normalizers, processors
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import girl
+import weights
+import reward
+from data import END_OF_TURN, EOS, TURN, Codec, load_codec, load_tokenizer, train_tokenizer
+from model import LanguageModel, RewardModel
+from run import BadInput
+from weights import load_model
+
+ROWS = [{"cv": f"Cook number {i} with knives", "jd": f"Wanted: cook {i} for kitchen {i % 7}", "no": f"Cook number {i}"} for i in range(60)]
+TEXTS = sorted({t for row in ROWS for t in row.values()})
+
+
+def tokenizer_of(kind):
+    """As pretrained models have them: ChatML, a begin-of-text before every text, or a bare one."""
+    tokenizer = train_tokenizer(TEXTS, 400)
+    if kind == "chatml":
+        tokenizer.add_special_tokens([TURN, END_OF_TURN])
+    elif kind == "begin":
+        tokenizer.add_special_tokens(["<|begin|>"])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))])
+    return tokenizer
+
+
+def pretrained(folder, kind="chatml", **changes):
+    """A tiny random Qwen2 with its tokenizer, as it would be downloaded; end-of-text is its pad too, as is often so."""
+    tokenizer = tokenizer_of(kind)
+    eos = tokenizer.token_to_id(END_OF_TURN if kind == "chatml" else EOS)
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=tokenizer.get_vocab_size() + 5, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=256, eos_token_id=eos, pad_token_id=eos, initializer_range=0.1)
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes | changes)).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_table(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder / "table.jsonl"
+
+
+FAST = {"sft": ["--epochs", "2", "--batch", "4"], "reward": ["--steps", "6", "--samples", "8"],
+        "ppo": ["--iterations", "2", "--episodes", "6", "--minibatch", "3", "--accumulate", "2", "--checkpointing"]}
+
+
+@pytest.fixture(scope="module", params=["adapters", "all weights"])
+def run(request, tmp_path_factory):
+    """All stages, with adapters and without."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    pretrained(folder / "base")
+    assert girl.main(["data", "--from", str(write_table(folder)), "--cv", "cv", "--jd", "jd", "--rejected-cv", "no", "--out", str(folder / "data")]) == 0
+    common = ["--run", str(folder / "run"), "--data", str(folder / "data"), "--max-cv", "24", "--max-jd", "24"]
+    lora = ["--lora-rank", "3"] if request.param == "adapters" else []
+    assert girl.main(["sft", "--init", str(folder / "base"), *lora, *common, *FAST["sft"]]) == 0
+    for command in (["reward"], ["reward", "--judge"], ["ppo"]):
+        assert girl.main([*command, *common[:4], *FAST[command[0]]]) == 0
+    assert girl.main(["evaluate", *common[:4], "--cvs", "4"]) == 0
+    return folder, bool(lora)
+
+
+def test_a_run_from_pretrained_weights_goes_through_all_stages(run):
+    folder, adapters = run
+    for stage in ("sft", "reward", "judge", "ppo"):
+        assert (folder / "run" / stage / "adapter_config.json").exists() == adapters
+        assert (folder / "run" / stage / "model.safetensors").exists() != adapters
+    config = json.loads((folder / "run" / "config.json").read_text())
+    assert config["sft"]["matrix_lr"] == config["reward"]["matrix_lr"] == 0 and config["sft"]["warm_steps"] == 0
+    assert config["sft"]["lr"] == (4e-4 if adapters else 2e-5) and config["ppo"]["lr"] == (1e-4 if adapters else 1e-5)
+    summary = json.loads((folder / "run" / "sft" / "summary.json").read_text())
+    assert summary["valid_nll"] < summary["valid_nll_before"]
+    results = json.loads((folder / "run" / "results.json").read_text())
+    assert results["base"]["valid_nll"] == pytest.approx(summary["valid_nll_before"], abs=1e-5)
+    assert results["sft"]["valid_nll"] == pytest.approx(summary["valid_nll"], abs=1e-5)
+    assert sum(results["wins"]["girl_vs_base"]["judge"]) == pytest.approx(1)
+    assert results["reward"]["pair_accuracy_ci95"] and results["reward"]["easy_pair_accuracy_ci95"]
+
+
+def test_only_the_adapters_differ_from_the_base(run):
+    folder, adapters = run
+    base = load_model(folder / "base").state_dict()
+    for stage, kind in (("sft", LanguageModel), ("ppo", LanguageModel), ("reward", RewardModel)):
+        model = load_model(folder / "run" / stage, kind)
+        mine = {n.replace(".base_layer", ""): p for n, p in model.state_dict().items() if "lora_" not in n and n != "score.weight"}
+        same = [torch.equal(p, base[n]) for n, p in mine.items()]
+        assert all(same) if adapters else not any(same)
+        if adapters:
+            assert all(layer.lora_B.weight.abs().sum() > 0 for layer in model.modules() if hasattr(layer, "lora_B"))
+
+
+def test_what_comes_out_loads_in_transformers_and_in_peft(run, tmp_path):
+    folder, adapters = run
+    ours, cv = load_model(folder / "run" / "ppo").eval(), "Cook number 3 with knives"
+    codec = load_codec(folder / "run" / "ppo", ours.config)
+    assert girl.main(["export", "--merge", "--model", str(folder / "run" / "ppo"), "--out", str(tmp_path / "ppo")]) == 0
+    assert girl.main(["export", "--merge", "--model", str(folder / "run" / "reward"), "--out", str(tmp_path / "reward")]) == 0
+    ids = torch.tensor([codec.prompt(cv) + codec.jd("Wanted: cook 3")])
+    theirs = {"merged": AutoModelForCausalLM.from_pretrained(tmp_path / "ppo")}
+    if adapters:
+        theirs["adapters"] = AutoPeftModelForCausalLM.from_pretrained(folder / "run" / "ppo")
+    with torch.no_grad():
+        for model in theirs.values():
+            torch.testing.assert_close(model.eval()(ids).logits, ours(ids), atol=1e-5, rtol=0)
+    # Adapters load as such, too: transformers finds their base.
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "run" / "ppo").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-5, rtol=0)
+    # The reward model, in a padded batch; and the tokenizer, which names pad and end-of-text.
+    judge = load_model(folder / "run" / "reward", RewardModel).eval()
+    theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", output_loading_info=True)
+    assert not any(info.values())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "reward")
+    assert tokenizer.eos_token == END_OF_TURN and tokenizer.pad_token_id == theirs.config.pad_token_id != theirs.config.eos_token_id
+    rows = [codec.prompt(cv) + codec.jd(jd) for jd in ("Wanted", "Wanted: cook 3 for kitchen 3")]
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    with torch.no_grad():
+        found = theirs.eval()(**batch).logits[:, 0] - judge.center
+    assert found.tolist() == pytest.approx(list(reward.score_rows(judge, rows)), abs=1e-5)
+
+
+def test_export_without_merging_keeps_what_there_is(run, tmp_path, capsys):
+    folder, adapters = run
+    assert girl.main(["export", "--model", str(folder / "run" / "sft"), "--out", str(tmp_path / "out")]) == 0
+    assert ("adapters on" in capsys.readouterr().out) == adapters == (tmp_path / "out" / "adapter_config.json").exists()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(load_model(tmp_path / "out")(ids), load_model(folder / "run" / "sft")(ids))
+
+
+def test_ppo_and_evaluate_hold_one_base_for_all(run, tmp_path, monkeypatch):
+    """What ppo.train is handed: with adapters, each frozen weight of the reward model is one of the policy's."""
+    folder, adapters = run
+    if not adapters:
+        return
+    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "ppo")
+    handed, loaded = [], []
+    monkeypatch.setattr(girl.ppo, "train", lambda policy, judge, *rest: handed.append((policy.lm, judge)) or rest[4].rows.append({"x": 0}))
+    assert girl.main(["ppo", "--run", str(tmp_path / "run"), "--data", str(folder / "data")]) == 0 and handed
+    monkeypatch.setattr(girl.evaluate, "load_model", lambda *a, **k: loaded.append(load_model(*a, **k)) or loaded[-1])
+    shutil.rmtree(tmp_path / "run" / "ppo")
+    shutil.copytree(folder / "run" / "ppo", tmp_path / "run" / "ppo")
+    assert girl.main(["evaluate", "--run", str(tmp_path / "run"), "--data", str(folder / "data"), "--cvs", "2"]) == 0
+    for lm, *others in (handed[0], loaded[:4]):
+        mine = {p.data_ptr() for p in lm.parameters() if not p.requires_grad}
+        for model in others:
+            frozen = {p.data_ptr() for n, p in model.named_parameters() if not p.requires_grad}
+            assert len(frozen) > 20 and frozen <= mine
+
+
+def test_generate_and_score_work_on_it(run, tmp_path, capsys):
+    folder, _ = run
+    (tmp_path / "cv.txt").write_text("Cook number 3 with knives")
+    argv = ["generate", "--model", str(folder / "run" / "ppo"), "--reward", str(folder / "run" / "reward"), "--cv", str(tmp_path / "cv.txt")]
+    assert girl.main(argv) == 0 and capsys.readouterr().out.strip()
+
+
+def test_a_reward_model_may_start_from_the_pretrained_model(run, tmp_path):
+    folder, adapters = run
+    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "reward")
+    argv = ["reward", "--init", str(folder / "base"), "--run", str(tmp_path / "run"), "--data", str(folder / "data"), *FAST["reward"]]
+    assert girl.main(argv + ["--lora-rank", "2", "--lora-targets", "q_proj,v_proj"] * adapters) == 0
+    judge = load_model(tmp_path / "run" / "reward", RewardModel)
+    if adapters:
+        assert judge.model.lora.r == 2 and judge.model.lora.target_modules == ["q_proj", "v_proj"]
+    assert girl.main(["ppo", "--run", str(tmp_path / "run"), "--data", str(folder / "data"), *FAST["ppo"], "--iterations", "1"]) == 0
+
+
+def test_all_stages_run_with_a_base_in_bf16(run, tmp_path, monkeypatch):
+    """What CUDA does, as far as a CPU can show it: the frozen base in bf16, adapters and heads in float32, bf16 autocast."""
+    folder, adapters = run
+    monkeypatch.setattr(weights, "frozen_dtype", lambda device: torch.bfloat16)
+    for module in (girl, girl.reward, girl.ppo, girl.evaluate):
+        monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    common = ["--run", str(tmp_path / "run"), "--data", str(folder / "data")]
+    assert girl.main(["sft", "--init", str(folder / "base"), "--lora-rank", "3", "--max-cv", "24", "--max-jd", "24", *common, *FAST["sft"]]) == 0
+    for command in (["reward"], ["reward", "--judge"], ["ppo"]):
+        assert girl.main([*command, *common, *FAST[command[0]]]) == 0
+    assert girl.main(["evaluate", *common, "--cvs", "3"]) == 0
+    for stage, kind in (("ppo", LanguageModel), ("reward", RewardModel)):
+        model = load_model(tmp_path / "run" / stage, kind)
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert {p.dtype for n, p in model.named_parameters() if n not in trained} == {torch.bfloat16}
+        assert {p.dtype for n, p in model.named_parameters() if n in trained} == {torch.float32}
+
+
+def test_train_hands_the_start_on_to_its_stages(tmp_path, capsys):
+    """`bash train.sh --init`: one command, adapters in every stage, and flags that only --init can have."""
+    pretrained(tmp_path / "base")
+    assert girl.main(["data", "--from", str(write_table(tmp_path)), "--cv", "cv", "--jd", "jd", "--out", str(tmp_path / "data")]) == 0
+    argv = ["train", "--smoke", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert girl.main(argv + ["--init", str(tmp_path / "base"), "--lora-rank", "2", "--lora-targets", "q_proj,up_proj", "--checkpointing"]) == 0
+    for stage in ("sft", "reward", "judge", "ppo"):
+        raw = json.loads((tmp_path / "run" / stage / "adapter_config.json").read_text())
+        assert raw["r"] == 2 and raw["lora_alpha"] == 4 and raw["target_modules"] == ["q_proj", "up_proj"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert all(config[stage]["checkpointing"] for stage in ("sft", "reward", "judge", "ppo"))
+    capsys.readouterr()
+    assert girl.main(["sft", "--lora-rank", "2", "--run", str(tmp_path / "new"), "--data", str(tmp_path / "data")]) == 2
+    assert "--lora-rank goes with --init" in capsys.readouterr().err
+
+
+def test_a_failed_start_leaves_no_recipe_behind(tmp_path):
+    """A run whose first `sft --init` failed is begun anew without it: with the recipe for random weights."""
+    (tmp_path / "config.json").write_text(json.dumps({"sft": {"init": "/nowhere"}}))
+    args = girl.parse(["sft", "--run", str(tmp_path)])
+    assert (args.lr, args.warm_steps, args.reading) == (girl.SFTFlags.lr, girl.SFTFlags.warm_steps, girl.SFTFlags.reading)
+    assert girl.parse(["ppo", "--run", str(tmp_path)]).episodes == girl.PRETRAINED["ppo"]["episodes"]
+
+
+def test_the_plan_needs_only_a_config(tmp_path, capsys):
+    pretrained(tmp_path / "base")
+    for path in tmp_path.glob("base/*"):
+        if path.name != "config.json":
+            path.unlink()
+    assert girl.main(["ppo", "--plan", str(tmp_path / "base"), "--minibatch", "6", "--accumulate", "3"]) == 0
+    out = capsys.readouterr().out
+    assert f"32 episodes of {512 + 512 + girl.ppo.TEMPLATE} tokens" in out and "micro-batches of 2" in out
+    assert "LoRA, rank 16" in out and "base in bf16" in out and "memory, peak" in out and "flops, iteration" in out
+    assert girl.main(["ppo", "--plan", str(tmp_path / "nothing")]) == 2
+
+
+# ------------------------------------------------------------------------------------------------ prompt and tokenizer
+def test_chatml_where_the_vocabulary_has_it(tmp_path):
+    tokenizer = load_tokenizer(pretrained(tmp_path / "base"))
+    codec = Codec(tokenizer, 50, 50, eos=7)
+    prompt, jd = codec.prompt("Cook number 3"), codec.jd("Wanted: cook")
+    decoded = tokenizer.decode(prompt + jd, skip_special_tokens=False)
+    assert decoded == (f"{TURN}user\nWrite the job description of a job that fits this CV.\n\nCook number 3{END_OF_TURN}\n"
+                       f"{TURN}assistant\nWanted: cook{END_OF_TURN}")
+    assert codec.eos == tokenizer.token_to_id(END_OF_TURN) and codec.text(jd) == "Wanted: cook"
+
+
+@pytest.mark.parametrize("kind", ["begin", "bare"])
+def test_the_plain_template_elsewhere_with_begin_of_text_once(kind, tmp_path):
+    tokenizer = load_tokenizer(pretrained(tmp_path / "base", kind))
+    codec = girl.new_codec([], girl.SFTFlags(init=str(tmp_path / "base")))
+    decoded = tokenizer.decode(codec.prompt("Cook number 3") + codec.jd("Wanted: cook"), skip_special_tokens=False)
+    assert decoded == ("<|begin|>" if kind == "begin" else "") + f"CV: Cook number 3\nJD: Wanted: cook{EOS}"
+    assert codec.eos == tokenizer.token_to_id(EOS) and codec.text(codec.jd("Wanted: cook")) == "Wanted: cook"
+
+
+@pytest.mark.parametrize("kind", ["chatml", "begin", "bare"])
+def test_no_text_makes_a_special_token(kind, tmp_path):
+    """What a CV says cannot end its turn, begin another, or end the JD; and no text holds the pad."""
+    codec = girl.new_codec([], girl.SFTFlags(init=str(pretrained(tmp_path / "base", kind))))
+    special = set(codec.tokenizer.get_added_tokens_decoder())
+    text = f"{END_OF_TURN}\n{TURN}assistant\n{EOS}<|pad|><|begin|>"
+    inside = codec.prompt(text)[len(codec.before):-len(codec.after)]
+    assert len(inside) > 10 and not special & set(inside) and not special & set(codec.jd(text)[:-1])
+    assert codec.pad in special and codec.pad not in {codec.eos, *codec.before, *codec.after}
+
+
+def test_odd_tokenizer_files_change_no_row(tmp_path):
+    """Some add end-of-text behind every text, pad, truncate, or have control tokens that are not called special."""
+    tokenizer = tokenizer_of("bare")
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    plain = Codec(load_tokenizer(tmp_path), 50, 50)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 1)])
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    odd = Codec(load_tokenizer(tmp_path), 50, 50)
+    cv = "Cook number 3 with knives <think>"
+    assert odd.prompt(cv) == plain.prompt(cv) and odd.jd(cv) == plain.jd(cv)
+    assert tokenizer.token_to_id("<think>") not in plain.prompt(cv)
+
+
+def test_what_ends_a_jd_may_be_one_of_several(tmp_path):
+    folder = pretrained(tmp_path / "base", "bare")
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [1, 5]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert girl.new_codec([], girl.SFTFlags(init=str(folder))).eos == 1
+
+
+def test_a_tokenizer_that_puts_the_space_itself_gets_no_second_one():
+    tokenizer = Tokenizer(models.BPE({"\u2581": 0, "a": 1, "\u2581a": 2, "C": 3, "V": 4, ":": 5, "J": 6, "D": 7, "<unk>": 8}, [("\u2581", "a")],
+                                     unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>"])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    assert Codec(tokenizer, 9, 9, eos=8).encode("a") == [2]
+
+
+@pytest.mark.parametrize("changes, says", [
+    (["--max-cv", "200", "--max-jd", "200"], "more than the 77 that this model reads; lower --max-cv or --max-jd"),
+    (["--lora-rank", "-1"], "--lora-rank -1: must be at least 0"),
+    (["--lora-rank", "2", "--lora-targets", "q_proj,c_attn"], "the layers some of down_proj, gate_proj"),
+    (["--init", "/nowhere"], "/nowhere")])
+def test_flags_that_do_not_fit_are_refused(changes, says, tmp_path, capsys):
+    pretrained(tmp_path / "base", max_position_embeddings=77)
+    table = write_table(tmp_path)
+    assert girl.main(["data", "--from", str(table), "--cv", "cv", "--jd", "jd", "--out", str(tmp_path / "data")]) == 0
+    argv = ["sft", "--init", str(tmp_path / "base"), "--run", str(tmp_path / "run"), "--data", str(tmp_path / "data"), "--max-cv", "3", "--max-jd", "3"]
+    assert girl.main(argv + changes) == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said
+
+
+def test_folders_that_cannot_be_a_start_are_refused(run, tmp_path):
+    folder, adapters = run
+    flags = girl.SFTFlags(init=str(folder / "run" / "sft"), max_cv=8, max_jd=8)
+    codec = girl.new_codec([], flags)
+    if adapters:
+        with pytest.raises(BadInput, match="holds adapters; merge them first"):
+            girl.load_pretrained(flags, codec, 0, torch.device("cpu"))
+    small = pretrained(tmp_path / "base", vocab_size=100, pad_token_id=0, eos_token_id=1)
+    with pytest.raises(BadInput, match="its model has 100"):
+        girl.load_pretrained(girl.SFTFlags(init=str(small)), codec, 0, torch.device("cpu"))
+    bare = pretrained(tmp_path / "bare", "bare")
+    config = json.loads((bare / "config.json").read_text()) | {"eos_token_id": None}
+    (bare / "config.json").write_text(json.dumps(config))
+    tokenizer = tokenizer_of("bare").to_str().replace(EOS, "<unk>").replace("<|pad|>", "<s>")
+    (bare / "tokenizer.json").write_text(tokenizer)
+    with pytest.raises(BadInput, match="no end-of-text token"):
+        girl.new_codec([], girl.SFTFlags(init=str(bare)))
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(run, tmp_path, capsys):
+    folder, _ = run
+    other = pretrained(tmp_path / "other", "begin")
+    argv = ["reward", "--judge", "--init", str(other), "--run", str(tmp_path / "run"), "--data", str(folder / "data")]
+    shutil.copytree(folder / "run" / "sft", tmp_path / "run" / "sft")
+    assert girl.main(argv) == 2
+    assert "its tokenizer is not the one of" in capsys.readouterr().err

@@ -1,0 +1,235 @@
+"""Weights in and out: models in the Hugging Face layout, and adapters in that of PEFT.
+
+    load_model(folder)       one that `save_model` wrote, or a pretrained Llama, Mistral, Qwen2 or Qwen3
+    save_model(folder, m)    read by transformers (AutoModelForCausalLM, AutoModelForSequenceClassification) and by peft
+
+Nothing is unpickled. Whatever of a config this transformer does not know is refused, never guessed.
+"""
+import math
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+
+from model import Config, LanguageModel, LoRA, RewardModel, add_lora, twin
+from run import BadInput, frozen_dtype, load_tensors, read_json, save_tensors, write_json
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def save_model(folder, model):
+    """`config.json` and `model.safetensors` in the Hugging Face layout. Of a model with adapters these alone, in the layout of
+    PEFT, and the config as `girl.json`: other tools take a folder with a config.json for a whole model. The tokenizer is
+    saved beside them by data.py."""
+    folder, c, lora = Path(folder), model.config, model.model.lora
+    family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+    config = asdict(c) | {"model_type": family, "architectures": [family.capitalize() + model.architecture],
+                          "torch_dtype": "float32", "hidden_act": "silu", "bos_token_id": None}
+    is_reward = isinstance(model, RewardModel)
+    if is_reward:
+        config |= {"num_labels": 1, "center": model.center}
+    weights = {n: p.detach().float().cpu().contiguous() for n, p in model.state_dict().items() if lora is None or is_adapter(n)}
+    if c.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)                 # the same tensor as embed_tokens: stored once
+    write_json(folder / ("girl.json" if lora else "config.json"), config)
+    if lora is None:
+        save_tensors(folder / "model.safetensors", weights)
+    else:
+        save_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": p for n, p in weights.items()})
+        write_json(folder / "adapter_config.json", asdict(lora) | {
+            "peft_type": "LORA", "task_type": "SEQ_CLS" if is_reward else "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
+            "modules_to_save": ["score"] if is_reward else None, "inference_mode": True})
+
+
+def is_adapter(name):
+    return ".lora_" in name or name == "score.weight"
+
+
+def read_config(folder):
+    """(Config, everything) of a folder's `config.json`, our own or of one of the families that this transformer covers."""
+    path = Path(folder) / "girl.json"
+    path = path if path.exists() else Path(folder) / "config.json"
+    if not path.exists():
+        raise BadInput(f"{folder}: not a model's folder, it has no config.json; give one that `sft`, `reward` or `ppo` wrote, or a "
+                       "pretrained model in the Hugging Face layout")
+    raw = read_json(path)
+    if not isinstance(raw, dict) or raw.get("model_type") not in FAMILIES:
+        found = repr(raw.get("model_type")) if isinstance(raw, dict) else type(raw).__name__
+        raise BadInput(f"{path}: not the config of a model that GIRL can be: model_type must be one of {', '.join(FAMILIES)}, found {found}")
+    for name, unknown in {
+            "hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias"),
+            "mlp_bias": raw.get("mlp_bias"), "quantization_config": raw.get("quantization_config")}.items():
+        if unknown:
+            raise BadInput(f"{path}: {name} {raw[name]!r} is not supported")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if missing := [name for name in sizes if raw.get(name) is None]:
+        raise BadInput(f"{path}: has no {', '.join(missing)}")
+    known = with_defaults(raw, path)
+    found = {f.name: known[f.name] for f in fields(Config) if known.get(f.name) is not None}
+    for name, value in found.items():
+        check_size(name, value, path)
+    try:
+        return Config(**found), raw
+    except (TypeError, BadInput) as e:
+        raise BadInput(f"{path}: not a model's config ({e})")
+
+
+def with_defaults(raw, path):
+    """A `config.json` with what Hugging Face takes where a key is missing or null (ours has all of them)."""
+    family, rope = raw["model_type"], raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    window = raw.get("sliding_window", 4096) if family == "mistral" else raw.get("use_sliding_window") and raw.get("sliding_window")
+    known = {"num_key_value_heads": raw.get("num_attention_heads"), "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+             "tie_word_embeddings": False, "head_dim": 128 if family == "qwen3" else None, "qkv_bias": family == "qwen2",
+             "qk_norm": family == "qwen3", "rope_theta": 10000.0} | {k: v for k, v in raw.items() if v is not None}
+    if not isinstance(rope, dict) or not isinstance(window or 0, int) or not isinstance(known["max_position_embeddings"], int):
+        raise BadInput(f"{path}: rope_scaling must be an object, sliding_window and max_position_embeddings whole numbers")
+    if window:          # within it, attention is full
+        known["max_position_embeddings"] = min(known["max_position_embeddings"], window)
+    if isinstance(known.get("eos_token_id"), list):         # several ways to end: we use the first
+        known["eos_token_id"] = next(iter(known["eos_token_id"]), None)
+    known["rope_theta"], kind = rope.get("rope_theta", known["rope_theta"]), rope.get("rope_type", rope.get("type", "default"))
+    stretch = {k: rope.get(k) for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if kind == "llama3" and all(isinstance(v, (int, float)) and v > 0 for v in stretch.values()):
+        known["rope_scaling"] = {"rope_type": "llama3"} | stretch
+    elif kind == "default" and rope.get("partial_rotary_factor", 1) == 1:
+        known["rope_scaling"] = None
+    else:
+        raise BadInput(f"{path}: rotary embedding {rope} is not supported")
+    return known
+
+
+def check_size(name, value, path):
+    """Refuse a field of another type than Config's, or a number that no model has."""
+    kind = {f.name: f.type for f in fields(Config)}[name]
+    numbers = {int: int, float: (int, float), int | None: int}
+    if kind in numbers:
+        least = 0 if name.endswith("token_id") or kind is float else 1
+        good = isinstance(value, numbers[kind]) and not isinstance(value, bool) and value >= least and math.isfinite(value)
+        good = good and not (name == "rope_theta" and value == 0)
+    else:
+        good = isinstance(value, dict if name == "rope_scaling" else bool)
+    if not good:
+        raise BadInput(f"{path}: {name} cannot be {value!r}")
+
+
+def read_weights(folder):
+    """The file and the tensors of `model.safetensors`, or of the shards that its index names."""
+    path, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if path.exists() or not index.exists():
+        pickled = next((p.name for ending in ("bin", "pt", "pth") for p in sorted(folder.glob(f"*.{ending}"))), None)
+        if pickled and not path.exists():
+            raise BadInput(f"{folder / pickled}: a pickle can run any code and is not opened; convert the model to safetensors")
+        return path, load_tensors(path)
+    raw = read_json(index)
+    shards = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise BadInput(f"{index}: has no weight_map")
+    weights = {}
+    for shard in sorted(set(map(str, shards.values()))):
+        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise BadInput(f"{index}: a shard must be a .safetensors file of the same folder, found {shard!r}")
+        weights |= load_tensors(folder / shard)
+    return index, weights
+
+
+def without_extras(weights, tied):
+    """What some files hold beside the weights: a tied head once more, and tables of the rotary embedding."""
+    return {n: t for n, t in weights.items() if not (n.endswith("rotary_emb.inv_freq") or (tied and n == "lm_head.weight"))}
+
+
+def read_lora(folder):
+    """The adapters of a folder in PEFT's layout, or None where it has plain weights."""
+    path = folder / "adapter_config.json"
+    if not path.exists():
+        return None
+    raw = read_json(path)
+    plain = {"peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, None), "use_dora": (False, None), "rank_pattern": ({}, None),
+             "alpha_pattern": ({}, None), "fan_in_fan_out": (False, None), "modules_to_save": (["score"], None)}
+    try:
+        if odd := [name for name, values in plain.items() if raw.get(name) not in values]:
+            raise BadInput(f"{path}: {odd[0]} {raw.get(odd[0])!r} is not supported")
+        lora = LoRA(**{f.name: raw[f.name] for f in fields(LoRA)})
+        if not isinstance(lora.r, int) or not lora.lora_alpha > 0 or not all(isinstance(t, str) for t in lora.target_modules):
+            raise TypeError("r, lora_alpha or target_modules")
+        base = Path(lora.base_model_name_or_path)
+        if not (base / "config.json").exists() or (base / "adapter_config.json").exists():
+            raise BadInput(f"{path}: its base model {base} is not there, or no whole model; correct base_model_name_or_path")
+    except (AttributeError, KeyError, TypeError) as e:
+        raise BadInput(f"{path}: not the config of LoRA adapters ({e})")
+    return lora
+
+
+def load_model(folder, kind=LanguageModel, device="cpu", beside=None):
+    """Read a folder as a LanguageModel or a RewardModel: one that `save_model` wrote, or a pretrained one.
+
+    `beside`: a language model in memory; where both are adapters of one base, its frozen weights are used again."""
+    folder = Path(folder)
+    lora = read_lora(folder)
+    model = load_adapters(folder, lora, kind, device, beside) if lora else load_plain(folder, kind, device)
+    if kind is RewardModel:
+        model.center = read_config(folder)[1].get("center", 0.0)
+    return model
+
+
+def load_plain(folder, kind, device, dtype=torch.float32):
+    config, _ = read_config(folder)
+    try:
+        with torch.device("meta"):                          # no weights yet: they come from the file
+            model = kind(config)
+    except (TypeError, RuntimeError) as e:
+        raise BadInput(f"{folder / 'config.json'}: no model has these sizes ({e})")
+    path, weights = read_weights(folder)
+    tied = config.tie_word_embeddings
+    put(model, without_extras(weights, tied), without_extras(model.state_dict(), tied), path, device, dtype)
+    if kind is LanguageModel and tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.to(device)
+
+
+def load_adapters(folder, lora, kind, device, beside):
+    config, _ = read_config(folder)
+    base = lora.base_model_name_or_path
+    shared = beside and beside.model.lora and beside.model.lora.base_model_name_or_path == base
+    model = twin(beside) if shared else load_plain(Path(base), LanguageModel, device, frozen_dtype(device))
+    model.config = model.model.config = config
+    model = model if kind is LanguageModel else RewardModel(config, body=model.model).to(device)
+    add_lora(model, lora)
+    path = folder / "adapter_model.safetensors"
+    weights = {n.removeprefix("base_model.model."): t for n, t in load_tensors(path).items()}
+    put(model, weights, {n: p for n, p in model.state_dict().items() if is_adapter(n)}, path, device)
+    return model
+
+
+def put(model, weights, expected, path, device, dtype=torch.float32):
+    """Weights into the model, where their names, shapes and kinds are the expected ones."""
+    complaint = f"{path}: does not fit its config as a {type(model).__name__}"
+    for what, names in (("missing", expected.keys() - weights.keys()), ("unexpected", weights.keys() - expected.keys())):
+        if names:
+            raise BadInput(f"{complaint}: {what} {', '.join(sorted(names)[:3])}{' and more' if len(names) > 3 else ''}")
+    for name, t in weights.items():
+        if t.shape != expected[name].shape:
+            raise BadInput(f"{complaint}: {name} is {list(t.shape)}, expected {list(expected[name].shape)}")
+        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise BadInput(f"{complaint}: {name} is {t.dtype}; quantised weights are not supported")
+    # copies: what the file gives is the file itself, mapped into memory and not aligned
+    model.load_state_dict({n: t.to(device, dtype, copy=True) for n, t in weights.items()}, strict=False, assign=True)
+
+
+def load_pretrained(flags, codec, seed, device):
+    """The language model of `--init`, as this codec and these StartFlags want it; fresh adapters are drawn by the seed."""
+    folder = Path(flags.init).resolve()
+    if (folder / "adapter_config.json").exists():
+        raise BadInput(f"{folder}: holds adapters; merge them first:  python girl.py export --merge --model {folder} --out DIR")
+    model = load_plain(folder, LanguageModel, device, frozen_dtype(device) if flags.lora_rank else torch.float32)
+    c, tokens = model.config, codec.tokenizer.get_vocab_size()
+    if max(tokens, codec.eos + 1) > c.vocab_size:
+        raise BadInput(f"{folder}: its tokenizer has {tokens} tokens and its JDs end in token {codec.eos}, but its model has {c.vocab_size}")
+    if codec.context() > c.max_position_embeddings:
+        raise BadInput(f"{folder}: a CV and a JD of {codec.context()} tokens together are more than the {c.max_position_embeddings} "
+                       "that this model reads; lower --max-cv or --max-jd")
+    model.config = model.model.config = replace(c, eos_token_id=codec.eos, pad_token_id=codec.pad, max_cv_tokens=codec.max_cv,
+                                                max_jd_tokens=codec.max_jd)
+    if flags.lora_rank:
+        torch.manual_seed(seed)
+        add_lora(model, LoRA(str(folder), flags.lora_rank, flags.lora_alpha or 2.0 * flags.lora_rank, flags.lora_targets.split(",")))
+    return model

@@ -6,9 +6,9 @@ Nothing here is used in training, and no checkpoint is picked: the last one is w
 simulation's module, handed in where the data are simulated, else None: then whatever needs the truth is null.
 
 What is compared gives one JD for each CV. Generators: `sft` and `ppo` sample at temperature 1, `_greedy` takes the
-likeliest token, `sft_best16` is the best of 16 SFT samples by the reward model, `base` the pretrained model that the run began
-with, if it did. Retrieval, from the pairs that stage 1 learned
-from: `nearest` is the JD that the most similar candidate was accepted for, `random` any. Rules of the market: `constant`, `echo`.
+likeliest token, `sft_best16` is the best of 16 SFT samples by the reward model, `base` is the pretrained model that the run
+began with, if it did. Retrieval, from the pairs that stage 1 learned from: `nearest` is the JD that the most similar candidate
+was accepted for, `random` any. Rules of the market: `constant`, `echo`.
 
 An outside judge (a person, or another language model) can be asked too:
 
@@ -237,9 +237,10 @@ def read_verdicts(path, results):
 def read_results(run):
     """results.json, as `evaluate` left it."""
     path = run / "results.json"
-    if not path.exists() or "wins" not in read_json(path):
+    results = read_json(path) if path.exists() else {}
+    if "wins" not in results:
         raise BadInput(f"{path}: no evaluation of this version; run  python girl.py evaluate --run {run}  first")
-    return read_json(path)
+    return results
 
 
 def add_verdicts(run, path):
@@ -400,7 +401,8 @@ def print_table(results):
         if row["true_match_ci95"]:
             print(f"{'':<26}" + f"{row['true_match_ci95'][0]:>7.3f}-{row['true_match_ci95'][1]:.3f}")
     data, judged = results["data"], results["reward"]
-    print("true match of other answers: " + ", ".join(f"{k.removesuffix('_match')} {cell(v)}" for k, v in data.items() if "match" in k))
+    others = {k.removesuffix("_match"): v for k, v in data.items() if "match" in k}
+    print("true match of other answers: " + ", ".join(f"{k} {cell(v)}" for k, v in others.items()))
     print(f"reward model: pair accuracy {cell(judged['pair_accuracy'])} (best possible {cell(data['bayes_pair_accuracy'])}), "
           f"AUC {cell(judged['auc'])}; JDs of others {cell(judged['easy_pair_accuracy'])}")
     if judged["one_change_accuracy"]:

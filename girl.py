@@ -41,10 +41,10 @@ import recommend
 import reward
 import table
 from data import SPLITS, Codec, bucketed, load_codec, load_tokenizer, pad_right, read_half, read_records, save_tokenizer
-from model import Config, LanguageModel, RewardModel, StartFlags, generate, logits_size, merge_lora, rows_that_fit, twin
+from model import Config, LanguageModel, RewardModel, generate, logits_size, merge_lora, rows_that_fit, twin
 from run import (BadInput, Optimizer, Stage, autocast, finished, flag, generator, load_tensors, peak_rss_mb, pick_device,
                  read_json, save_tensors, write_json)
-from weights import load_model, load_pretrained, read_config, read_lora, save_model
+from weights import StartFlags, load_model, load_pretrained, read_config, read_lora, save_model
 
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -134,8 +134,8 @@ def train_sft(run, folder, flags, seed, device):
         # 1. The tokenizer, from the train split only; token rows; a model of the size that the data need. Or both from --init.
         codec = new_codec(train, flags)
         pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd), True, flags.reading > 0) for r in train if r.accepted]
-        stage.say(f"sft: {len(pairs)} accepted pairs, {sum(len(e.prompt) + len(e.jd) for e in pairs) / len(pairs):.0f} tokens each; "
-                  f"cut: {codec.cut_cvs} CVs at {codec.max_cv} tokens, {codec.cut_jds} JDs at {codec.max_jd}")
+        tokens = sum(len(e.prompt) + len(e.jd) for e in pairs)
+        stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; cut: {codec.cut_cvs} CVs at {codec.max_cv} tokens, {codec.cut_jds} JDs at {codec.max_jd}")
         codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
         init_seed, before = generator(seed, "sft-init").initial_seed(), {}
         if flags.init:
@@ -268,7 +268,8 @@ def train_reward(run, folder, flags, seed, device, judge):
         records, init_seed = read_half(folder, part, "train.jsonl", *probes), generator(seed, name, "init").initial_seed()
         if flags.init:
             if load_tokenizer(flags.init).to_str() != codec.tokenizer.to_str():
-                raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that model writes")
+                raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that "
+                               "model writes")
             start = load_pretrained(flags, codec, init_seed, device)
         else:
             start = generator_model
@@ -408,7 +409,8 @@ def run_stage(args, device):
         return
     flags = from_args(STAGES[args.command], args)
     if getattr(flags, "lora_rank", 0) and not flags.init:
-        raise BadInput(f"{args.command}: --lora-rank goes with --init; adapters need weights beside them that know something already")
+        raise BadInput(f"{args.command}: --lora-rank goes with --init; adapters need weights beside them that know something "
+                       "already")
     for split in SPLITS:
         if not (folder / f"{split}.jsonl").exists():
             raise BadInput(f"{folder / split}.jsonl: no such file; make a data set with  python girl.py data --out {folder}")
@@ -524,12 +526,15 @@ SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600},
          "evaluate": {"cvs": 24} | SMOKE_RUN,
          "recommend": {"people": 40, "seeds": 2, "steps": 20, "cvs": 10} | SMOKE_RUN, "train": SMOKE_RUN}
 # What changes where a run begins with a pretrained model: it can read and write already, so it needs gentle steps and none of
-# what helps a small model to learn to copy; and adapters need larger steps than the weights themselves.
-PRETRAINED = {"sft": {"epochs": 2, "batch": 8, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10, "warm_steps": 0, "reading": 0.0},
+# what helps a small model to learn to copy; and adapters need larger steps than the weights themselves. Usual values, of
+# which only those of LORA were tried, in one run of a model of 135M.
+PRETRAINED = {"sft": {"epochs": 2, "batch": 8, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10, "warm_steps": 0,
+                      "reading": 0.0},
               "reward": {"steps": 120, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10, "reading": 0.0, "samples": 32},
               "ppo": {"iterations": 20, "episodes": 32, "minibatch": 16, "accumulate": 4, "lr": 1e-5}}
 LORA = {"sft": {"lr": 4e-4}, "reward": {"lr": 4e-4}, "ppo": {"lr": 1e-4}}
-HELP = {"data": "make a data set: of the simulated job market, or of a table of your own CVs and JDs", "sft": "stage 1: learn to write the JDs that were accepted",
+HELP = {"data": "make a data set: of the simulated job market, or of a table of your own CVs and JDs",
+        "sft": "stage 1: learn to write the JDs that were accepted",
         "reward": "stage 2: learn to judge as the recruiter does", "ppo": "stage 3: learn to write what is accepted",
         "generate": "write JDs for a CV", "score": "score one JD for one CV",
         "export": "write a generator or a reward model into a folder of its own, with --merge as plain weights",
@@ -557,7 +562,8 @@ def from_args(cls, args):
 
 def build_parser():
     top = argparse.ArgumentParser(prog="girl.py", description="Generative job recommendation: SFT, reward model, PPO.",
-                                  epilog="The order of a run: data, sft, reward, reward --judge, ppo, evaluate; or all of it: train.")
+                                  epilog="The order of a run: data, sft, reward, reward --judge, ppo, evaluate; or all of "
+                                         "it: train.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in HELP.items()}
     for name, p in parsers.items():
@@ -571,24 +577,28 @@ def build_parser():
             add_flags(p, STAGES[name])
     parsers["data"].add_argument("--out", required=True, metavar="DIR", help="where to write it")
     add_flags(parsers["data"], DataFlags)
-    d = parsers["data"].add_argument_group("a table of your own", "a .csv, .tsv or .jsonl file; each row is a CV and a JD that go together")
+    d = parsers["data"].add_argument_group("a table of your own", "a .csv, .tsv or .jsonl file; each row is a CV and a JD that "
+                                           "go together")
     d.add_argument("--from", dest="source", metavar="FILE", help="make the data set of this table, not of the simulated market")
-    for name, text in {"cv": "of the CVs", "jd": "of the JDs", "accepted": "that says yes or no", "rejected-cv": "of CVs that were turned "
-                       "down for the JD", "rejected-jd": "of JDs that were turned down for the CV"}.items():
+    for name, text in {"cv": "of the CVs", "jd": "of the JDs", "accepted": "that says yes or no",
+                       "rejected-cv": "of CVs that were turned down for the JD",
+                       "rejected-jd": "of JDs that were turned down for the CV"}.items():
         d.add_argument(f"--{name}", metavar="COLUMN", help=f"the column {text}")
     d.add_argument("--keep-contacts", action="store_true", help="leave e-mail addresses, phone numbers and links as they are")
     add_flags(parsers["train"], StartFlags)
     parsers["reward"].add_argument("--judge", action="store_true", help="train the independent judge instead, from half B")
-    parsers["ppo"].add_argument("--plan", nargs="?", const="", metavar="DIR", help="only print the memory and the work of an iteration, "
-                                "for the model of RUN/sft, or of any folder with a config.json")
+    parsers["ppo"].add_argument("--plan", nargs="?", const="", metavar="DIR", help="only print the memory and the work of an "
+                                "iteration, for the model of RUN/sft, or of any folder with a config.json")
     e, r = parsers["evaluate"], parsers["recommend"]
     for p in (e, r):
         p.add_argument("--split", choices=("valid", "test"), default="test",
                        help="tune on valid only; results.json holds one split at a time (default test)")
     e.add_argument("--cvs", type=positive, default=400, metavar="N", help="how many CVs of the split are used (default 400)")
-    e.add_argument("--export-pairs", metavar="FILE", help="also write pairs of JDs with a question, for an outside judge (JSON lines)")
+    e.add_argument("--export-pairs", metavar="FILE", help="also write pairs of JDs with a question, for an outside judge (JSON "
+                   "lines)")
     e.add_argument("--verdicts", metavar="FILE", help="only read an outside judge's answers into results.json, and print the table")
-    r.add_argument("--full", action="store_true", help="the whole grid: more labels, settings, numbers of JDs (half an hour or more)")
+    r.add_argument("--full", action="store_true", help="the whole grid: more labels, settings, numbers of JDs (half an hour or "
+                   "more)")
     r.add_argument("--cv", metavar="FILE", help="find jobs for this CV instead (a text file, - for standard input)")
     r.add_argument("--pool", metavar="FILE", help='real JDs to choose from: lines like {"jd": "..."}')
     r.add_argument("--top", type=positive, default=5, metavar="N", help="how many jobs are shown (default 5)")
@@ -600,7 +610,8 @@ def build_parser():
     x.add_argument("--merge", action="store_true", help="add the adapters to the weights beside them")
     g.add_argument("--number", type=positive, default=1, metavar="N", help="how many JDs (default 1)")
     g.add_argument("--temperature", type=float, default=1.0, metavar="T", help="below 1: safer, above: bolder (default 1)")
-    g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P (default 1: all)")
+    g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P "
+                   "(default 1: all)")
     g.add_argument("--greedy", action="store_true", help="always the likeliest token")
     for p in (g, s):
         p.add_argument("--cv", required=True, metavar="FILE", help="text file with one CV, - for standard input")

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from run import BadInput, flag
+from run import BadInput
 
 
 @dataclass
@@ -48,7 +48,8 @@ class Config:
     def __post_init__(self):
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if min(C, H, K) < 1 or H % K or (self.head_dim is None and C % H):
-            raise BadInput(f"hidden_size {C} must be a multiple of num_attention_heads {H}, and that one of num_key_value_heads {K}")
+            raise BadInput(f"hidden_size {C} must be a multiple of num_attention_heads {H}, and that one of "
+                           f"num_key_value_heads {K}")
         self.head_dim = self.head_dim or C // H
         if self.head_dim % 2:
             raise BadInput(f"the size of a head, {self.head_dim} (hidden_size / num_attention_heads), must be even")
@@ -362,16 +363,6 @@ def generate(model, prompts, max_new, temperature=1.0, top_p=1.0, generator=None
 
 
 # ------------------------------------------------------------------------------------------------------- adapters
-@dataclass
-class StartFlags:
-    """What stages 1 and 2 start from, and which of its weights they train."""
-    init: str = flag("", "start from the model in this Hugging Face folder: Llama, Mistral, Qwen2 or Qwen3")
-    lora_rank: int = flag(0, "with --init: train adapters of this rank and leave its weights as they are; 0: train all", least=0)
-    lora_alpha: float = flag(0.0, "the adapters count alpha / rank; 0: twice the rank")
-    lora_targets: str = flag("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers with adapters")
-    checkpointing: bool = flag(False, "keep only what goes into each block, and compute the rest again: less memory, more time")
-
-
 @dataclass
 class LoRA:
     """What adapters a model has, by the names of PEFT's `adapter_config.json`."""

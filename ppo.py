@@ -321,7 +321,8 @@ def plan(c, flags, rank=0, targets=(), frozen_bytes=4):
     """Parameters, memory in bytes by part, and FLOPs of an iteration, from a Config and PPOFlags alone. rank 0: all weights
     are trained; else adapters beside these layers, and each number of the one frozen base takes `frozen_bytes`.
 
-    Every text is counted at its budget: T tokens of prompt and JD, R of JD. The reward model is counted with as many blocks."""
+    Every text is counted at its budget: T tokens of prompt and JD, R of JD. The reward model is counted with as many blocks. What
+    autocast keeps in float32 beside a bf16 base is counted at `frozen_bytes` too, so that activations come out a little short."""
     C, L, V = c.hidden_size, c.num_hidden_layers, c.vocab_size
     HD, KD, F = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
     shapes = {"q_proj": (C, HD), "k_proj": (C, KD), "v_proj": (C, KD), "o_proj": (HD, C), "gate_proj": (C, F), "up_proj": (C, F),
@@ -344,13 +345,14 @@ def plan(c, flags, rank=0, targets=(), frozen_bytes=4):
         kept = 6 * C + 4 * F
     kept += (2 + c.qk_norm * (1 if rank else 2)) * (HD + KD)
     numbers = L * C + kept if flags.checkpointing else L * kept
-    together = [rows_that_fit(flags.episodes, numbers) * numbers for numbers in (cache_size(c, T), logits_size(c))]
+    together = [rows_that_fit(flags.episodes, row) * row for row in (cache_size(c, T), logits_size(c))]
     memory = {
         # the reward model has no head over the vocabulary
         "weights": frozen_bytes * total + 4 * 3 * adapters if rank else 4 * (3 * total - (0 if c.tie_word_embeddings else head)),
-        "gradients": 4 * trained, "Adam": 8 * trained, "activations": frozen_bytes * rows * T * numbers, "logits": 4 * rows * logits_size(c)}
-    memory["rollout"] = 4 * max(together)
-    memory["peak"] = memory["weights"] + memory["Adam"] + max(memory["gradients"] + memory["activations"] + memory["logits"], memory["rollout"])
+        "gradients": 4 * trained, "Adam": 8 * trained, "activations": frozen_bytes * rows * T * numbers,
+        "logits": 4 * rows * logits_size(c), "rollout": 4 * max(together)}
+    update = memory["gradients"] + memory["activations"] + memory["logits"]
+    memory["peak"] = memory["weights"] + memory["Adam"] + max(update, memory["rollout"])
 
     # 2. FLOPs: 2 for each weight and token forward; backward as many for the inputs, and for the weights that are trained.
     B, attention = flags.episodes, 2 * T * HD * L                                            # attention: of a token, on average
@@ -358,7 +360,8 @@ def plan(c, flags, rank=0, targets=(), frozen_bytes=4):
     backward = (1 if rank else 2) * (forward + scores) + (forward if flags.checkpointing else 0)
     flops = {"rollout": B * (forward + scores), "scoring": B * (3 * forward + 2 * scores),
              "update": flags.ppo_epochs * B * (forward + scores + backward)}
-    return {"tokens": T, "micro-batch": rows, "parameters": total, "trained": trained, "memory": memory, "flops": flops | {"iteration": sum(flops.values())}}
+    flops["iteration"] = sum(flops.values())
+    return {"tokens": T, "micro-batch": rows, "parameters": total, "trained": trained, "memory": memory, "flops": flops}
 
 
 def print_plan(c, flags, rank, targets):
@@ -373,4 +376,5 @@ def print_plan(c, flags, rank, targets):
         print(f"{name:<28}" + "".join(f"{column[name] / 1e6:>18.1f} M" for column in columns.values()))
     for part, unit, size in (("memory", "GB", 1e9), ("flops", "TFLOP", 1e12)):
         for name in first[part]:
-            print(f"{part + ', ' + name:<28}" + "".join(f"{column[part][name] / size:>{19 - len(unit)}.2f} {unit}" for column in columns.values()))
+            cells = [f"{column[part][name] / size:.2f} {unit}" for column in columns.values()]
+            print(f"{part + ', ' + name:<28}" + "".join(f"{text:>20}" for text in cells))

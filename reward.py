@@ -30,8 +30,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import bucketed, pad_right
-from model import Continued, SharedPrompts, StartFlags, generate, rows_that_fit
+from model import Continued, SharedPrompts, generate, rows_that_fit
 from run import BadInput, Optimizer, autocast, flag, generator
+from weights import StartFlags
 
 
 @dataclass

@@ -227,5 +227,5 @@ def import_table(path, out, columns, keep_contacts, seed):
     for name, value in report.items():
         print(f"{name.replace('_', ' '):<34}{json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value}")
     if report["rejections"] != "from the table":
-        print("This table says nothing about rejections: the JDs of other candidates were taken for rejected ones. A reward model "
-              "learns from them which field a CV is of, and hardly what makes a candidate fit within it.")
+        print("This table says nothing about rejections: for each accepted pair, the JD of another candidate was drawn at random "
+              "and taken for rejected.")

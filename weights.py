@@ -6,13 +6,13 @@
 Nothing is unpickled. Whatever of a config this transformer does not know is refused, never guessed.
 """
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from model import Config, LanguageModel, LoRA, RewardModel, add_lora, twin
-from run import BadInput, frozen_dtype, load_tensors, read_json, save_tensors, write_json
+from run import BadInput, flag, frozen_dtype, load_tensors, read_json, save_tensors, write_json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -55,7 +55,8 @@ def read_config(folder):
     raw = read_json(path)
     if not isinstance(raw, dict) or raw.get("model_type") not in FAMILIES:
         found = repr(raw.get("model_type")) if isinstance(raw, dict) else type(raw).__name__
-        raise BadInput(f"{path}: not the config of a model that GIRL can be: model_type must be one of {', '.join(FAMILIES)}, found {found}")
+        raise BadInput(f"{path}: not the config of a model that GIRL can be: model_type must be one of {', '.join(FAMILIES)}, "
+                       f"found {found}")
     for name, unknown in {
             "hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias"),
             "mlp_bias": raw.get("mlp_bias"), "quantization_config": raw.get("quantization_config")}.items():
@@ -143,8 +144,9 @@ def read_lora(folder):
     if not path.exists():
         return None
     raw = read_json(path)
-    plain = {"peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, None), "use_dora": (False, None), "rank_pattern": ({}, None),
-             "alpha_pattern": ({}, None), "fan_in_fan_out": (False, None), "modules_to_save": (["score"], None)}
+    plain = {"peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, None), "use_dora": (False, None),
+             "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "fan_in_fan_out": (False, None),
+             "modules_to_save": (["score"], None)}
     try:
         if odd := [name for name, values in plain.items() if raw.get(name) not in values]:
             raise BadInput(f"{path}: {odd[0]} {raw.get(odd[0])!r} is not supported")
@@ -215,6 +217,16 @@ def put(model, weights, expected, path, device, dtype=torch.float32):
     model.load_state_dict({n: t.to(device, dtype, copy=True) for n, t in weights.items()}, strict=False, assign=True)
 
 
+@dataclass
+class StartFlags:
+    """What stages 1 and 2 start from, and which of its weights they train."""
+    init: str = flag("", "start from the model in this Hugging Face folder: Llama, Mistral, Qwen2 or Qwen3")
+    lora_rank: int = flag(0, "with --init: train adapters of this rank and leave its weights as they are; 0: train all", least=0)
+    lora_alpha: float = flag(0.0, "the adapters count alpha / rank; 0: twice the rank")
+    lora_targets: str = flag("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers with adapters")
+    checkpointing: bool = flag(False, "keep only what goes into each block, and compute the rest again: less memory, more time")
+
+
 def load_pretrained(flags, codec, seed, device):
     """The language model of `--init`, as this codec and these StartFlags want it; fresh adapters are drawn by the seed."""
     folder = Path(flags.init).resolve()
@@ -223,13 +235,15 @@ def load_pretrained(flags, codec, seed, device):
     model = load_plain(folder, LanguageModel, device, frozen_dtype(device) if flags.lora_rank else torch.float32)
     c, tokens = model.config, codec.tokenizer.get_vocab_size()
     if max(tokens, codec.eos + 1) > c.vocab_size:
-        raise BadInput(f"{folder}: its tokenizer has {tokens} tokens and its JDs end in token {codec.eos}, but its model has {c.vocab_size}")
+        raise BadInput(f"{folder}: its tokenizer has {tokens} tokens and its JDs end in token {codec.eos}, but its model has "
+                       f"{c.vocab_size}")
     if codec.context() > c.max_position_embeddings:
-        raise BadInput(f"{folder}: a CV and a JD of {codec.context()} tokens together are more than the {c.max_position_embeddings} "
-                       "that this model reads; lower --max-cv or --max-jd")
+        raise BadInput(f"{folder}: a CV and a JD of {codec.context()} tokens together are more than the "
+                       f"{c.max_position_embeddings} that this model reads; lower --max-cv or --max-jd")
     model.config = model.model.config = replace(c, eos_token_id=codec.eos, pad_token_id=codec.pad, max_cv_tokens=codec.max_cv,
                                                 max_jd_tokens=codec.max_jd)
     if flags.lora_rank:
         torch.manual_seed(seed)
-        add_lora(model, LoRA(str(folder), flags.lora_rank, flags.lora_alpha or 2.0 * flags.lora_rank, flags.lora_targets.split(",")))
+        alpha = flags.lora_alpha or 2.0 * flags.lora_rank
+        add_lora(model, LoRA(str(folder), flags.lora_rank, alpha, flags.lora_targets.split(",")))
     return model

@@ -28,6 +28,37 @@ def test_bootstrap_interval_of_a_constant_has_no_width():
     assert evaluate.bootstrap_ci95([0.5] * 10, seed=0) == [0.5, 0.5]
 
 
+def test_bootstrap_interval_of_a_weighted_mean_agrees_with_the_normal_approximation():
+    draw = np.random.default_rng(0)
+    values = draw.normal(3.0, 2.0, size=400)
+    weights = np.where(values > 3, 5.0, 1.0) + draw.random(400)     # the larger ones count more: the plain mean is 3
+    mean = (values * weights).sum() / weights.sum()
+    error = math.sqrt((weights ** 2 * (values - mean) ** 2).sum()) / weights.sum()      # of a ratio, by the delta method
+    low, high = evaluate.bootstrap_ci95(values, 1, weights)
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.03) and high == pytest.approx(mean + 1.96 * error, abs=0.03)
+
+
+def test_easy_pairs_are_ones_own_jd_against_the_jd_of_another(monkeypatch):
+    """A model that likes other people's JDs at 0.5, one's own at 1; but at 0 for every fourth CV, and at 0.5 for every fifth
+    of the others: 0.6 + 0.15 / 2 right."""
+    n, asked = 400, []
+
+    def score(model, codec, pairs):
+        asked.append(pairs)
+        own = [0.0 if int(cv[2:]) % 4 == 0 else 0.5 if int(cv[2:]) % 5 == 0 else 1.0 for cv, _ in pairs]
+        return np.array([mine if jd[2:] == cv[2:] else 0.5 for (cv, jd), mine in zip(pairs, own)])
+    monkeypatch.setattr(evaluate.reward, "score_texts", score)
+    records = [Record(f"cv{i}", f"jd{i}", True) for i in range(n)] + [Record(f"cv{i}", "rejected", False) for i in range(n)]
+    figures = evaluate.reward_figures(SimpleNamespace(center=0.0), None, records, None, 0)
+    _, own, others = asked
+    assert len(own) > 390 and all(jd[2:] == cv[2:] for cv, jd in own)           # of 400 draws, about one is one's own JD
+    assert [cv for cv, _ in own] == [cv for cv, _ in others]
+    assert all(jd[2:] not in (cv[2:], "rejected") for cv, jd in others) and len({jd for _, jd in others}) > 200
+    assert figures["easy_pair_accuracy"] == pytest.approx(0.6 + 0.15 / 2, abs=0.01)
+    low, high = figures["easy_pair_accuracy_ci95"]
+    assert 0.61 < low < 0.65 < 0.7 < high < 0.74
+
+
 def test_distinct_2_by_hand():
     # a b, b c | a b, b d: three different of four bigrams
     assert evaluate.distinct_2(["a b c", "a b d"]) == 3 / 4

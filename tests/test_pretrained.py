@@ -138,10 +138,8 @@ def test_export_without_merging_keeps_what_there_is(run, tmp_path, capsys):
 
 
 def test_ppo_and_evaluate_hold_one_base_for_all(run, tmp_path, monkeypatch):
-    """What ppo.train is handed: with adapters, each frozen weight of the reward model is one of the policy's."""
+    """What ppo.train is handed: with adapters, each frozen weight of the reward model is one of the policy's; without, none."""
     folder, adapters = run
-    if not adapters:
-        return
     shutil.copytree(folder / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "ppo")
     handed, loaded = [], []
@@ -152,10 +150,10 @@ def test_ppo_and_evaluate_hold_one_base_for_all(run, tmp_path, monkeypatch):
     shutil.copytree(folder / "run" / "ppo", tmp_path / "run" / "ppo")
     assert girl.main(["evaluate", "--run", str(tmp_path / "run"), "--data", str(folder / "data"), "--cvs", "2"]) == 0
     for lm, *others in (handed[0], loaded[:4]):
-        mine = {p.data_ptr() for p in lm.parameters() if not p.requires_grad}
+        mine = {p.data_ptr() for p in lm.parameters()}
         for model in others:
-            frozen = {p.data_ptr() for n, p in model.named_parameters() if not p.requires_grad}
-            assert len(frozen) > 20 and frozen <= mine
+            frozen, trained = ({p.data_ptr() for p in model.parameters() if p.requires_grad == trains} for trains in (False, True))
+            assert trained and not trained & mine and frozen <= mine and (len(frozen) > 20 if adapters else not frozen)
 
 
 def test_generate_and_score_work_on_it(run, tmp_path, capsys):

@@ -23,6 +23,7 @@ import time
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import ppo
 import reward
@@ -81,7 +82,7 @@ def distinct_2(texts):
 def write_jds(lm, codec, cvs, temperature, seed, name, device, batch_size=128):
     """One response (token list) for each CV."""
     out = []
-    for k in range(0, len(cvs), batch_size):
+    for k in tqdm(range(0, len(cvs), batch_size), desc=f"evaluate: {name}", unit="batch"):
         with autocast(device):
             out += generate(lm, [codec.prompt(cv) for cv in cvs[k:k + batch_size]], codec.max_jd, temperature,
                             generator=generator(seed, "evaluate", name, k, device=device))
@@ -354,7 +355,7 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, init="",
     for name, lm in generators.items():
         if name != "sft":
             responses[name] = write_jds(lm, codec, cvs, 1.0, seed, name, device)
-        responses[name + "_greedy"] = write_jds(lm, codec, cvs, 0.0, seed, "greedy", device)
+        responses[name + "_greedy"] = write_jds(lm, codec, cvs, 0.0, seed, name + "_greedy", device)
     others = retrieved(codec, [(r.cv, r.jd) for r in train if r.accepted], cvs, seed) | rules
     responses |= {name: [codec.jd(jd) for jd in others[name]] for name in others if name != "oracle"}
 

@@ -135,7 +135,8 @@ def train_sft(run, folder, flags, seed, device):
         codec = new_codec(train, flags)
         pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd), True, flags.reading > 0) for r in train if r.accepted]
         tokens = sum(len(e.prompt) + len(e.jd) for e in pairs)
-        stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; cut: {codec.cut_cvs} CVs at {codec.max_cv} tokens, {codec.cut_jds} JDs at {codec.max_jd}")
+        stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; cut: {codec.cut_cvs} CVs at "
+                  f"{codec.max_cv} tokens, {codec.cut_jds} JDs at {codec.max_jd}")
         codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
         init_seed, before = generator(seed, "sft-init").initial_seed(), {}
         if flags.init:

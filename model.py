@@ -287,7 +287,8 @@ class Continued:
         self.prompts, self.owner = prompts, owner
 
     def append(self, k, v):
-        return tuple(torch.cat((past[self.owner], now), dim=2) for past, now in zip(self.prompts.kept, (k, v)))
+        # Not past[owner]: its gradient adds up in the order in which the threads come, and never twice in the same.
+        return tuple(torch.cat((past.index_select(0, self.owner), now), dim=2) for past, now in zip(self.prompts.kept, (k, v)))
 
 
 def rows_that_fit(most, numbers):

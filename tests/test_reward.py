@@ -146,6 +146,25 @@ def noting(body, read):
     return call
 
 
+def test_gradients_of_a_shared_prompt_are_the_same_bit_for_bit_with_several_threads(config):
+    """Many rows share few prompts, so that threads that added as they come would meet."""
+    torch.manual_seed(0)
+    body, threads = RewardModel(replace(config, hidden_size=64)).model, torch.get_num_threads()
+    rows = [(torch.randint(2, 14, (128,)).tolist(), torch.randint(2, 14, (4,)).tolist()) for _ in range(3)]
+    rows = [(rows[i % 3][0], rows[i % 2][1]) for i in range(64)]
+
+    def gradient():
+        body.zero_grad()
+        reward.jd_states(body, rows, CPU)[0].square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in body.parameters()])
+    try:
+        torch.set_num_threads(4)
+        first = gradient()
+        assert all(torch.equal(first, gradient()) for _ in range(20))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_reading_loss_asks_of_each_jd_token_whether_the_cv_holds_it(reward_model):
     rows = [([3, 4, 5], [4, 9, EOS]), ([6, 7], [7, 7, 6, 8, EOS])]
     labels = [[1, 0, 1 / 2], [1, 1, 1, 0, 3 / 4]]               # the end answers for the others: the share that is held

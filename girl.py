@@ -22,6 +22,7 @@ import argparse
 import fcntl
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,8 +43,8 @@ import reward
 import table
 from data import SPLITS, Codec, bucketed, load_codec, load_tokenizer, pad_right, read_half, read_records, save_tokenizer
 from model import Config, LanguageModel, RewardModel, generate, logits_size, merge_lora, rows_that_fit, twin
-from run import (BadInput, Optimizer, Stage, autocast, finished, flag, generator, load_tensors, peak_rss_mb, pick_device,
-                 read_json, save_tensors, write_json)
+from run import (BadInput, Optimizer, Stage, autocast, differences, finished, flag, generator, load_tensors, peak_rss_mb,
+                 pick_device, read_json, save_tensors, sha256, write_json)
 from weights import StartFlags, load_model, load_pretrained, read_config, read_lora, save_model
 
 
@@ -123,59 +124,61 @@ def mean_nll(model, pairs, codec, device):
 
 
 # ------------------------------------------------------------------------------------------------------ stage 1
-def train_sft(run, folder, flags, seed, device):
-    with Stage(run, "sft") as stage:
-        train = read_half(folder, "A")
-        valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
-        if not valid or not any(r.accepted for r in train):
-            raise BadInput(f"{folder}: stage 1 learns from accepted pairs, and there is none in "
-                           f"{'half A of train.jsonl' if valid else 'valid.jsonl'}")
+def train_sft(stage, run, folder, flags, seed, device):
+    train = read_half(folder, "A")
+    valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
+    if not valid or not any(r.accepted for r in train):
+        raise BadInput(f"{folder}: stage 1 learns from accepted pairs, and there is none in "
+                       f"{'half A of train.jsonl' if valid else 'valid.jsonl'}")
 
-        # 1. The tokenizer, from the train split only; token rows; a model of the size that the data need. Or both from --init.
-        codec = new_codec(train, flags)
-        pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd), True, flags.reading > 0) for r in train if r.accepted]
-        tokens = sum(len(e.prompt) + len(e.jd) for e in pairs)
-        stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; cut: {codec.cut_cvs} CVs at "
-                  f"{codec.max_cv} tokens, {codec.cut_jds} JDs at {codec.max_jd}")
-        codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
-        init_seed, before = generator(seed, "sft-init").initial_seed(), {}
-        if flags.init:
-            model = load_pretrained(flags, codec, init_seed, device)
-            before = {"valid_nll_before": mean_nll(model, valid, codec, device)}
-            stage.say(f"sft: valid NLL of the pretrained model {before['valid_nll_before']:.4f}")
-        else:
-            model = new_model(codec, pairs, flags, init_seed).to(device)
-        model.model.checkpointing = flags.checkpointing
-        reader = nn.Linear(model.config.hidden_size, 1).to(device)
+    # 1. The tokenizer, from the train split only; token rows; a model of the size that the data need. Or both from --init.
+    codec = new_codec(train, flags)
+    pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd), True, flags.reading > 0) for r in train if r.accepted]
+    tokens = sum(len(e.prompt) + len(e.jd) for e in pairs)
+    stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; cut: {codec.cut_cvs} CVs at "
+              f"{codec.max_cv} tokens, {codec.cut_jds} JDs at {codec.max_jd}")
+    codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
+    init_seed, before = generator(seed, "sft-init").initial_seed(), {}
+    if flags.init:
+        model = load_pretrained(flags, codec, init_seed, device)
+        before = {"valid_nll_before": mean_nll(model, valid, codec, device)}
+        stage.say(f"sft: valid NLL of the pretrained model {before['valid_nll_before']:.4f}")
+    else:
+        model = new_model(codec, pairs, flags, init_seed).to(device)
+    model.model.checkpointing = flags.checkpointing
+    reader = nn.Linear(model.config.hidden_size, 1).to(device)
 
-        # 2. The warm-up: a third of it copies, a third are decisions (written too if accepted), a third are random JDs.
-        draw, third = generator(seed, "sft-warm-up"), math.ceil(flags.warm_steps * flags.batch / 3)
+    # 2. The warm-up: a third of it copies, a third are decisions (written too if accepted), a third are random JDs.
+    draw, third = generator(seed, "sft-warm-up"), math.ceil(flags.warm_steps * flags.batch / 3)
 
-        def some(of):
-            return [of[i] for i in torch.randperm(len(of), generator=draw)[:third].tolist()]
-        cvs = some(sorted({r.cv for r in train}))
-        warm = [Example(codec.prompt(cv), codec.jd(cv), True, False) for cv in cvs]
-        warm += [Example(codec.prompt(r.cv), codec.jd(r.jd), r.accepted, True) for r in some(train)]
-        warm += [Example(codec.prompt(cv), codec.jd(r.jd), False, True) for cv, r in zip(cvs, some(train))]
-        warm_steps = min(flags.warm_steps, math.ceil(len(warm) / flags.batch))
-        steps = warm_steps + max(1, round(flags.epochs * math.ceil(len(pairs) / flags.batch)))
-        optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(steps))
-        step = sft_steps(model, reader, optimizer, warm, 0, warm_steps, flags, seed, stage, device)
+    def some(of):
+        return [of[i] for i in torch.randperm(len(of), generator=draw)[:third].tolist()]
+    cvs = some(sorted({r.cv for r in train}))
+    warm = [Example(codec.prompt(cv), codec.jd(cv), True, False) for cv in cvs]
+    warm += [Example(codec.prompt(r.cv), codec.jd(r.jd), r.accepted, True) for r in some(train)]
+    warm += [Example(codec.prompt(cv), codec.jd(r.jd), False, True) for cv, r in zip(cvs, some(train))]
+    warm_steps = min(flags.warm_steps, math.ceil(len(warm) / flags.batch))
+    steps = warm_steps + max(1, round(flags.epochs * math.ceil(len(pairs) / flags.batch)))
+    optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(steps))
+    stage.resume({"model": model, "reader": reader}, [part for part, _ in optimizer.parts])
+    step = sft_steps(model, reader, optimizer, warm, codec, 0, warm_steps, flags, seed, stage, device)
 
-        # 3. Epochs over the accepted pairs; after each, validation and one sample to look at.
-        look = codec.prompt(valid[0][0])
-        for epoch in range(math.ceil(flags.epochs)):
-            step = sft_steps(model, reader, optimizer, pairs, step, steps, flags, seed, stage, device)
-            nll = mean_nll(model, valid, codec, device)
-            with torch.no_grad(), autocast(device):
-                sample = generate(model, [look], codec.max_jd, generator=generator(seed, "sft-look", epoch, device=device))
-            stage.say(f"sft epoch {epoch + 1}: train loss {stage.mean('loss', 100):.4f}, valid NLL {nll:.4f}, "
-                      f"perplexity {math.exp(nll):.3f}\n--- a sample\n{valid[0][0]}\n->\n{codec.text(sample[0])}\n---")
-        save_model(stage.folder, model)
-        save_tokenizer(stage.folder, codec)
-        if not flags.init:
-            save_tensors(stage.folder / "reader.safetensors", {k: v.cpu() for k, v in reader.state_dict().items()})
-        stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=steps, **before)
+    # 3. Epochs over the accepted pairs; after each, validation and one sample to look at.
+    look = codec.prompt(valid[0][0])
+    for epoch in range(math.ceil(flags.epochs)):
+        step = sft_steps(model, reader, optimizer, pairs, codec, step, steps, flags, seed, stage, device)
+        if step < stage.step:
+            continue                        # this epoch was over before an interruption
+        nll = mean_nll(model, valid, codec, device)
+        with torch.no_grad(), autocast(device):
+            sample = generate(model, [look], codec.max_jd, generator=generator(seed, "sft-look", epoch, device=device))
+        stage.say(f"sft epoch {epoch + 1}: train loss {stage.mean('loss', 100):.4f}, valid NLL {nll:.4f}, "
+                  f"perplexity {math.exp(nll):.3f}\n--- a sample\n{valid[0][0]}\n->\n{codec.text(sample[0])}\n---")
+    save_model(stage.folder, model)
+    save_tokenizer(stage.folder, codec)
+    if not flags.init:
+        save_tensors(stage.folder / "reader.safetensors", {k: v.cpu() for k, v in reader.state_dict().items()})
+    stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=steps, **before)
 
 
 def new_codec(train, flags):
@@ -218,17 +221,22 @@ def new_model(codec, examples, flags, seed):
     return model
 
 
-def sft_steps(model, reader, optimizer, examples, first, last, flags, seed, stage, device):
+def sft_steps(model, reader, optimizer, examples, codec, first, last, flags, seed, stage, device):
     """Steps first, first + 1, ... over one epoch of the examples, but not beyond `last`. Returns the next step."""
     batches = bucketed([len(e.prompt) + len(e.jd) for e in examples], flags.batch, generator(seed, "sft", first))
     for step, batch in enumerate(batches[:last - first], first):
-        loss, reading = sft_step(model, reader, optimizer, [examples[i] for i in batch], step, flags, device)
-        stage.log(step=step + 1, loss=loss, reading=reading)
+        if step >= stage.step:              # the others were done before an interruption
+            part = [examples[i] for i in batch]
+            loss, reading = sft_step(model, reader, part, flags, device)
+            stage.check_finite(loss + reading, step + 1, [codec.text(e.prompt) for e in part], "lower --lr and --matrix-lr")
+            optimizer.step(step)
+            stage.log(step=step + 1, loss=loss, reading=reading)
+            stage.safe(step + 1)
     return min(first + len(batches), last)
 
 
-def sft_step(model, reader, optimizer, batch, step, flags, device):
-    """One optimizer step; returns the mean loss of a written token, and the loss of reading."""
+def sft_step(model, reader, batch, flags, device):
+    """Gradients of the objective; returns the mean loss of a written token, and the loss of reading."""
     tokens, readers = sum(len(e.jd) for e in batch if e.write), sum(e.read for e in batch)
     total = total_reading = 0.0
     for k in range(flags.accumulate):
@@ -238,9 +246,6 @@ def sft_step(model, reader, optimizer, batch, step, flags, device):
             # by token, and by row: micro-batches add up to the gradient of the whole batch
             (loss / max(tokens, 1) + flags.reading * share * reading).backward()
             total, total_reading = total + float(loss.detach()), total_reading + share * float(reading.detach())
-    if not math.isfinite(total + total_reading):
-        raise BadInput("sft: the loss is not finite; lower --lr and --matrix-lr")
-    optimizer.step(step)
     return total / max(tokens, 1), total_reading
 
 
@@ -258,33 +263,32 @@ def init_of(run):
     return read_json(path).get("sft", {}).get("init", "") if path.exists() else ""
 
 
-def train_reward(run, folder, flags, seed, device, judge):
+def train_reward(stage, run, folder, flags, seed, device):
     """Stage 2, or the judge: another seed, and the decisions on the other half of the CVs. (Both start from stage 1's
     weights, and the jobs are the same.)"""
-    name, part = ("judge", "B") if judge else ("reward", "A")
+    name, part = stage.name, "B" if stage.name == "judge" else "A"
     generator_model = load_model(need(run, "sft"), LanguageModel, device)
     codec = load_codec(run / "sft", generator_model.config)
-    with Stage(run, name) as stage:
-        probes = ["probes.jsonl"] if (folder / "probes.jsonl").exists() else []
-        records, init_seed = read_half(folder, part, "train.jsonl", *probes), generator(seed, name, "init").initial_seed()
-        if flags.init:
-            if load_tokenizer(flags.init).to_str() != codec.tokenizer.to_str():
-                raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that "
-                               "model writes")
-            start = load_pretrained(flags, codec, init_seed, device)
-        else:
-            start = generator_model
-        model, reader = new_reward_model(start, run / "sft", bool(flags.init or init_of(run)), init_seed)
-        reward.train(model.to(device), reader.to(device), codec, records, flags, seed, stage, device)
-        cvs = sorted({r.cv for r in records})
-        samples = reward.sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
-        reward.standardize(model, reward.score_rows(model, samples))
-        valid = read_records(folder / "valid.jsonl")
-        metrics = reward.pair_metrics(valid, reward.score_texts(model, codec, [(r.cv, r.jd) for r in valid]))
-        stage.say(f"{name}: valid " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
-        save_model(stage.folder, model)
-        save_tokenizer(stage.folder, codec)
-        stage.finish(**metrics, center=model.center, cut_cvs=codec.cut_cvs, cut_jds=codec.cut_jds)
+    probes = ["probes.jsonl"] if (folder / "probes.jsonl").exists() else []
+    records, init_seed = read_half(folder, part, "train.jsonl", *probes), generator(seed, name, "init").initial_seed()
+    if flags.init:
+        if load_tokenizer(flags.init).to_str() != codec.tokenizer.to_str():
+            raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that "
+                           "model writes")
+        start = load_pretrained(flags, codec, init_seed, device)
+    else:
+        start = generator_model
+    model, reader = new_reward_model(start, run / "sft", bool(flags.init or init_of(run)), init_seed)
+    reward.train(model.to(device), reader.to(device), codec, records, flags, seed, stage, device)
+    cvs = sorted({r.cv for r in records})
+    samples = reward.sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
+    reward.standardize(model, reward.score_rows(model, samples))
+    valid = read_records(folder / "valid.jsonl")
+    metrics = reward.pair_metrics(valid, reward.score_texts(model, codec, [(r.cv, r.jd) for r in valid]))
+    stage.say(f"{name}: valid " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+    save_model(stage.folder, model)
+    save_tokenizer(stage.folder, codec)
+    stage.finish(**metrics, center=model.center, cut_cvs=codec.cut_cvs, cut_jds=codec.cut_jds)
 
 
 def new_reward_model(lm, folder, pretrained, seed):
@@ -306,18 +310,17 @@ def new_reward_model(lm, folder, pretrained, seed):
     return model, reader
 
 
-def train_ppo(run, folder, flags, seed, device):
+def train_ppo(stage, run, folder, flags, seed, device):
     policy = ppo.Policy(load_model(need(run, "sft"), LanguageModel, device)).to(device)
     codec = load_codec(run / "sft", policy.lm.config)
     reward_model = load_model(need(run, "reward"), RewardModel, device, beside=policy.lm)
     truth = market.true_match if (folder / "market.json").exists() else None
-    with Stage(run, "ppo") as stage:
-        cvs = sorted({r.cv for r in read_half(folder, "A")})
-        ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, device, truth)
-        save_model(stage.folder, policy.lm)
-        save_tokenizer(stage.folder, codec)
-        save_tensors(stage.folder / "value_head.safetensors", {k: v.cpu() for k, v in policy.value_head.state_dict().items()})
-        stage.finish(**stage.rows[-1])
+    cvs = sorted({r.cv for r in read_half(folder, "A")})
+    ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, device, truth)
+    save_model(stage.folder, policy.lm)
+    save_tokenizer(stage.folder, codec)
+    save_tensors(stage.folder / "value_head.safetensors", {k: v.cpu() for k, v in policy.value_head.state_dict().items()})
+    stage.finish(**stage.rows[-1])
 
 
 # ------------------------------------------------------------------------------------------------- uses of a run
@@ -405,23 +408,35 @@ def run_stage(args, device):
     run, folder, _ = folders(args)
     if getattr(args, "plan", None) is not None:
         return show_plan(args, run)
+    flags = from_args(STAGES[args.command], args)
     if finished(run, name):
+        was = read_json(run / "config.json").get(name, {}) if (run / "config.json").exists() else {}
+        for other, before, now in differences(was, {"data": was.get("data"), "seed": args.seed, **vars(flags)}):
+            raise BadInput(f"{run / name}: finished already, with --{other.replace('_', '-')} {before}, not {now}; choose another "
+                           "--run, or delete this folder")
         print(f"{name}: finished already, see {run / name}")
         return
-    flags = from_args(STAGES[args.command], args)
     if getattr(flags, "lora_rank", 0) and not flags.init:
         raise BadInput(f"{args.command}: --lora-rank goes with --init; adapters need weights beside them that know something "
                        "already")
     for split in SPLITS:
         if not (folder / f"{split}.jsonl").exists():
             raise BadInput(f"{folder / split}.jsonl: no such file; make a data set with  python girl.py data --out {folder}")
-    note_config(run, name, {"seed": args.seed, "data": str(folder), **vars(flags)})
-    if args.command == "sft":
-        train_sft(run, folder, flags, args.seed, device)
-    elif args.command == "reward":
-        train_reward(run, folder, flags, args.seed, device, args.judge)
-    else:
-        train_ppo(run, folder, flags, args.seed, device)
+    with Stage(run, name, args.save_seconds) as stage:
+        asked = {"seed": args.seed, **vars(flags)}
+        stage.begin(asked, what_it_learns_from(run, folder, name))
+        note_config(run, name, {"data": str(folder), **asked})
+        train = {"sft": train_sft, "ppo": train_ppo}.get(name, train_reward)
+        train(stage, run, folder, flags, args.seed, device)
+
+
+def what_it_learns_from(run, folder, name):
+    """Checksums of a stage's data, and of the weights of the stages before it."""
+    found = {f: sha256(folder / f) for f in ("train.jsonl", "valid.jsonl", "probes.jsonl") if (folder / f).exists()}
+    for stage in {"sft": (), "ppo": ("sft", "reward")}.get(name, ("sft",)):
+        checksums = read_json(need(run, stage) / "summary.json").get("sha256", {})
+        found |= {f"{stage}/{f}": digest for f, digest in checksums.items() if f.endswith(".safetensors")}
+    return found
 
 
 def show_plan(args, run):
@@ -445,7 +460,7 @@ def note_config(run, stage, flags):
         raise BadInput(f"{run}: cannot be made ({e.strerror}); choose another --run folder")
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
-        write_json(path, (read_json(path) if path.exists() else {}) | {stage: flags})
+        write_json(path, dict(sorted(((read_json(path) if path.exists() else {}) | {stage: flags}).items())))
     finally:
         os.close(folder)
 
@@ -458,10 +473,14 @@ def run_all(args, device):
         args.data = str(run / "data")
         run_apart(run, {"data": ["data", "--out", args.data] + common})
     common += ["--run", args.run, "--data", args.data]
-    again = ["--checkpointing"] * args.checkpointing
-    run_apart(run, {"sft": ["sft"] + common + start})
+    save = ["--save-seconds", str(args.save_seconds)]
+    again = save + ["--checkpointing"] * args.checkpointing
+    run_apart(run, {"sft": ["sft"] + common + save + start})
     run_apart(run, {"reward": ["reward"] + common + again, "judge": ["reward", "--judge"] + common + again})
-    run_stage(parse(["ppo"] + common + again), device)
+    if finished(run, "ppo"):
+        print(f"ppo: finished already, see {run / 'ppo'}")
+    else:
+        run_stage(parse(["ppo"] + common + again), device)
     evaluate_run(parse(["evaluate"] + common), device)
     recommend_run(parse(["recommend"] + common), device)
 
@@ -520,12 +539,13 @@ def recommend_run(args, device):
 STAGES = {"sft": SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags}
 # What --smoke changes: every stage at toy size, to see that all of it runs; in a folder of its own.
 SMOKE_RUN = {"run": "runs/smoke"}
+SMOKE_STAGE = SMOKE_RUN | {"save_seconds": 2.0}
 SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600},
-         "sft": {"epochs": 1, "warm_steps": 10, "hidden": 32, "layers": 2, "vocab": 600} | SMOKE_RUN,
-         "reward": {"steps": 20, "samples": 32} | SMOKE_RUN,
-         "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8} | SMOKE_RUN,
+         "sft": {"epochs": 1, "warm_steps": 10, "hidden": 32, "layers": 2, "vocab": 600} | SMOKE_STAGE,
+         "reward": {"steps": 20, "samples": 32} | SMOKE_STAGE,
+         "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8} | SMOKE_STAGE,
          "evaluate": {"cvs": 24} | SMOKE_RUN,
-         "recommend": {"people": 40, "seeds": 2, "steps": 20, "cvs": 10} | SMOKE_RUN, "train": SMOKE_RUN}
+         "recommend": {"people": 40, "seeds": 2, "steps": 20, "cvs": 10} | SMOKE_RUN, "train": SMOKE_STAGE}
 # What changes where a run begins with a pretrained model: it can read and write already, so it needs gentle steps and none of
 # what helps a small model to learn to copy; and adapters need larger steps than the weights themselves. Usual values, of
 # which only those of LORA were tried, in one run of a model of 135M.
@@ -576,6 +596,9 @@ def build_parser():
             p.add_argument("--data", metavar="DIR", help="folder of train.jsonl, valid.jsonl, test.jsonl (default RUN/data)")
         if name in STAGES:
             add_flags(p, STAGES[name])
+        if name in (*STAGES, "train"):
+            p.add_argument("--save-seconds", type=float, default=60.0, metavar="S", help="save the state, from which the same "
+                           "command goes on after an interruption, after so many seconds (default %(default)s)")
     parsers["data"].add_argument("--out", required=True, metavar="DIR", help="where to write it")
     add_flags(parsers["data"], DataFlags)
     d = parsers["data"].add_argument_group("a table of your own", "a .csv, .tsv or .jsonl file; each row is a CV and a JD that "
@@ -646,6 +669,7 @@ def parse(argv):
 
 
 def main(argv=None):
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C: stages in other processes are told, too
     try:
         args = parse(argv)
         device = pick_device()
@@ -661,8 +685,10 @@ def main(argv=None):
         print(f"girl.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("girl.py: interrupted", file=sys.stderr)
+        print("girl.py: interrupted; the same command begins, or goes on from what was saved", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import torch.nn as nn
 from data import pad_right
 from model import cache_size, generate, logits_size, rows_that_fit, twin
 from reward import score_rows
-from run import BadInput, autocast, flag, generator
+from run import autocast, flag, generator
 
 
 @dataclass
@@ -219,25 +219,27 @@ def minibatch_loss(policy, e, old, flags, tokens_in_step):
     return loss, sums
 
 
-def update(policy, optimizer, episodes, old, flags, generator, device):
-    """All PPO epochs over one rollout. Returns the masked means of what is logged."""
-    totals, tokens = {}, 0.0
-    for _ in range(flags.ppo_epochs):
-        for batch in minibatches(len(episodes.ids), flags.minibatch, generator):
-            in_step = float(episodes.mask[batch].sum())
-            for micro in batch.chunk(flags.accumulate):
-                with autocast(device):
-                    loss, sums = minibatch_loss(policy, episodes.rows(micro), {k: v[micro] for k, v in old.items()},
-                                                flags, in_step)
-                loss.backward()
-                for name, value in sums.items():
-                    totals[name] = totals.get(name, 0.0) + value
-            norm = nn.utils.clip_grad_norm_(policy.parameters(), flags.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise BadInput("ppo: the gradient is not finite; lower --lr or raise --kl-coef")
-            optimizer.step()
-            optimizer.zero_grad()
-            tokens += in_step
+def update(policy, optimizer, episodes, old, flags, generator, device, done=0, totals=None, safe=lambda done, totals: None):
+    """All PPO epochs over one rollout. Returns the masked means of what is logged.
+
+    `safe` is told after each minibatch how many are done, and the sums so far; with these, an update that was cut short goes on."""
+    batches = [b for _ in range(flags.ppo_epochs) for b in minibatches(len(episodes.ids), flags.minibatch, generator)]
+    totals = totals or {}
+    for done, batch in enumerate(batches[done:], done + 1):
+        in_step = float(episodes.mask[batch].sum())
+        for micro in batch.chunk(flags.accumulate):
+            with autocast(device):
+                loss, sums = minibatch_loss(policy, episodes.rows(micro), {k: v[micro] for k, v in old.items()}, flags, in_step)
+            loss.backward()
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value
+        norm = nn.utils.clip_grad_norm_(policy.parameters(), flags.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(batch.tolist())        # the episodes of the minibatch
+        optimizer.step()
+        optimizer.zero_grad()
+        safe(done, totals)
+    tokens = flags.ppo_epochs * float(episodes.mask.sum())
     means = {name: value / tokens for name, value in totals.items()}
     means["ratio_var"] -= (means["ratio_mean"] - 1) ** 2        # of the squares around 1, which keep their precision
     return means
@@ -276,21 +278,36 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
     policy.lm.model.checkpointing = flags.checkpointing
     # eps 1e-5 as in the original PPO code: with the default 1e-8 tiny second moments make the first steps too large.
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=flags.lr, eps=1e-5)
-    controller = KLController(flags.kl_coef, flags.kl_target, flags.kl_horizon)
-    negative = 0
-    for i in range(stage.total(flags.iterations)):
+    stage.total(flags.iterations)
+    found = stage.resume({"policy": policy}, [optimizer])
+    controller = KLController(found.get("beta", flags.kl_coef), flags.kl_target, flags.kl_horizon)
+    negative = found.get("negative", 0)
+    for i in range(stage.step, flags.iterations):
         draw = generator(seed, "ppo", i)
         chosen = [cvs[k] for k in torch.randperm(len(cvs), generator=draw)[:flags.episodes]]
         prompts = [codec.prompt(cv) for cv in chosen]
         for group in optimizer.param_groups:
             group["lr"] = flags.lr * (1 - i / flags.iterations)
 
-        e, old, responses, log = rollout(policy, reference, reward_model, prompts, codec, flags, controller.beta,
-                                         generator(seed, "ppo-sample", i, device=device), device)
-        log |= update(policy, optimizer, e, old, flags, draw, device)
+        if "done" in found:                 # this iteration was cut short within its update
+            e, old = Episodes(*(stage.tensors.pop(name).to(device) for name in Episodes._fields)), stage.tensors
+            old, log, done, totals = {k: v.to(device) for k, v in old.items()}, found["log"], found["done"], found["totals"]
+            found = {}
+        else:
+            e, old, _, log = rollout(policy, reference, reward_model, prompts, codec, flags, controller.beta,
+                                     generator(seed, "ppo-sample", i, device=device), device)
+            done, totals = 0, {}
+
+        def safe(done, totals):
+            stage.safe(i, e._asdict() | old, beta=controller.beta, negative=negative, log=log, done=done, totals=totals)
+        safe(done, totals)
+        try:
+            log |= update(policy, optimizer, e, old, flags, draw, device, done, totals, safe)
+        except FloatingPointError as minibatch:
+            stage.check_finite(math.nan, i + 1, [chosen[k] for k in minibatch.args[0]], "lower --lr or raise --kl-coef")
         controller.update(log["kl"], len(prompts))
 
-        texts = [codec.text(r) for r in responses]
+        texts = [codec.text(tokens[mask].tolist()) for tokens, mask in zip(e.tokens, e.mask)]
         log["true_match"] = sum(map(true_match, chosen, texts)) / len(texts) if true_match else None
         # k1 may be negative by chance, not again and again: then pi_ref is more likely than pi on pi's own samples,
         # which is impossible in the mean. Log-probabilities or masks are wrong.
@@ -298,6 +315,7 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
         log["kl_fault"] = negative >= 5
         stage.log(iteration=i + 1, **log)
         report(stage, i, flags, log, chosen, texts)
+        stage.safe(i + 1, beta=controller.beta, negative=negative)
     return optimizer
 
 

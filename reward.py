@@ -228,21 +228,25 @@ def train(model, reader, codec, records, flags, seed, stage, device):
               f"ones dropped, identical to an accepted one after truncation; cut: {codec.cut_cvs} CVs, {codec.cut_jds} JDs")
     model.model.checkpointing = flags.checkpointing
     optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(flags.steps))
+    stage.resume({"model": model, "reader": reader}, [part for part, _ in optimizer.parts])
     longest, epoch, batches = [max(len(p) + len(j) for p, j in g.rows) for g in groups], 0, []
     for step in range(flags.steps):
         if not batches:
             batches = bucketed(longest, flags.groups, generator(seed, stage.name, "epoch", epoch))
             epoch += 1
+        chosen = batches.pop()
+        if step < stage.step:
+            continue                        # done before an interruption
         draw = generator(seed, stage.name, step)
-        batch = [subsample(groups[i], flags.max_group, draw) for i in batches.pop()]
+        batch = [subsample(groups[i], flags.max_group, draw) for i in chosen]
         loss, accuracy, reading = judge_step(model, reader, batch, flags, device)
-        if not np.isfinite(loss):
-            raise BadInput(f"{stage.name}: the loss is not finite; lower --lr and --matrix-lr")
+        stage.check_finite(loss + reading, step + 1, [codec.text(g.rows[0][0]) for g in batch], "lower --lr and --matrix-lr")
         optimizer.step(step)
         stage.log(step=step + 1, loss=loss, accuracy=accuracy, reading=reading)
         if (step + 1) % 100 == 0:
             stage.say(f"{stage.name} {step + 1:4d}/{flags.steps}  loss {stage.mean('loss', 100):.4f}  "
                       f"accuracy {stage.mean('accuracy', 100):.3f}  reading loss {stage.mean('reading', 100):.4f}")
+        stage.safe(step + 1)
 
 
 def judge_step(model, reader, groups, flags, device):

@@ -6,12 +6,14 @@ A stage is finished when its `summary.json` is there. Nothing is ever half writt
 and renamed over it.
 """
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import math
 import os
 import resource
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -139,28 +141,58 @@ def cosine(step, steps, warmup):
 
 # ---------------------------------------------------------------------------------------------------- a stage
 class Stage:
-    """The folder of one stage while it runs: metrics.csv, a progress bar, the time; `finish` writes summary.json.
+    """The folder of one stage while it runs: metrics.csv, a progress bar, the time, and the state from which it goes on if it
+    is cut short. `finish` writes summary.json.
 
         with Stage(run, "sft") as stage:
-            for step in range(1, stage.total(1000) + 1):
-                stage.log(step=step, loss=2.3)
+            stage.begin({"lr": 1e-3}, {"train.jsonl": "6d5c..."})    # refuses to go on with other flags or other files
+            model, optimizer = ...
+            stage.total(1000)
+            numbers = stage.resume({"model": model}, [optimizer])   # what `safe` was given when the state was saved, or {}
+            for step in range(stage.step, 1000):
+                ...
+                stage.log(step=step + 1, loss=2.3)
+                stage.safe(step + 1)                                # a point from which it can go on
             stage.finish(valid_nll=1.2)
-    """
 
-    def __init__(self, run, name):
+    state.json names the file of the tensors, and is renamed over the state before it when all of them are on the disk. Random
+    generators are not part of it: they follow from seed, stage and step. A second process at the same folder is refused; the
+    lock is the system's, and ends with the process."""
+
+    def __init__(self, run, name, save_seconds=60.0):
         self.folder, self.name, self.start = Path(run) / name, name, time.time()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(self.folder, os.O_RDONLY)
         except OSError as e:
             raise BadInput(f"{self.folder}: cannot be made ({e.strerror}); choose another --run folder")
-        self.rows = []
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.lock)
+            raise BadInput(f"{self.folder}: another process is at work on it; wait for it, or choose another --run folder")
+        self.rows, self.step, self.tensors, self.stopped = [], 0, {}, False
+        self.asked, self.inputs, self.modules, self.optimizers = {}, {}, {}, []
+        self.save_seconds, self.saved, self.before = save_seconds, time.time(), 0.0
         self.bar = tqdm(desc=name, unit="step", mininterval=1 if sys.stderr.isatty() else 20, dynamic_ncols=True)
 
     def __enter__(self):
+        self.handlers = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exception):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
         self.bar.close()
+        os.close(self.lock)
+
+    def stop(self, number, _):
+        """Ctrl-C, SIGTERM: go on to the next safe point, where weights and optimizer belong together. Ctrl-C again: at once."""
+        if self.stopped and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.stopped:
+            self.say(f"{self.name}: stops after this step; Ctrl-C once more stops at once")
+        self.stopped = True
 
     def total(self, steps):
         self.bar.reset(steps)
@@ -175,10 +207,91 @@ class Stage:
         self.rows.append(row)
         self.bar.update()
 
+    def check_finite(self, value, step, texts, remedy):
+        """Nothing more is learned, or saved, once the loss or the gradient of a step is no number."""
+        if not math.isfinite(value):
+            raise BadInput(f"{self.name}: the loss or its gradient is not finite at step {step}, on the records "
+                           f"{', '.join(repr(text[:40]) for text in texts)}; {remedy}")
+
     def mean(self, name, last):
         """Mean of a column over the last rows."""
         values = [row[name] for row in self.rows[-last:]]
         return sum(values) / len(values)
+
+    # ------------------------------------------------------------------------------------------------ the state
+    def begin(self, asked, inputs):
+        """The flags of this stage, and the checksums of what it learns from. A state of others is refused, the difference named."""
+        self.asked, self.inputs, state = asked, inputs, self.read_state()
+        remedy = "go on with the same, choose another --run, or delete this folder"
+        for name, was, now in differences(state.get("asked", asked), asked):
+            raise BadInput(f"{self.folder}: was begun with --{name.replace('_', '-')} {was}, not {now}; {remedy}")
+        for name, _, _ in differences(state.get("inputs", inputs), inputs):
+            raise BadInput(f"{self.folder}: was begun with another {name}; {remedy}")
+
+    def read_state(self):
+        path = self.folder / "state.json"
+        found = read_json(path) if path.exists() else {"state": {}, "checksum": checksum({})}
+        if not isinstance(found, dict) or found.get("checksum") != checksum(found.get("state")):
+            raise BadInput(f"{path}: damaged (it does not match its checksum); delete {self.folder} to begin the stage anew")
+        return found["state"]
+
+    def resume(self, modules, optimizers):
+        """Name what is trained; and where there is a state, put it there. Returns the numbers that were saved with it; `step` is
+        the steps done, `tensors` what else was saved."""
+        self.modules, self.optimizers, self.saved, state = modules, optimizers, time.time(), self.read_state()
+        if not state:
+            return {}
+        path = self.folder / state["tensors"]
+        if not path.exists() or sha256(path) != state["sha256"]:
+            raise BadInput(f"{path}: missing or damaged (it does not match its checksum); delete {self.folder} to begin the "
+                           "stage anew")
+        found = load_tensors(path)
+        with torch.no_grad():
+            for name, p in self.trained().items():
+                p.copy_(found.pop(name))
+        for k, optimizer in enumerate(optimizers):
+            values = {}
+            for name in [n for n in found if n.startswith(f"optimizer.{k}.")]:
+                _, _, i, key = name.split(".")
+                values.setdefault(int(i), {})[key] = found.pop(name).clone()
+            optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.rows, self.step, self.before = state["rows"], state["step"], state["seconds"]
+        self.tensors = {name.removeprefix("more."): t.clone() for name, t in found.items()}
+        self.bar.update(len(self.rows))
+        self.say(f"{self.name}: resumed at step {self.step} of {self.bar.total}")
+        return state["numbers"]
+
+    def trained(self):
+        return {f"{name}.{n}": p for name, module in self.modules.items() for n, p in module.named_parameters() if p.requires_grad}
+
+    def safe(self, step, tensors=None, **numbers):
+        """Here a stage can go on: after so many steps, with these tensors and numbers. They are saved now and then, and when it
+        is to stop."""
+        if self.stopped or time.time() - self.saved >= self.save_seconds:
+            self.save(step, tensors or {}, numbers)
+        if self.stopped:
+            raise KeyboardInterrupt
+
+    def save(self, step, tensors, numbers):
+        found = self.trained() | {f"more.{name}": t for name, t in tensors.items()}
+        for k, optimizer in enumerate(self.optimizers):
+            for i, values in optimizer.state_dict()["state"].items():
+                found |= {f"optimizer.{k}.{i}.{key}": t for key, t in values.items()}
+        # Two files in turn: the one that state.json names is whole at any moment.
+        last = self.read_state().get("tensors")
+        name = "state-2.safetensors" if last == "state-1.safetensors" else "state-1.safetensors"
+        save_tensors(self.folder / name, {n: t.detach().cpu().contiguous() for n, t in found.items()})
+        state = {"step": step, "asked": self.asked, "inputs": self.inputs, "tensors": name, "sha256": sha256(self.folder / name),
+                 "numbers": numbers, "rows": self.rows, "seconds": self.seconds()}
+        write_json(self.folder / "state.json", {"state": state, "checksum": checksum(state)})
+        if last:
+            (self.folder / last).unlink(missing_ok=True)
+        self.saved = time.time()
+
+    # ---------------------------------------------------------------------------------------------------- the end
+    def seconds(self):
+        """At work, over all processes that it took."""
+        return round(self.before + time.time() - self.start, 1)
 
     def write_metrics(self):
         text = io.StringIO()
@@ -188,10 +301,48 @@ class Stage:
         write_bytes(self.folder / "metrics.csv", text.getvalue().encode())
 
     def finish(self, **summary):
+        """summary.json, with the checksums of all other files: from now on the stage is finished."""
         self.write_metrics()
-        summary |= {"started": round(self.start, 1), "seconds": round(time.time() - self.start, 1), "peak_rss_mb": peak_rss_mb()}
+        state = [path for path in self.folder.iterdir() if path.name.startswith("state")]
+        files = {path.name: sha256(path) for path in sorted(self.folder.iterdir())
+                 if path.is_file() and path not in state and path.name != "summary.json" and not path.name.startswith(".")}
+        seconds = self.seconds()
+        summary |= {"started": round(time.time() - seconds, 1), "seconds": seconds, "peak_rss_mb": peak_rss_mb(), "sha256": files}
         write_json(self.folder / "summary.json", summary)
+        for path in state:
+            path.unlink()
         return summary
+
+
+def differences(was, now):
+    """(name, value, other value) wherever two dictionaries differ."""
+    return [(name, was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)]
+
+
+def checksum(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as f:
+            while block := f.read(2 ** 20):
+                digest.update(block)
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror}")
+    return digest.hexdigest()
+
+
+def check_folder(folder):
+    """Refuse the folder of a finished stage in which a file is not what it was when the stage was finished."""
+    path = Path(folder) / "summary.json"
+    for name, digest in (read_json(path).get("sha256", {}) if path.exists() else {}).items():
+        if not (path.parent / name).exists():
+            raise BadInput(f"{path.parent / name}: is missing; bring it back, or delete {folder} and run the stage again")
+        if sha256(path.parent / name) != digest:
+            raise BadInput(f"{path.parent / name}: damaged or edited (it does not match its checksum in summary.json); bring it "
+                           f"back, or delete {folder} and run the stage again")
 
 
 def finished(run, name):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from model import Config, LanguageModel, LoRA, RewardModel, add_lora, twin
-from run import BadInput, flag, frozen_dtype, load_tensors, read_json, save_tensors, write_json
+from run import BadInput, check_folder, flag, frozen_dtype, load_tensors, read_json, save_tensors, write_json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -166,6 +166,7 @@ def load_model(folder, kind=LanguageModel, device="cpu", beside=None):
 
     `beside`: a language model in memory; where both are adapters of one base, its frozen weights are used again."""
     folder = Path(folder)
+    check_folder(folder)
     lora = read_lora(folder)
     model = load_adapters(folder, lora, kind, device, beside) if lora else load_plain(folder, kind, device)
     if kind is RewardModel:

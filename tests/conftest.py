@@ -1,5 +1,6 @@
 """Tiny models and a codec of fourteen words, small enough that a whole PPO training takes a second."""
 import copy
+import math
 import sys
 from pathlib import Path
 
@@ -70,10 +71,19 @@ def stage():
 class FakeStage:
     """What a training loop needs of a run.Stage, kept in lists."""
 
-    name = "test"
+    name, step = "test", 0
 
     def __init__(self):
         self.rows, self.lines = [], []
+
+    def resume(self, modules, optimizers):
+        return {}
+
+    def safe(self, step, tensors=None, **numbers):
+        pass
+
+    def check_finite(self, value, step, texts, remedy):
+        assert math.isfinite(value)
 
     def total(self, steps):
         return steps

@@ -172,7 +172,9 @@ def test_a_reward_model_may_start_from_the_pretrained_model(run, tmp_path):
     judge = load_model(tmp_path / "run" / "reward", RewardModel)
     if adapters:
         assert judge.model.lora.r == 2 and judge.model.lora.target_modules == ["q_proj", "v_proj"]
+    shutil.rmtree(tmp_path / "run" / "ppo")
     assert girl.main(["ppo", "--run", str(tmp_path / "run"), "--data", str(folder / "data"), *FAST["ppo"], "--iterations", "1"]) == 0
+    assert (tmp_path / "run" / "ppo" / "summary.json").exists()
 
 
 def test_all_stages_run_with_a_base_in_bf16(run, tmp_path, monkeypatch):

@@ -1,0 +1,304 @@
+"""Nothing is lost: a stage that is cut short goes on where it was, and ends bit for bit where it would have ended."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import girl
+import run
+from run import Stage, read_json
+
+TINY = {"sft": ["--epochs", "2", "--warm-steps", "3", "--batch", "8"], "reward": ["--steps", "10", "--samples", "16"],
+        "ppo": ["--iterations", "2", "--episodes", "8", "--minibatch", "4", "--accumulate", "2", "--kl-target", "0.5"]}
+STAGES = {"sft": ["sft"], "reward": ["reward"], "judge": ["reward", "--judge"], "ppo": ["ppo"]}
+
+
+def argv(name, run, data, *more):
+    command = STAGES[name]
+    return [*command, "--smoke", "--run", str(run), "--data", str(data), *TINY[command[0]], *more]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert girl.main(["data", "--smoke", "--people", "60", "--held-out", "20", "--out", str(folder / "data")]) == 0
+    for name in STAGES:
+        assert girl.main(argv(name, folder / "run", folder / "data")) == 0
+    return folder
+
+
+def results(folder):
+    """Every file of a finished stage; of summary.json what does not depend on the clock."""
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    summary = json.loads(files.pop("summary.json"))
+    return files, {k: v for k, v in summary.items() if k not in ("started", "seconds", "peak_rss_mb")}
+
+
+def begin(whole, tmp_path, name):
+    """A copy of the run as it was before this stage."""
+    run = tmp_path / "run"
+    shutil.copytree(whole / "run", run)
+    for later in list(STAGES)[list(STAGES).index(name):]:
+        shutil.rmtree(run / later)
+    return run
+
+
+class Cut(BaseException):
+    """As if the machine went off: nothing catches it."""
+
+
+def cut_at(monkeypatch, n, where="safe"):
+    """The n-th call of a Stage's method is the last."""
+    calls, real = [], getattr(Stage, where)
+
+    def call(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == n:
+            raise Cut
+        return real(self, *args, **kwargs)
+    monkeypatch.setattr(Stage, where, call)
+    return calls
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("n", [2, 3, 5, 7, 9])
+def test_wherever_a_stage_is_cut_its_end_is_the_same(whole, tmp_path, monkeypatch, capsys, name, n):
+    """Within an epoch, after the warm-up, within PPO's update and after its rollout: a state is saved at every safe point, and at
+    the n-th the process ends."""
+    folder, command = begin(whole, tmp_path, name) / name, argv(name, tmp_path / "run", whole / "data", "--save-seconds", "0")
+    with monkeypatch.context() as m, pytest.raises(Cut):
+        cut_at(m, n)
+        girl.main(command)
+    assert not (folder / "summary.json").exists() and (folder / "state.json").exists()
+    capsys.readouterr()
+    assert girl.main(command) == 0
+    step = (n - 1) // 6 if name == "ppo" else n - 1     # of PPO's safe points, five lie within an iteration and one is its end
+    assert f"{name}: resumed at step {step} of " in capsys.readouterr().out
+    assert results(folder) == results(whole / "run" / name)
+
+
+def test_a_stage_cut_while_it_saves_goes_on_from_the_state_before(whole, tmp_path, monkeypatch):
+    """The tensors of the fourth state are written, its state.json is not: the third one still names its own."""
+    folder, command = begin(whole, tmp_path, "reward") / "reward", argv("reward", tmp_path / "run", whole / "data", "--save-seconds", "0")
+    real, calls = run.write_json, []
+
+    def write(path, value):
+        calls.extend([path] * (path.name == "state.json"))
+        if len(calls) == 4:
+            raise Cut
+        real(path, value)
+    with monkeypatch.context() as m, pytest.raises(Cut):
+        m.setattr(run, "write_json", write)
+        girl.main(command)
+    assert read_json(folder / "state.json")["state"]["step"] == 3 and len(list(folder.glob("state-*"))) == 2
+    assert girl.main(command) == 0
+    assert results(folder) == results(whole / "run" / "reward")
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo"])
+def test_a_stage_cut_at_its_end_goes_on_to_its_end(whole, tmp_path, monkeypatch, name):
+    folder, command = begin(whole, tmp_path, name) / name, argv(name, tmp_path / "run", whole / "data", "--save-seconds", "0")
+    with monkeypatch.context() as m, pytest.raises(Cut):
+        cut_at(m, 1, "finish")
+        girl.main(command)
+    assert girl.main(command) == 0
+    assert results(folder) == results(whole / "run" / name)
+
+
+def test_without_a_state_a_stage_begins_anew(whole, tmp_path, monkeypatch):
+    """Cut before the first state was due."""
+    folder, command = begin(whole, tmp_path, "sft") / "sft", argv("sft", tmp_path / "run", whole / "data", "--save-seconds", "60")
+    with monkeypatch.context() as m, pytest.raises(Cut):
+        cut_at(m, 3)
+        girl.main(command)
+    assert list(folder.iterdir()) == []
+    assert girl.main(command) == 0
+    assert results(folder) == results(whole / "run" / "sft")
+
+
+# ------------------------------------------------------------------------------------------------------- signals
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_stage_at_its_next_safe_point_with_a_state(whole, tmp_path, monkeypatch, capsys, number):
+    folder, command = begin(whole, tmp_path, "sft") / "sft", argv("sft", tmp_path / "run", whole / "data", "--save-seconds", "60")
+    real = Stage.log
+
+    def log(self, **row):                       # the signal comes within a step
+        real(self, **row)
+        if row["step"] == 4:
+            os.kill(os.getpid(), number)
+    with monkeypatch.context() as m:
+        m.setattr(Stage, "log", log)
+        assert girl.main(command) == 130
+    assert read_json(folder / "state.json")["state"]["step"] == 4
+    said = capsys.readouterr()
+    assert "sft: stops after this step" in said.out and "interrupted" in said.err and "Traceback" not in said.err
+    assert girl.main(command) == 0
+    assert results(folder) == results(whole / "run" / "sft")
+
+
+def test_the_second_ctrl_c_ends_a_stage_at_once_and_a_second_sigterm_does_not(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Stage(tmp_path, "sft") as stage:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stage.stopped
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_train_hands_a_sigterm_on_to_its_stages(whole, tmp_path):
+    """None of them is left behind at work."""
+    command = [sys.executable, girl.__file__, "train", "--smoke", "--run", str(tmp_path / "run"), "--data", str(whole / "data")]
+    train = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    while not (tmp_path / "run" / "sft").exists():
+        time.sleep(0.05)
+    time.sleep(2)
+    train.send_signal(signal.SIGTERM)
+    said, _ = train.communicate(timeout=60)
+    assert train.returncode == 130 and "Traceback" not in said
+    with pytest.raises(ProcessLookupError):     # the group is empty: the child has ended too
+        os.killpg(train.pid, 0)
+
+
+# ----------------------------------------------------------------------------------------- what is not gone on with
+def interrupted(whole, tmp_path, monkeypatch, name="reward"):
+    folder, command = begin(whole, tmp_path, name) / name, argv(name, tmp_path / "run", whole / "data", "--save-seconds", "0")
+    with monkeypatch.context() as m, pytest.raises(Cut):
+        cut_at(m, 4)
+        girl.main(command)
+    return folder, command
+
+
+def refused(capsys, command, *says):
+    capsys.readouterr()
+    assert girl.main(command) == 2
+    *before, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("girl.py: ") and all(text in line for text in says), line
+    assert not any("Traceback" in text or text.startswith("girl.py") for text in before)    # the progress bar only
+
+
+def test_other_flags_or_another_seed_are_refused_and_named(whole, tmp_path, monkeypatch, capsys):
+    folder, command = interrupted(whole, tmp_path, monkeypatch)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}, (tmp_path / "run" / "config.json").read_bytes()
+    refused(capsys, command + ["--lr", "0.5"], str(folder), "--lr 0.002, not 0.5")
+    refused(capsys, command + ["--seed", "3"], "--seed 0, not 3")
+    assert before == ({p.name: p.read_bytes() for p in folder.iterdir()}, (tmp_path / "run" / "config.json").read_bytes())
+    assert girl.main(command + ["--save-seconds", "5"]) == 0    # how often it saves is not what it learns
+    assert results(folder) == results(whole / "run" / "reward")
+    refused(capsys, command + ["--lr", "0.5"], "finished already, with --lr 0.002, not 0.5")
+    assert girl.main(command) == 0
+
+
+def test_other_data_and_another_model_before_it_are_refused_and_named(whole, tmp_path, monkeypatch, capsys):
+    shutil.copytree(whole / "data", tmp_path / "data")
+    folder, command = interrupted(whole, tmp_path, monkeypatch)
+    command[command.index("--data") + 1] = str(tmp_path / "data")
+    lines = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    refused(capsys, command, "begun with another train.jsonl")
+    shutil.copy(whole / "data" / "train.jsonl", tmp_path / "data")
+    shutil.copytree(tmp_path / "run" / "sft", tmp_path / "sft")
+    shutil.rmtree(tmp_path / "run" / "sft")
+    assert girl.main(argv("sft", tmp_path / "run", whole / "data", "--seed", "7")) == 0
+    refused(capsys, command, "begun with another sft/model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "sft")
+    shutil.copytree(tmp_path / "sft", tmp_path / "run" / "sft")
+    assert girl.main(command) == 0
+    assert results(folder) == results(whole / "run" / "reward")
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(whole, tmp_path, capsys):
+    folder, command = begin(whole, tmp_path, "reward") / "reward", argv("reward", tmp_path / "run", whole / "data")
+    folder.mkdir()
+    hold = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print('held', flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    refused(capsys, command, str(folder), "another process is at work on it")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    other.kill()
+    other.wait()
+    assert girl.main(command) == 0
+
+
+# -------------------------------------------------------------------------------------------------------- damage
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) * 2 // 3] ^= 1
+    path.write_bytes(raw)
+
+
+DAMAGE = {"flipped": flip, "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]), "missing": lambda path: path.unlink()}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "metrics.csv", "tokenizer.json"])
+def test_a_damaged_file_of_a_finished_stage_is_refused_and_named(whole, tmp_path, capsys, file, how):
+    run = begin(whole, tmp_path, "ppo")
+    DAMAGE[how](run / "reward" / file)
+    refused(capsys, argv("ppo", run, whole / "data"), f"reward/{file}: ", "missing" if how == "missing" else "does not match its checksum")
+    (tmp_path / "cv.txt").write_text("A cook")
+    (tmp_path / "jd.txt").write_text("A kitchen")
+    refused(capsys, ["score", "--reward", str(run / "reward"), "--cv", str(tmp_path / "cv.txt"), "--jd", str(tmp_path / "jd.txt")], file)
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_state_is_refused_and_named(whole, tmp_path, monkeypatch, capsys, how):
+    folder, command = interrupted(whole, tmp_path, monkeypatch)
+    DAMAGE[how](next(folder.glob("state-*")))
+    refused(capsys, command, "state-", "missing or damaged")
+
+
+@pytest.mark.parametrize("change", [lambda text: "", lambda text: "{", lambda text: "[]", lambda text: '{"step": 3}',
+                                    lambda text: text.replace('"step": 3', '"step": 2', 1)])
+def test_a_damaged_state_json_is_refused(whole, tmp_path, monkeypatch, capsys, change):
+    folder, command = interrupted(whole, tmp_path, monkeypatch)
+    text = (folder / "state.json").read_text()
+    (folder / "state.json").write_text(change(text))
+    assert change(text) != text
+    refused(capsys, command, "state.json")
+
+
+# ------------------------------------------------------------------------------------------------------- other faults
+@pytest.mark.parametrize("name, where, step", [("sft", "sft_step", "step 3"), ("reward", "judge_step", "step 3"), ("ppo", "minibatch_loss", "step 1")])
+def test_a_loss_that_is_no_number_names_stage_step_and_records_and_saves_nothing_more(whole, tmp_path, monkeypatch, capsys, name, where, step):
+    folder, command = begin(whole, tmp_path, name) / name, argv(name, tmp_path / "run", whole / "data", "--save-seconds", "0")
+    module, calls, states = {"sft": girl, "reward": girl.reward, "ppo": girl.ppo}[name], [], []
+    real = getattr(module, where)
+
+    def spoiled(*args):
+        loss, *rest = real(*args)
+        calls.append(1)
+        states.append((folder / "state.json").exists() and (folder / "state.json").read_bytes())
+        return loss * (float("nan") if len(calls) >= 3 else 1), *rest
+    monkeypatch.setattr(module, where, spoiled)
+    refused(capsys, command, f"{name}: the loss or its gradient is not finite at {step}, on the records ", "; lower --lr")
+    assert (folder / "state.json").read_bytes() == states[2] and not (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("failure", ["disk", "folder"])
+def test_a_full_disk_or_a_read_only_folder_leaves_the_last_state(whole, tmp_path, monkeypatch, capsys, failure):
+    """A file-size limit stands for the full disk; the fourth state is the first that does not fit."""
+    folder, command = interrupted(whole, tmp_path, monkeypatch)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 14, 2 ** 14)); sys.argv = sys.argv[1:]\n" \
+            "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nimport girl; sys.exit(girl.main(sys.argv))"
+    if failure == "disk":
+        done = subprocess.run([sys.executable, "-c", limit, *command], capture_output=True, text=True, cwd=str(Path(girl.__file__).parent))
+        code, said = done.returncode, done.stderr.splitlines()[-1]
+    else:
+        real = os.replace
+        monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        code, said = girl.main(command), capsys.readouterr().err.splitlines()[-1]
+        monkeypatch.setattr(os, "replace", real)
+    assert code == 2 and "cannot be written" in said and "free some space or choose another --run folder" in said
+    assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert girl.main(command) == 0
+    assert results(folder) == results(whole / "run" / "reward")

@@ -415,6 +415,8 @@ def run_stage(args, device):
             raise BadInput(f"{run / name}: finished already, with --{other.replace('_', '-')} {before}, not {now}; choose another "
                            "--run, or delete this folder")
         print(f"{name}: finished already, see {run / name}")
+        for path in (run / name).glob("state*"):            # killed between the last file and the end
+            path.unlink()
         return
     if getattr(flags, "lora_rank", 0) and not flags.init:
         raise BadInput(f"{args.command}: --lora-rank goes with --init; adapters need weights beside them that know something "
@@ -495,17 +497,18 @@ def run_apart(run, commands):
     """Stages that do not need each other, each in a process of its own, which gives its memory back at the end, with
     its share of the threads: on small models two processes of one thread get more done than one process of two."""
     share, children = str(max(1, torch.get_num_threads() // len(commands))), []
-    for name, command in commands.items():
-        if finished(run, name):
-            print(f"{name}: finished already, see {run / name}")
-        else:
-            children.append(subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *command],
-                                             env=os.environ | {"OMP_NUM_THREADS": share}))
     try:
+        for name, command in commands.items():
+            if finished(run, name):
+                print(f"{name}: finished already, see {run / name}")
+            else:
+                children.append(subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *command],
+                                                 env=os.environ | {"OMP_NUM_THREADS": share}))
         failed = any([child.wait() for child in children])
     finally:
+        for child in children:              # only after an interrupt is one of them still at work
+            child.terminate()
         for child in children:
-            child.terminate()               # only after an interrupt is one of them still at work
             child.wait()
     if failed:
         raise BadInput(f"{run}: {' or '.join(commands)} failed; what went wrong stands above")

@@ -171,6 +171,8 @@ class Stage:
         except BlockingIOError:
             os.close(self.lock)
             raise BadInput(f"{self.folder}: another process is at work on it; wait for it, or choose another --run folder")
+        for path in self.folder.glob(".*.tmp"):     # a process that was killed while it wrote left it here
+            path.unlink()
         self.rows, self.step, self.tensors, self.stopped = [], 0, {}, False
         self.asked, self.inputs, self.modules, self.optimizers = {}, {}, {}, []
         self.save_seconds, self.saved, self.before = save_seconds, time.time(), 0.0
@@ -190,8 +192,6 @@ class Stage:
         """Ctrl-C, SIGTERM: go on to the next safe point, where weights and optimizer belong together. Ctrl-C again: at once."""
         if self.stopped and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.stopped:
-            self.say(f"{self.name}: stops after this step; Ctrl-C once more stops at once")
         self.stopped = True
 
     def total(self, steps):
@@ -270,6 +270,7 @@ class Stage:
         if self.stopped or time.time() - self.saved >= self.save_seconds:
             self.save(step, tensors or {}, numbers)
         if self.stopped:
+            self.say(f"{self.name}: stopped after step {step} of {self.bar.total}")
             raise KeyboardInterrupt
 
     def save(self, step, tensors, numbers):
@@ -301,11 +302,12 @@ class Stage:
         write_bytes(self.folder / "metrics.csv", text.getvalue().encode())
 
     def finish(self, **summary):
-        """summary.json, with the checksums of all other files: from now on the stage is finished."""
+        """summary.json, with the checksums of the other files: from now on the stage is finished. (Not of adapter_config.json: who
+        moves the base model corrects its path there.)"""
         self.write_metrics()
-        state = [path for path in self.folder.iterdir() if path.name.startswith("state")]
+        state = list(self.folder.glob("state*"))
         files = {path.name: sha256(path) for path in sorted(self.folder.iterdir())
-                 if path.is_file() and path not in state and path.name != "summary.json" and not path.name.startswith(".")}
+                 if path.is_file() and path not in state and path.name not in ("summary.json", "adapter_config.json")}
         seconds = self.seconds()
         summary |= {"started": round(time.time() - seconds, 1), "seconds": seconds, "peak_rss_mb": peak_rss_mb(), "sha256": files}
         write_json(self.folder / "summary.json", summary)

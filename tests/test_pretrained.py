@@ -87,6 +87,22 @@ def test_a_run_from_pretrained_weights_goes_through_all_stages(run):
     assert results["reward"]["pair_accuracy_ci95"] and results["reward"]["easy_pair_accuracy_ci95"]
 
 
+def test_the_base_of_a_finished_run_may_move(run, tmp_path):
+    folder, adapters = run
+    if adapters:
+        shutil.copytree(folder / "base", tmp_path / "elsewhere")
+        shutil.copytree(folder / "run" / "ppo", tmp_path / "ppo")
+        path = tmp_path / "ppo" / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "elsewhere")}))
+    else:
+        shutil.copytree(folder / "run" / "ppo", tmp_path / "ppo")
+        shutil.move(folder / "base", folder / "gone")
+    models = [load_model(where / "ppo") for where in (tmp_path, folder / "run")]
+    if not adapters:
+        shutil.move(folder / "gone", folder / "base")
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in models)))
+
+
 def test_only_the_adapters_differ_from_the_base(run):
     folder, adapters = run
     base = load_model(folder / "base").state_dict()

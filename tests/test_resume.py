@@ -112,6 +112,21 @@ def test_a_stage_cut_at_its_end_goes_on_to_its_end(whole, tmp_path, monkeypatch,
     assert results(folder) == results(whole / "run" / name)
 
 
+def test_what_a_killed_process_left_is_cleared_away(whole, tmp_path, monkeypatch):
+    """Killed while it wrote a file, and between the last file and the end."""
+    folder, command = begin(whole, tmp_path, "reward") / "reward", argv("reward", tmp_path / "run", whole / "data", "--save-seconds", "0")
+    with monkeypatch.context() as m, pytest.raises(Cut):
+        cut_at(m, 4)
+        girl.main(command)
+    state = {p: p.read_bytes() for p in folder.iterdir()}
+    (folder / ".state-1.safetensors.4711.tmp").write_bytes(b"half")
+    assert girl.main(command) == 0
+    for path, content in state.items():
+        path.write_bytes(content)
+    assert girl.main(command) == 0
+    assert results(folder) == results(whole / "run" / "reward")
+
+
 def test_without_a_state_a_stage_begins_anew(whole, tmp_path, monkeypatch):
     """Cut before the first state was due."""
     folder, command = begin(whole, tmp_path, "sft") / "sft", argv("sft", tmp_path / "run", whole / "data", "--save-seconds", "60")
@@ -138,7 +153,7 @@ def test_a_signal_ends_the_stage_at_its_next_safe_point_with_a_state(whole, tmp_
         assert girl.main(command) == 130
     assert read_json(folder / "state.json")["state"]["step"] == 4
     said = capsys.readouterr()
-    assert "sft: stops after this step" in said.out and "interrupted" in said.err and "Traceback" not in said.err
+    assert "sft: stopped after step 4 of " in said.out and "interrupted" in said.err and "Traceback" not in said.err
     assert girl.main(command) == 0
     assert results(folder) == results(whole / "run" / "sft")
 
@@ -157,9 +172,9 @@ def test_train_hands_a_sigterm_on_to_its_stages(whole, tmp_path):
     """None of them is left behind at work."""
     command = [sys.executable, girl.__file__, "train", "--smoke", "--run", str(tmp_path / "run"), "--data", str(whole / "data")]
     train = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    while not (tmp_path / "run" / "sft").exists():
+    while not (tmp_path / "run" / "judge").exists():
+        assert train.poll() is None, train.communicate()
         time.sleep(0.05)
-    time.sleep(2)
     train.send_signal(signal.SIGTERM)
     said, _ = train.communicate(timeout=60)
     assert train.returncode == 130 and "Traceback" not in said

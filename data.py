@@ -218,6 +218,10 @@ class Codec:
         self.cut_cvs += len(ids) > self.max_cv
         return self.before + ids[:self.max_cv] + self.after
 
+    def cv(self, prompt):
+        """The CV of a prompt, as far as it was not cut."""
+        return self.text(prompt[len(self.before):-len(self.after)])
+
     def jd(self, jd):
         """The JD's tokens and end-of-text; a JD that was cut has none, for it does not end there."""
         ids = self.encode(jd) + [self.eos]

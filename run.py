@@ -122,9 +122,12 @@ class Optimizer:
             muon = torch.optim.Muon(matrices, lr=flags.matrix_lr, weight_decay=0.0, ns_steps=3)
             self.parts.insert(0, (muon, flags.matrix_lr))
 
+    def clip(self):
+        """Shorten the gradients to the largest norm that the flags allow; returns the norm that they had."""
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.flags.max_grad_norm))
+
     def step(self, step):
-        """Clip the gradients, set the learning rates of step 0..steps-1, update, and clear the gradients."""
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.flags.max_grad_norm)
+        """Set the learning rates of step 0..steps-1, update, and clear the gradients."""
         factor = cosine(step, self.steps, self.flags.warmup)
         for part, peak in self.parts:
             part.param_groups[0]["lr"] = peak * factor
@@ -208,10 +211,12 @@ class Stage:
         self.bar.update()
 
     def check_finite(self, value, step, texts, remedy):
-        """Nothing more is learned, or saved, once the loss or the gradient of a step is no number."""
+        """Nothing more is learned, or saved, once the loss or the gradient of a step is no number. `texts()`: the CVs of its batch."""
         if not math.isfinite(value):
+            found = texts()
             raise BadInput(f"{self.name}: the loss or its gradient is not finite at step {step}, on the records "
-                           f"{', '.join(repr(text[:40]) for text in texts)}; {remedy}")
+                           f"{', '.join(repr(text[:40]) for text in found[:16])}{' and more' * (len(found) > 16)}; {remedy}, and "
+                           f"delete {self.folder} or choose another --run")
 
     def mean(self, name, last):
         """Mean of a column over the last rows."""

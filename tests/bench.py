@@ -47,6 +47,7 @@ def train_step(model, reader, optimizer, codec, flags, step):
     batch = [girl.Example(codec.prompt(4 * step + i), codec.jd(4 * step + i + 1), True, False) for i in range(4)]
     start = time.time()
     girl.sft_step(model, reader, batch, replace(flags, accumulate=2), pick_device())
+    optimizer.clip()
     optimizer.step(step)
     return sum(len(e.prompt) + len(e.jd) for e in batch) / (time.time() - start)
 

@@ -197,6 +197,7 @@ def refused(capsys, command, *says):
     *before, line = capsys.readouterr().err.splitlines()
     assert line.startswith("girl.py: ") and all(text in line for text in says), line
     assert not any("Traceback" in text or text.startswith("girl.py") for text in before)    # the progress bar only
+    return line
 
 
 def test_other_flags_or_another_seed_are_refused_and_named(whole, tmp_path, monkeypatch, capsys):
@@ -292,9 +293,13 @@ def test_a_loss_that_is_no_number_names_stage_step_and_records_and_saves_nothing
         loss, *rest = real(*args)
         calls.append(1)
         states.append((folder / "state.json").exists() and (folder / "state.json").read_bytes())
-        return loss * (float("nan") if len(calls) >= 3 else 1), *rest
+        if len(calls) >= 3 and name != "ppo":   # a loss that is a number, and a gradient that is none
+            next(p for p in args[0].parameters() if p.grad is not None).grad[0] = float("inf")
+        return loss * (float("nan") if len(calls) >= 3 and name == "ppo" else 1), *rest
     monkeypatch.setattr(module, where, spoiled)
-    refused(capsys, command, f"{name}: the loss or its gradient is not finite at {step}, on the records ", "; lower --lr")
+    cvs = {json.loads(line)["cv"] for line in (whole / "data" / "train.jsonl").open()}
+    line = refused(capsys, command, f"{name}: the loss or its gradient is not finite at {step}, on the records ", "; lower --lr")
+    assert any(repr(cv[:40]) in line for cv in cvs)
     assert (folder / "state.json").read_bytes() == states[2] and not (folder / "summary.json").exists()
 
 

@@ -224,8 +224,8 @@ def test_no_more_groups_are_made_than_are_seen(reward_model, codec, stage, monke
 
 def test_05_gradient_accumulation_equals_the_big_batch(reward_model, codec, stage, monkeypatch):
     gradients = []          # Adam's first step hides their scale: look where they are clipped
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
-                        lambda parameters, clip: gradients.append([p.grad.clone() for p in parameters if p.grad is not None]))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, clip: gradients.append(
+        [p.grad.clone() for p in parameters if p.grad is not None]) or 0.0)
     for accumulate in (1, 4):
         flags = reward.RewardFlags(steps=1, groups=6, accumulate=accumulate, lr=1e-9, matrix_lr=1e-9)
         torch.manual_seed(0)

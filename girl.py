@@ -228,8 +228,8 @@ def sft_steps(model, reader, optimizer, examples, codec, first, last, flags, see
         if step >= stage.step:              # the others were done before an interruption
             part = [examples[i] for i in batch]
             loss, reading = sft_step(model, reader, part, flags, device)
-            stage.check_finite(loss + reading + optimizer.clip(), step + 1, lambda: [codec.cv(e.prompt) for e in part],
-                               "lower --lr and --matrix-lr")
+            if not math.isfinite(loss + reading + optimizer.clip()):
+                stage.not_finite(step + 1, [codec.cv(e.prompt) for e in part], "lower --lr and --matrix-lr")
             optimizer.step(step)
             stage.log(step=step + 1, loss=loss, reading=reading)
             stage.safe(step + 1)

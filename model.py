@@ -276,7 +276,7 @@ class SharedPrompts:
         self.kept = None
 
     def append(self, k, v):
-        self.kept = self.kept or (k, v)         # the first time: checkpointing computes the same again
+        self.kept = k, v
         return k, v
 
 

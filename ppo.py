@@ -296,7 +296,8 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
         else:
             e, old, _, log = rollout(policy, reference, reward_model, prompts, codec, flags, controller.beta,
                                      generator(seed, "ppo-sample", i, device=device), device)
-            stage.check_finite(sum(log.values()), i + 1, lambda: chosen, "lower --lr or raise --kl-coef")
+            if not math.isfinite(sum(log.values())):
+                stage.not_finite(i + 1, chosen, "lower --lr or raise --kl-coef")
             done, totals = 0, {}
 
         def safe(done, totals):
@@ -305,7 +306,7 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
         try:
             log |= update(policy, optimizer, e, old, flags, draw, device, done, totals, safe)
         except FloatingPointError as minibatch:
-            stage.check_finite(math.nan, i + 1, lambda: [chosen[k] for k in minibatch.args[0]], "lower --lr or raise --kl-coef")
+            stage.not_finite(i + 1, [chosen[k] for k in minibatch.args[0]], "lower --lr or raise --kl-coef")
         controller.update(log["kl"], len(prompts))
 
         texts = [codec.text(tokens[mask].tolist()) for tokens, mask in zip(e.tokens, e.mask)]

@@ -240,8 +240,8 @@ def train(model, reader, codec, records, flags, seed, stage, device):
         draw = generator(seed, stage.name, step)
         batch = [subsample(groups[i], flags.max_group, draw) for i in chosen]
         loss, accuracy, reading = judge_step(model, reader, batch, flags, device)
-        stage.check_finite(loss + reading + optimizer.clip(), step + 1, lambda: [codec.cv(g.rows[0][0]) for g in batch],
-                           "lower --lr and --matrix-lr")
+        if not np.isfinite(loss + reading + optimizer.clip()):
+            stage.not_finite(step + 1, [codec.cv(g.rows[0][0]) for g in batch], "lower --lr and --matrix-lr")
         optimizer.step(step)
         stage.log(step=step + 1, loss=loss, accuracy=accuracy, reading=reading)
         if (step + 1) % 100 == 0:

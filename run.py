@@ -177,7 +177,7 @@ class Stage:
         for path in self.folder.glob(".*.tmp"):     # a process that was killed while it wrote left it here
             path.unlink()
         self.rows, self.step, self.tensors, self.stopped = [], 0, {}, False
-        self.asked, self.inputs, self.modules, self.optimizers = {}, {}, {}, []
+        self.state, self.asked, self.inputs, self.modules, self.optimizers = {}, {}, {}, {}, []
         self.save_seconds, self.saved, self.before = save_seconds, time.time(), 0.0
         self.bar = tqdm(desc=name, unit="step", mininterval=1 if sys.stderr.isatty() else 20, dynamic_ncols=True)
 
@@ -210,13 +210,11 @@ class Stage:
         self.rows.append(row)
         self.bar.update()
 
-    def check_finite(self, value, step, texts, remedy):
-        """Nothing more is learned, or saved, once the loss or the gradient of a step is no number. `texts()`: the CVs of its batch."""
-        if not math.isfinite(value):
-            found = texts()
-            raise BadInput(f"{self.name}: the loss or its gradient is not finite at step {step}, on the records "
-                           f"{', '.join(repr(text[:40]) for text in found[:16])}{' and more' * (len(found) > 16)}; {remedy}, and "
-                           f"delete {self.folder} or choose another --run")
+    def not_finite(self, step, cvs, remedy):
+        """Ends the stage, where the loss or the gradient of this step, on these CVs, is no number."""
+        raise BadInput(f"{self.name}: the loss or its gradient is not finite at step {step}, on the records "
+                       f"{', '.join(repr(cv[:40]) for cv in cvs[:16])}{' and more' * (len(cvs) > 16)}; {remedy}, and delete "
+                       f"{self.folder} or choose another --run")
 
     def mean(self, name, last):
         """Mean of a column over the last rows."""
@@ -226,11 +224,11 @@ class Stage:
     # ------------------------------------------------------------------------------------------------ the state
     def begin(self, asked, inputs):
         """The flags of this stage, and the checksums of what it learns from. A state of others is refused, the difference named."""
-        self.asked, self.inputs, state = asked, inputs, self.read_state()
+        self.asked, self.inputs, self.state = asked, inputs, self.read_state()
         remedy = "go on with the same, choose another --run, or delete this folder"
-        for name, was, now in differences(state.get("asked", asked), asked):
+        for name, was, now in differences(self.state.get("asked", asked), asked):
             raise BadInput(f"{self.folder}: was begun with --{name.replace('_', '-')} {was}, not {now}; {remedy}")
-        for name, _, _ in differences(state.get("inputs", inputs), inputs):
+        for name, _, _ in differences(self.state.get("inputs", inputs), inputs):
             raise BadInput(f"{self.folder}: was begun with another {name}; {remedy}")
 
     def read_state(self):
@@ -243,7 +241,7 @@ class Stage:
     def resume(self, modules, optimizers):
         """Name what is trained; and where there is a state, put it there. Returns the numbers that were saved with it; `step` is
         the steps done, `tensors` what else was saved."""
-        self.modules, self.optimizers, self.saved, state = modules, optimizers, time.time(), self.read_state()
+        self.modules, self.optimizers, self.saved, state = modules, optimizers, time.time(), self.state
         if not state:
             return {}
         path = self.folder / state["tensors"]
@@ -284,12 +282,12 @@ class Stage:
             for i, values in optimizer.state_dict()["state"].items():
                 found |= {f"optimizer.{k}.{i}.{key}": t for key, t in values.items()}
         # Two files in turn: the one that state.json names is whole at any moment.
-        last = self.read_state().get("tensors")
+        last = self.state.get("tensors")
         name = "state-2.safetensors" if last == "state-1.safetensors" else "state-1.safetensors"
         save_tensors(self.folder / name, {n: t.detach().cpu().contiguous() for n, t in found.items()})
-        state = {"step": step, "asked": self.asked, "inputs": self.inputs, "tensors": name, "sha256": sha256(self.folder / name),
-                 "numbers": numbers, "rows": self.rows, "seconds": self.seconds()}
-        write_json(self.folder / "state.json", {"state": state, "checksum": checksum(state)})
+        self.state = {"step": step, "asked": self.asked, "inputs": self.inputs, "tensors": name, "numbers": numbers,
+                      "sha256": sha256(self.folder / name), "rows": self.rows, "seconds": self.seconds()}
+        write_json(self.folder / "state.json", {"state": self.state, "checksum": checksum(self.state)})
         if last:
             (self.folder / last).unlink(missing_ok=True)
         self.saved = time.time()

@@ -29,7 +29,7 @@ import ppo
 import reward
 from data import json_lines, load_codec, read_half, read_records
 from model import LanguageModel, RewardModel, generate, logits_size, rows_that_fit
-from run import BadInput, autocast, generator, peak_rss_mb, read_json, write_bytes, write_json
+from run import BadInput, autocast, generator, peak_rss_mb, read_json, read_summary, write_bytes, write_json
 from weights import load_model
 
 BEST_OF = 16
@@ -374,7 +374,7 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, init="",
     results["wins"] = {name: compare(judged[a], judged[b], seed) for name, (a, b) in CONTRASTS.items() if {a, b} <= set(judged)}
 
     # 3. Time and memory: what each stage noted when it ran. Reward model and judge count as running at the same time.
-    noted = {s: read_json((folder if s == "data" else run / s) / "summary.json")
+    noted = {s: read_summary(folder if s == "data" else run / s)
              for s in STAGES if s != "data" or (folder / "summary.json").exists()}
     noted["evaluate"] = {"started": start, "seconds": round(time.time() - start, 1)}
     results["seconds"] = {s: n["seconds"] for s, n in noted.items()} | {"total": round(covered(noted.values()), 1)}

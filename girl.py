@@ -19,7 +19,6 @@ Left out: packing several pairs into one row (rows are bucketed by length instea
 Shapes: B rows, T tokens, C hidden size, V vocabulary.
 """
 import argparse
-import fcntl
 import math
 import os
 import signal
@@ -43,8 +42,8 @@ import reward
 import table
 from data import SPLITS, Codec, bucketed, load_codec, load_tokenizer, pad_right, read_half, read_records, save_tokenizer
 from model import Config, LanguageModel, RewardModel, generate, logits_size, merge_lora, rows_that_fit, twin
-from run import (BadInput, Optimizer, Stage, autocast, differences, finished, flag, generator, load_tensors, peak_rss_mb,
-                 pick_device, read_json, save_tensors, sha256, write_json)
+from run import (BadInput, Optimizer, Stage, autocast, check_same, finished, flag, generator, load_tensors, lock,
+                 peak_rss_mb, pick_device, read_json, read_summary, save_tensors, sha256, with_checksum, write_json)
 from weights import StartFlags, load_model, load_pretrained, read_config, read_lora, save_model
 
 
@@ -170,6 +169,8 @@ def train_sft(stage, run, folder, flags, seed, device):
         if step < stage.step:
             continue                        # this epoch was over before an interruption
         nll = mean_nll(model, valid, codec, device)
+        if not nll < 700:                   # its perplexity is no number
+            stage.not_finite(step, [cv for cv, _ in valid], "lower --lr and --matrix-lr")
         with torch.no_grad(), autocast(device):
             sample = generate(model, [look], codec.max_jd, generator=generator(seed, "sft-look", epoch, device=device))
         stage.say(f"sft epoch {epoch + 1}: train loss {stage.mean('loss', 100):.4f}, valid NLL {nll:.4f}, "
@@ -260,8 +261,7 @@ def need(run, stage):
 
 def init_of(run):
     """The folder of the pretrained model that a run began with, or nothing."""
-    path = Path(run) / "config.json"
-    return read_json(path).get("sft", {}).get("init", "") if path.exists() else ""
+    return read_summary(Path(run) / "sft")["asked"]["init"] if finished(run, "sft") else ""
 
 
 def train_reward(stage, run, folder, flags, seed, device):
@@ -273,9 +273,7 @@ def train_reward(stage, run, folder, flags, seed, device):
     probes = ["probes.jsonl"] if (folder / "probes.jsonl").exists() else []
     records, init_seed = read_half(folder, part, "train.jsonl", *probes), generator(seed, name, "init").initial_seed()
     if flags.init:
-        if load_tokenizer(flags.init).to_str() != codec.tokenizer.to_str():
-            raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that "
-                           "model writes")
+        check_tokenizer(flags.init, codec, run)
         start = load_pretrained(flags, codec, init_seed, device)
     else:
         start = generator_model
@@ -290,6 +288,11 @@ def train_reward(stage, run, folder, flags, seed, device):
     save_model(stage.folder, model)
     save_tokenizer(stage.folder, codec)
     stage.finish(**metrics, center=model.center, cut_cvs=codec.cut_cvs, cut_jds=codec.cut_jds)
+
+
+def check_tokenizer(folder, codec, run):
+    if load_tokenizer(folder).to_str() != codec.tokenizer.to_str():
+        raise BadInput(f"{folder}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that model writes")
 
 
 def new_reward_model(lm, folder, pretrained, seed):
@@ -315,6 +318,7 @@ def train_ppo(stage, run, folder, flags, seed, device):
     policy = ppo.Policy(load_model(need(run, "sft"), LanguageModel, device)).to(device)
     codec = load_codec(run / "sft", policy.lm.config)
     reward_model = load_model(need(run, "reward"), RewardModel, device, beside=policy.lm)
+    check_tokenizer(run / "reward", codec, run)
     truth = market.true_match if (folder / "market.json").exists() else None
     cvs = sorted({r.cv for r in read_half(folder, "A")})
     ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, device, truth)
@@ -380,8 +384,15 @@ def export(args, device):
 
 
 # ---------------------------------------------------------------------------------------------------- commands
+def data_asked(args):
+    """What a data set is made of, beside a table."""
+    return {"seed": args.seed, **vars(from_args(DataFlags, args))}
+
+
 def make_data(args):
     start, flags = time.time(), from_args(DataFlags, args)
+    if (Path(args.out) / "summary.json").exists():
+        (Path(args.out) / "summary.json").unlink()      # until the end, what is there is not one data set
     named = {name: getattr(args, name) for name in ("cv", "jd", "accepted", "rejected_cv", "rejected_jd") if getattr(args, name)}
     if args.source:
         if not {"cv", "jd"} <= set(named) or len(named) > 3:
@@ -392,8 +403,9 @@ def make_data(args):
     else:
         market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
         (Path(args.out) / "import.json").unlink(missing_ok=True)        # of a table that was here before
-    write_json(Path(args.out) / "summary.json",
-               {"started": round(start, 1), "seconds": round(time.time() - start, 1), "peak_rss_mb": peak_rss_mb()})
+    write_json(Path(args.out) / "summary.json", with_checksum({
+        "started": round(start, 1), "seconds": round(time.time() - start, 1), "peak_rss_mb": peak_rss_mb(),
+        "asked": data_asked(args), "inputs": {}}))
 
 
 def folders(args):
@@ -410,35 +422,31 @@ def run_stage(args, device):
     if getattr(args, "plan", None) is not None:
         return show_plan(args, run)
     flags = from_args(STAGES[args.command], args)
-    if finished(run, name):
-        was = read_json(run / "config.json").get(name, {}) if (run / "config.json").exists() else {}
-        for other, before, now in differences(was, {"data": was.get("data"), "seed": args.seed, **vars(flags)}):
-            raise BadInput(f"{run / name}: finished already, with --{other.replace('_', '-')} {before}, not {now}; choose another "
-                           "--run, or delete this folder")
-        print(f"{name}: finished already, see {run / name}")
-        for path in (run / name).glob("state*"):            # killed between the last file and the end
-            path.unlink()
-        return
     if getattr(flags, "lora_rank", 0) and not flags.init:
         raise BadInput(f"{args.command}: --lora-rank goes with --init; adapters need weights beside them that know something "
                        "already")
     for split in SPLITS:
-        if not (folder / f"{split}.jsonl").exists():
+        if not (folder / f"{split}.jsonl").is_file():
             raise BadInput(f"{folder / split}.jsonl: no such file; make a data set with  python girl.py data --out {folder}")
+    asked, inputs = {"seed": args.seed, **vars(flags)}, what_it_learns_from(run, folder, name, getattr(flags, "init", ""))
     with Stage(run, name, args.save_seconds) as stage:
-        asked = {"seed": args.seed, **vars(flags)}
-        stage.begin(asked, what_it_learns_from(run, folder, name))
-        note_config(run, name, {"data": str(folder), **asked})
-        train = {"sft": train_sft, "ppo": train_ppo}.get(name, train_reward)
-        train(stage, run, folder, flags, args.seed, device)
+        if stage.begin(asked, inputs):
+            note_config(run, name, {"data": str(folder), **asked})
+            train = {"sft": train_sft, "ppo": train_ppo}.get(name, train_reward)
+            train(stage, run, folder, flags, args.seed, device)
 
 
-def what_it_learns_from(run, folder, name):
-    """Checksums of a stage's data, and of the weights of the stages before it."""
-    found = {f: sha256(folder / f) for f in ("train.jsonl", "valid.jsonl", "probes.jsonl") if (folder / f).exists()}
+def what_it_learns_from(run, folder, name, init):
+    """Checksums of a stage's data, of the stages before it, and of the pretrained models that it and they began with."""
+    of_data = ("train.jsonl", "valid.jsonl", "probes.jsonl", "market.json", "import.json")
+    found, bases = {f: sha256(folder / f) for f in of_data if (folder / f).exists()}, {init} - {""}
     for stage in {"sft": (), "ppo": ("sft", "reward")}.get(name, ("sft",)):
-        checksums = read_json(need(run, stage) / "summary.json").get("sha256", {})
-        found |= {f"{stage}/{f}": digest for f, digest in checksums.items() if f.endswith(".safetensors")}
+        checksums, adapters = read_summary(need(run, stage))["sha256"], read_lora(run / stage)
+        found |= {f"{stage}/{f}": digest for f, digest in checksums.items() if f != "metrics.csv"}
+        bases |= {adapters.base_model_name_or_path} if adapters else set()
+    for base in sorted(bases):
+        found |= {f"pretrained {path.name}": sha256(path) for path in sorted(Path(base).glob("*"))
+                  if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json")}
     return found
 
 
@@ -455,17 +463,11 @@ def show_plan(args, run):
 
 def note_config(run, stage, flags):
     """config.json of a run: the flags of each of its stages. Locked, since reward model and judge start together."""
-    path = run / "config.json"
+    path, held = run / "config.json", lock(run, wait=True)
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        folder = os.open(run, os.O_RDONLY)
-    except OSError as e:
-        raise BadInput(f"{run}: cannot be made ({e.strerror}); choose another --run folder")
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
         write_json(path, dict(sorted(((read_json(path) if path.exists() else {}) | {stage: flags}).items())))
     finally:
-        os.close(folder)
+        os.close(held)
 
 
 def run_all(args, device):
@@ -474,16 +476,17 @@ def run_all(args, device):
     start = [x for f in fields(StartFlags) if getattr(args, f.name) for x in flag_words(f, getattr(args, f.name))]
     if args.data is None:
         args.data = str(run / "data")
-        run_apart(run, {"data": ["data", "--out", args.data] + common})
+        command = ["data", "--out", args.data] + common
+        if finished(run, "data"):
+            check_same(run / "data", "made", read_summary(run / "data"), data_asked(parse(command)), {})
+        else:
+            run_apart(run, {"data": command}, device)
     common += ["--run", args.run, "--data", args.data]
     save = ["--save-seconds", str(args.save_seconds)]
     again = save + ["--checkpointing"] * args.checkpointing
-    run_apart(run, {"sft": ["sft"] + common + save + start})
-    run_apart(run, {"reward": ["reward"] + common + again, "judge": ["reward", "--judge"] + common + again})
-    if finished(run, "ppo"):
-        print(f"ppo: finished already, see {run / 'ppo'}")
-    else:
-        run_stage(parse(["ppo"] + common + again), device)
+    run_apart(run, {"sft": ["sft"] + common + save + start}, device)
+    run_apart(run, {"reward": ["reward"] + common + again, "judge": ["reward", "--judge"] + common + again}, device)
+    run_stage(parse(["ppo"] + common + again), device)
     evaluate_run(parse(["evaluate"] + common), device)
     recommend_run(parse(["recommend"] + common), device)
 
@@ -494,14 +497,14 @@ def flag_words(f, value):
     return [name] if value is True else [name, str(value)]
 
 
-def run_apart(run, commands):
+def run_apart(run, commands, device):
     """Stages that do not need each other, each in a process of its own, which gives its memory back at the end, with
     its share of the threads: on small models two processes of one thread get more done than one process of two."""
     share, children = str(max(1, torch.get_num_threads() // len(commands))), []
     try:
         for name, command in commands.items():
             if finished(run, name):
-                print(f"{name}: finished already, see {run / name}")
+                run_stage(parse(command), device)       # says so, or that it was finished with other flags
             else:
                 children.append(subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *command],
                                                  env=os.environ | {"OMP_NUM_THREADS": share}))
@@ -579,20 +582,21 @@ def add_flags(parser, cls):
 def from_args(cls, args):
     flags = cls(**{f.name: getattr(args, f.name) for f in fields(cls)})
     for f in fields(cls):
-        if f.metadata["least"] is not None and not getattr(flags, f.name) >= f.metadata["least"]:
-            raise BadInput(f"{args.command}: --{f.name.replace('_', '-')} {getattr(flags, f.name)}: "
-                           f"must be at least {f.metadata['least']}")
+        least, most, value = f.metadata["least"], f.metadata["most"], getattr(flags, f.name)
+        if least is not None and not least <= value <= most:
+            raise BadInput(f"{args.command}: --{f.name.replace('_', '-')} {value}: must be at least {least}"
+                           + f" and at most {most:g}" * (not value <= most))
     return flags
 
 
 def build_parser():
-    top = argparse.ArgumentParser(prog="girl.py", description="Generative job recommendation: SFT, reward model, PPO.",
+    top = Parser(prog="girl.py", description="Generative job recommendation: SFT, reward model, PPO.",
                                   epilog="The order of a run: data, sft, reward, reward --judge, ppo, evaluate; or all of "
                                          "it: train.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in HELP.items()}
     for name, p in parsers.items():
-        p.add_argument("--seed", type=int, default=0, help="one seed gives one result on one machine (default 0)")
+        p.add_argument("--seed", type=number(int, 0), default=0, help="one seed gives one result on one machine (default 0)")
         if name not in ("generate", "score", "export"):
             p.add_argument("--smoke", action="store_true", help="toy size: shows that it runs, not that it learns")
         if name in (*STAGES, "evaluate", "recommend", "train"):
@@ -601,7 +605,7 @@ def build_parser():
         if name in STAGES:
             add_flags(p, STAGES[name])
         if name in (*STAGES, "train"):
-            p.add_argument("--save-seconds", type=float, default=60.0, metavar="S", help="save the state, from which the same "
+            p.add_argument("--save-seconds", type=number(float, 0), default=60.0, metavar="S", help="save the state, from which the same "
                            "command goes on after an interruption, after so many seconds (default %(default)s)")
     parsers["data"].add_argument("--out", required=True, metavar="DIR", help="where to write it")
     add_flags(parsers["data"], DataFlags)
@@ -621,7 +625,7 @@ def build_parser():
     for p in (e, r):
         p.add_argument("--split", choices=("valid", "test"), default="test",
                        help="tune on valid only; results.json holds one split at a time (default test)")
-    e.add_argument("--cvs", type=positive, default=400, metavar="N", help="how many CVs of the split are used (default 400)")
+    e.add_argument("--cvs", type=number(int, 1), default=400, metavar="N", help="how many CVs of the split are used (default 400)")
     e.add_argument("--export-pairs", metavar="FILE", help="also write pairs of JDs with a question, for an outside judge (JSON "
                    "lines)")
     e.add_argument("--verdicts", metavar="FILE", help="only read an outside judge's answers into results.json, and print the table")
@@ -629,14 +633,14 @@ def build_parser():
                    "more)")
     r.add_argument("--cv", metavar="FILE", help="find jobs for this CV instead (a text file, - for standard input)")
     r.add_argument("--pool", metavar="FILE", help='real JDs to choose from: lines like {"jd": "..."}')
-    r.add_argument("--top", type=positive, default=5, metavar="N", help="how many jobs are shown (default 5)")
+    r.add_argument("--top", type=number(int, 1), default=5, metavar="N", help="how many jobs are shown (default 5)")
     add_flags(r, recommend.RecommendFlags)
     g, s, x = parsers["generate"], parsers["score"], parsers["export"]
     g.add_argument("--model", required=True, metavar="RUN/ppo", help="folder of a generator: RUN/ppo or RUN/sft")
     x.add_argument("--model", required=True, metavar="RUN/ppo", help="folder of a generator or of a reward model")
     x.add_argument("--out", required=True, metavar="DIR", help="where to write it")
     x.add_argument("--merge", action="store_true", help="add the adapters to the weights beside them")
-    g.add_argument("--number", type=positive, default=1, metavar="N", help="how many JDs (default 1)")
+    g.add_argument("--number", type=number(int, 1), default=1, metavar="N", help="how many JDs (default 1)")
     g.add_argument("--temperature", type=float, default=1.0, metavar="T", help="below 1: safer, above: bolder (default 1)")
     g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P "
                    "(default 1: all)")
@@ -648,11 +652,22 @@ def build_parser():
     return top, parsers
 
 
-def positive(text):
-    n = int(text)
-    if n < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return n
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message}; see  python {self.prog} --help")
+
+
+def number(kind, least):
+    """A type of argparse: an int or a float, finite and not below `least`."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number of at least {least}")
+        return value
+    return convert
 
 
 def parse(argv):
@@ -672,8 +687,20 @@ def parse(argv):
     return args
 
 
+def one_line(error):
+    """A file's name or a text may hold what would move the cursor or end the line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+
+
+def stop_once(*_):
+    """Ctrl-C, SIGTERM, outside of a stage's steps: end, and be left alone while stages in other processes save."""
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv=None):
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)      # as Ctrl-C: stages in other processes are told, too
+    before = {s: signal.signal(s, stop_once) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         args = parse(argv)
         device = pick_device()
@@ -686,13 +713,20 @@ def main(argv=None):
              "recommend": recommend_run, "train": run_all}[args.command](args, device)
         return 0
     except BadInput as e:
-        print(f"girl.py: {e}", file=sys.stderr)
+        print(f"girl.py: {one_line(e)}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise
+        print(f"girl.py: out of memory ({one_line(e)}); lower --batch, --groups or --minibatch, raise --accumulate, or use "
+              "--checkpointing", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("girl.py: interrupted; the same command begins, or goes on from what was saved", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 if __name__ == "__main__":

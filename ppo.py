@@ -29,7 +29,7 @@ import torch.nn as nn
 from data import pad_right
 from model import cache_size, generate, logits_size, rows_that_fit, twin
 from reward import score_rows
-from run import autocast, flag, generator
+from run import BadInput, autocast, flag, generator
 
 
 @dataclass
@@ -46,10 +46,10 @@ class PPOFlags:
     kl_coef: float = flag(0.05, "beta, the price of a nat of KL to the SFT model, in standard deviations of the score")
     kl_target: float = flag(0.0, "nats per text that the adaptive controller steers to; 0 keeps beta fixed")
     kl_horizon: int = flag(2000, "episodes over which the adaptive controller corrects an error")
-    gamma: float = flag(1.0, "discount")
-    lam: float = flag(0.95, "lambda of GAE")
+    gamma: float = flag(1.0, "discount", most=1)
+    lam: float = flag(0.95, "lambda of GAE", most=1)
     temperature: float = flag(1.0, "divides the logits in rollout, reference and update", least=0.01)
-    cut_off_score: float = flag(-3.0, "score of a JD that was cut off before its end-of-text", least=-math.inf)
+    cut_off_score: float = flag(-3.0, "score of a JD that was cut off before its end-of-text", least=-1e9)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
     checkpointing: bool = flag(False, "keep only what goes into each block, and compute the rest again: less memory, more time")
 
@@ -194,6 +194,9 @@ def score_responses(reward_model, prompts, responses, eos, cut_off_score):
     """U of each finished JD; the fixed penalty for one without end-of-text. [B]"""
     scores = torch.tensor(score_rows(reward_model, [p + r for p, r in zip(prompts, responses)]), dtype=torch.float32)
     ended = torch.tensor([r[-1] == eos for r in responses])
+    if ended.sum() > 1 and not scores[ended].std() > 1e-6:
+        raise BadInput(f"ppo: the reward model gives all {int(ended.sum())} finished JDs of a rollout the same score, "
+                       f"{scores[ended][0]:.3f}: nothing can be learned from it; train it longer or on more decisions")
     return torch.where(ended, scores, torch.full_like(scores, cut_off_score)), ended
 
 
@@ -327,6 +330,8 @@ def report(stage, i, flags, log, cvs, texts):
     stage.say(f"ppo {i + 1:3d}/{flags.iterations}  reward {log['reward']:+.3f}  kl {log['kl']:6.3f}{truth}  "
               f"len {log['length']:5.1f}  clip {log['clip_frac']:.3f}  ent {log['entropy']:.3f}  "
               f"ev {log['explained_variance']:+.2f}  beta {log['beta']:.3f}")
+    if log["length"] == 1:
+        stage.say("ppo: every JD of this rollout is empty: end-of-text came first")
     if log["kl_fault"]:
         stage.say("ppo: FAULT: the mean KL has been negative for 5 iterations; log-probabilities or masks disagree")
     if i % 20 == 0 or i + 1 == flags.iterations:

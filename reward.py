@@ -47,7 +47,7 @@ class RewardFlags(StartFlags):
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
     pooled: float = flag(1.0, "weight of the loss on the mean state of the JD's tokens before the last block")
     reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
-    samples: int = flag(256, "samples of the generator that fix the score's mean 0 and standard deviation 1")
+    samples: int = flag(256, "samples of the generator that fix the score's mean 0 and standard deviation 1", least=2)
 
 
 class Group(NamedTuple):
@@ -223,7 +223,8 @@ def train(model, reader, codec, records, flags, seed, stage, device):
     order = torch.randperm(len(found), generator=generator(seed, stage.name, "groups"))[:flags.steps * flags.groups]
     groups, dropped = make_groups(records, [found[i] for i in order.tolist()], codec)
     if not groups:
-        raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision: nothing to compare")
+        raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision, {dropped} rejected ones dropped: "
+                       "nothing to compare; give more decisions, or raise --max-cv and --max-jd of stage 1")
     stage.say(f"{stage.name}: {len(records)} decisions in {len(found)} groups, {len(groups)} of them used; {dropped} rejected "
               f"ones dropped, identical to an accepted one after truncation; cut: {codec.cut_cvs} CVs, {codec.cut_jds} JDs")
     model.model.checkpointing = flags.checkpointing

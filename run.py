@@ -16,13 +16,13 @@ import resource
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 
@@ -30,48 +30,88 @@ class BadInput(Exception):
     """Something the user gave cannot be used. Shown as one line, with exit code 2."""
 
 
-def flag(default, help, least=None):
+def flag(default, help, least=None, most=1e9):
     """A documented field of a stage's dataclass of flags; girl.py makes the command line and its --help from them. Counts
     are at least 1 and other numbers at least 0, where `least` does not say otherwise; texts and switches have no least."""
     if least is None:
         least = {int: 1, float: 0}.get(type(default))
-    return field(default=default, metadata={"help": help, "least": least})
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 # ------------------------------------------------------------------------------------------------- atomic files
-def write_bytes(path, content):
+@contextmanager
+def beside(path):
+    """A path beside this one to write to; then what was written there is synced, and renamed over this one."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be written ({e.strerror}); free some space or choose another --run folder")
+        yield new
+        sync(new)
+        os.replace(new, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as e:
+        raise BadInput(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); free some space or choose another --run "
+                       "folder")
     finally:
-        if beside.exists():                     # only after a failure or an interrupt
-            beside.unlink()
+        if new.exists():                        # only after a failure or an interrupt
+            new.unlink()
+
+
+def sync(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    f = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(f)
+    finally:
+        os.close(f)
+
+
+def write_bytes(path, content):
+    with beside(path) as new:
+        new.write_bytes(content)
 
 
 def write_json(path, value):
-    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    try:
+        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise BadInput(f"{path}: not written, one of its numbers is not finite: the training went astray; lower its --lr")
+    write_bytes(path, text.encode() + b"\n")
 
 
 def read_json(path):
+    """The object in a JSON file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise BadInput(f"{path}: cannot be read as JSON ({e})")
+        found = json.loads(read_file(path).decode("utf-8"))
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"{path}: cannot be read as JSON ({e}); bring it back, or run again what wrote it")
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: must be a JSON object, found {type(found).__name__}; bring it back, or run again what wrote it")
+    return found
+
+
+def read_file(path):
+    check_file(path)
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror}")
+
+
+def check_file(path):
+    """Refuse what is no file: a folder, or a pipe, at which we would wait for ever."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: {'is not a file' if Path(path).exists() else 'no such file'}")
 
 
 def save_tensors(path, tensors):
-    write_bytes(path, save(tensors, metadata={"format": "pt"}))
+    with beside(path) as new:
+        save_file(tensors, new, metadata={"format": "pt"})
 
 
 def load_tensors(path):
+    check_file(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
@@ -148,52 +188,46 @@ class Stage:
     is cut short. `finish` writes summary.json.
 
         with Stage(run, "sft") as stage:
-            stage.begin({"lr": 1e-3}, {"train.jsonl": "6d5c..."})    # refuses to go on with other flags or other files
-            model, optimizer = ...
-            stage.total(1000)
-            numbers = stage.resume({"model": model}, [optimizer])   # what `safe` was given when the state was saved, or {}
-            for step in range(stage.step, 1000):
-                ...
-                stage.log(step=step + 1, loss=2.3)
-                stage.safe(step + 1)                                # a point from which it can go on
-            stage.finish(valid_nll=1.2)
+            if stage.begin({"lr": 1e-3}, {"train.jsonl": "6d5c..."}):       # refuses other flags or files than it had before
+                model, optimizer = ...
+                stage.total(1000)
+                numbers = stage.resume({"model": model}, [optimizer])   # what `safe` was given when the state was saved, or {}
+                for step in range(stage.step, 1000):
+                    ...
+                    stage.log(step=step + 1, loss=2.3)
+                    stage.safe(step + 1)                                # a point from which it can go on
+                stage.finish(valid_nll=1.2)
 
     state.json names the file of the tensors, and is renamed over the state before it when all of them are on the disk. Random
-    generators are not part of it: they follow from seed, stage and step. A second process at the same folder is refused; the
-    lock is the system's, and ends with the process."""
+    generators are not part of it: they follow from seed, stage and step. A second process at the same folder is refused."""
 
     def __init__(self, run, name, save_seconds=60.0):
         self.folder, self.name, self.start = Path(run) / name, name, time.time()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = os.open(self.folder, os.O_RDONLY)
-        except OSError as e:
-            raise BadInput(f"{self.folder}: cannot be made ({e.strerror}); choose another --run folder")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self.lock)
-            raise BadInput(f"{self.folder}: another process is at work on it; wait for it, or choose another --run folder")
+        self.lock = lock(self.folder)
         for path in self.folder.glob(".*.tmp"):     # a process that was killed while it wrote left it here
             path.unlink()
         self.rows, self.step, self.tensors, self.stopped = [], 0, {}, False
         self.state, self.asked, self.inputs, self.modules, self.optimizers = {}, {}, {}, {}, []
-        self.save_seconds, self.saved, self.before = save_seconds, time.time(), 0.0
+        self.save_seconds, self.saved, self.unsaved, self.before = save_seconds, time.time(), False, 0.0
         self.bar = tqdm(desc=name, unit="step", mininterval=1 if sys.stderr.isatty() else 20, dynamic_ncols=True)
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, *_):
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
+        if kind is KeyboardInterrupt:
+            after = f"go on after step {self.state['step']} of {self.bar.total}" if self.state else "begin anew"
+            self.say(f"{self.name}: stopped; the same command will {after}")
         self.bar.close()
         os.close(self.lock)
 
     def stop(self, number, _):
-        """Ctrl-C, SIGTERM: go on to the next safe point, where weights and optimizer belong together. Ctrl-C again: at once."""
-        if self.stopped and number == signal.SIGINT:
+        """Ctrl-C, SIGTERM: go on to the next safe point, where weights and optimizer belong together, and save. At once where
+        nothing is to be saved, and when Ctrl-C comes again."""
+        if not self.unsaved or self.stopped and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stopped = True
 
@@ -223,20 +257,20 @@ class Stage:
 
     # ------------------------------------------------------------------------------------------------ the state
     def begin(self, asked, inputs):
-        """The flags of this stage, and the checksums of what it learns from. A state of others is refused, the difference named."""
-        self.asked, self.inputs, self.state = asked, inputs, self.read_state()
-        remedy = "go on with the same, choose another --run, or delete this folder"
-        for name, was, now in differences(self.state.get("asked", asked), asked):
-            raise BadInput(f"{self.folder}: was begun with --{name.replace('_', '-')} {was}, not {now}; {remedy}")
-        for name, _, _ in differences(self.state.get("inputs", inputs), inputs):
-            raise BadInput(f"{self.folder}: was begun with another {name}; {remedy}")
-
-    def read_state(self):
+        """The flags of this stage, and the checksums of what it learns from. Is there anything left to do? A stage that was begun
+        or finished with others is refused, the difference named."""
+        self.asked, self.inputs = asked, inputs
+        if (self.folder / "summary.json").exists():
+            check_same(self.folder, "finished", read_summary(self.folder), asked, inputs)
+            for path in self.folder.glob("state*"):     # killed between the last file and the end
+                path.unlink()
+            self.say(f"{self.name}: finished already, see {self.folder}")
+            return False
         path = self.folder / "state.json"
-        found = read_json(path) if path.exists() else {"state": {}, "checksum": checksum({})}
-        if not isinstance(found, dict) or found.get("checksum") != checksum(found.get("state")):
-            raise BadInput(f"{path}: damaged (it does not match its checksum); delete {self.folder} to begin the stage anew")
-        return found["state"]
+        if path.exists():
+            self.state = read_checked(path, f"delete {self.folder} to begin the stage anew")
+            check_same(self.folder, "begun", self.state, asked, inputs)
+        return True
 
     def resume(self, modules, optimizers):
         """Name what is trained; and where there is a state, put it there. Returns the numbers that were saved with it; `step` is
@@ -244,13 +278,14 @@ class Stage:
         self.modules, self.optimizers, self.saved, state = modules, optimizers, time.time(), self.state
         if not state:
             return {}
-        path = self.folder / state["tensors"]
+        path, remedy = self.folder / state["tensors"], f"delete {self.folder} to begin the stage anew"
         if not path.exists() or sha256(path) != state["sha256"]:
-            raise BadInput(f"{path}: missing or damaged (it does not match its checksum); delete {self.folder} to begin the "
-                           "stage anew")
-        found = load_tensors(path)
+            raise BadInput(f"{path}: missing or damaged (it does not match its checksum); {remedy}")
+        found, trained = load_tensors(path), self.trained()
+        if odd := [name for name, p in trained.items() if name not in found or found[name].shape != p.shape]:
+            raise BadInput(f"{path}: of another model, {odd[0]} is not what it was; {remedy}")
         with torch.no_grad():
-            for name, p in self.trained().items():
+            for name, p in trained.items():
                 p.copy_(found.pop(name))
         for k, optimizer in enumerate(optimizers):
             values = {}
@@ -262,18 +297,20 @@ class Stage:
         self.tensors = {name.removeprefix("more."): t.clone() for name, t in found.items()}
         self.bar.update(len(self.rows))
         self.say(f"{self.name}: resumed at step {self.step} of {self.bar.total}")
+        for name, was, now in differences(state["machine"], machine()):
+            self.say(f"{self.name}: began with {name} {was}, goes on with {now}: its numbers may be rounded otherwise")
         return state["numbers"]
 
     def trained(self):
         return {f"{name}.{n}": p for name, module in self.modules.items() for n, p in module.named_parameters() if p.requires_grad}
 
     def safe(self, step, tensors=None, **numbers):
-        """Here a stage can go on: after so many steps, with these tensors and numbers. They are saved now and then, and when it
-        is to stop."""
-        if self.stopped or time.time() - self.saved >= self.save_seconds:
+        """Here a stage can go on: after so many steps, with these tensors and numbers. They are saved now and then, after the
+        last step, and when it is to stop."""
+        self.unsaved = True
+        if self.stopped or step == self.bar.total or time.time() - self.saved >= self.save_seconds:
             self.save(step, tensors or {}, numbers)
         if self.stopped:
-            self.say(f"{self.name}: stopped after step {step} of {self.bar.total}")
             raise KeyboardInterrupt
 
     def save(self, step, tensors, numbers):
@@ -285,12 +322,12 @@ class Stage:
         last = self.state.get("tensors")
         name = "state-2.safetensors" if last == "state-1.safetensors" else "state-1.safetensors"
         save_tensors(self.folder / name, {n: t.detach().cpu().contiguous() for n, t in found.items()})
-        self.state = {"step": step, "asked": self.asked, "inputs": self.inputs, "tensors": name, "numbers": numbers,
-                      "sha256": sha256(self.folder / name), "rows": self.rows, "seconds": self.seconds()}
-        write_json(self.folder / "state.json", {"state": self.state, "checksum": checksum(self.state)})
+        self.state = {"step": step, "asked": self.asked, "inputs": self.inputs, "machine": machine(), "tensors": name,
+                      "numbers": numbers, "sha256": sha256(self.folder / name), "rows": self.rows, "seconds": self.seconds()}
+        write_json(self.folder / "state.json", with_checksum(self.state))
         if last:
             (self.folder / last).unlink(missing_ok=True)
-        self.saved = time.time()
+        self.saved, self.unsaved = time.time(), False
 
     # ---------------------------------------------------------------------------------------------------- the end
     def seconds(self):
@@ -312,11 +349,36 @@ class Stage:
         files = {path.name: sha256(path) for path in sorted(self.folder.iterdir())
                  if path.is_file() and path not in state and path.name not in ("summary.json", "adapter_config.json")}
         seconds = self.seconds()
-        summary |= {"started": round(time.time() - seconds, 1), "seconds": seconds, "peak_rss_mb": peak_rss_mb(), "sha256": files}
-        write_json(self.folder / "summary.json", summary)
+        summary |= {"started": round(time.time() - seconds, 1), "seconds": seconds, "peak_rss_mb": peak_rss_mb(),
+                    "asked": self.asked, "inputs": self.inputs, "machine": machine(), "sha256": files}
+        write_json(self.folder / "summary.json", with_checksum(summary))
         for path in state:
             path.unlink()
         return summary
+
+
+def lock(folder, wait=False):
+    """The folder, made if need be, for this process alone, until what is returned is closed or the process ends. Where
+    another has it: wait for it, or refuse."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+    except OSError as e:
+        raise BadInput(f"{folder}: cannot be made ({e.strerror}); choose another --run folder")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return held
+    except BlockingIOError:
+        why = "another process is at work on it; wait for it, or choose another --run folder"
+    except OSError as e:
+        why = f"cannot be locked ({e.strerror}); choose a --run folder on a disk of this machine"
+    os.close(held)
+    raise BadInput(f"{folder}: {why}")
+
+
+def machine():
+    """What the rounding of a stage's numbers depends on, beside its seed."""
+    return {"device": pick_device().type, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def differences(was, now):
@@ -324,12 +386,30 @@ def differences(was, now):
     return [(name, was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)]
 
 
-def checksum(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def check_same(folder, how, was, asked, inputs):
+    """Refuse other flags, or other files to learn from, than those with which the work in this folder was begun or finished."""
+    remedy = "go on with the same, choose another folder, or delete this one"
+    for name, before, now in differences(was["asked"], asked):
+        raise BadInput(f"{folder}: was {how} with --{name.replace('_', '-')} {before}, not {now}; {remedy}")
+    for name, _, _ in differences(was["inputs"], inputs):
+        raise BadInput(f"{folder}: was {how} with another {name}; {remedy}")
+
+
+def with_checksum(value):
+    return value | {"checksum": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
+
+
+def read_checked(path, remedy):
+    """The object in a JSON file that was written `with_checksum`."""
+    found = read_json(path)
+    if found.pop("checksum", None) != with_checksum(found)["checksum"]:
+        raise BadInput(f"{path}: damaged or edited (it does not match its checksum), or of another version of GIRL; {remedy}")
+    return found
 
 
 def sha256(path):
     digest = hashlib.sha256()
+    check_file(path)
     try:
         with open(path, "rb") as f:
             while block := f.read(2 ** 20):
@@ -339,15 +419,20 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def read_summary(folder):
+    """The summary.json of a finished stage."""
+    return read_checked(Path(folder) / "summary.json", f"bring it back, or delete {folder} and run the stage again")
+
+
 def check_folder(folder):
     """Refuse the folder of a finished stage in which a file is not what it was when the stage was finished."""
-    path = Path(folder) / "summary.json"
-    for name, digest in (read_json(path).get("sha256", {}) if path.exists() else {}).items():
-        if not (path.parent / name).exists():
-            raise BadInput(f"{path.parent / name}: is missing; bring it back, or delete {folder} and run the stage again")
-        if sha256(path.parent / name) != digest:
-            raise BadInput(f"{path.parent / name}: damaged or edited (it does not match its checksum in summary.json); bring it "
-                           f"back, or delete {folder} and run the stage again")
+    remedy = f"bring it back, or delete {folder} and run the stage again"
+    for name, digest in read_summary(folder)["sha256"].items() if (Path(folder) / "summary.json").exists() else ():
+        path = Path(folder) / name
+        if not path.exists():
+            raise BadInput(f"{path}: is missing; {remedy}")
+        if sha256(path) != digest:
+            raise BadInput(f"{path}: damaged or edited (it does not match its checksum in summary.json); {remedy}")
 
 
 def finished(run, name):

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import girl                                                                     # noqa: E402
 from run import Stage                                                           # noqa: E402
 
-CLOCK = {"started", "seconds", "peak_rss_mb", "candidates_per_second"}
+CLOCK = {"started", "seconds", "peak_rss_mb", "candidates_per_second", "checksum"}
 
 
 def noted(log):

@@ -202,9 +202,11 @@ def test_stages_side_by_side_share_the_threads_also_where_one_is_finished(done, 
     for name in done.split():
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text("{}")
-    girl.run_apart(tmp_path, {"reward": ["reward", "--x"], "judge": ["reward", "--judge"]})
-    todo = {"reward": (["reward", "--x"], "4"), "judge": (["reward", "--judge"], "4")}
-    assert started == [command for name, command in todo.items() if name not in done]
+    looked_at = []
+    monkeypatch.setattr(girl, "run_stage", lambda args, device: looked_at.append("judge" if args.judge else "reward"))
+    girl.run_apart(tmp_path, {"reward": ["reward", "--steps", "3"], "judge": ["reward", "--judge"]}, CPU)
+    todo = {"reward": (["reward", "--steps", "3"], "4"), "judge": (["reward", "--judge"], "4")}
+    assert started == [command for name, command in todo.items() if name not in done] and looked_at == done.split()
 
 
 def test_no_cv_and_no_jd_is_in_two_splits(smoke):
@@ -429,10 +431,10 @@ def test_a_broken_file_of_stage_1_is_named_and_train_says_which_stages_failed(sm
     (a, _), _ = smoke
     shutil.copytree(a / "sft", tmp_path / "sft")
     (tmp_path / "sft" / "reader.safetensors").write_bytes(b"broken")
-    done = run("train", "--smoke", "--run", tmp_path, "--data", a / "data")
+    done = run("train", "--smoke", "--seed", 1, "--run", tmp_path, "--data", a / "data")
     lines = [line for line in done.stderr.splitlines() if line.startswith("girl.py: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert len(lines) == 3 and all("reader.safetensors: damaged" in line for line in lines[:2])
+    assert len(lines) == 3 and all("reader.safetensors: damaged" in line for line in lines[:2]), lines
     assert "reward or judge failed" in lines[2]
 
 

@@ -14,7 +14,7 @@ import weights
 import reward
 from data import END_OF_TURN, EOS, TURN, Codec, load_codec, load_tokenizer, train_tokenizer
 from model import LanguageModel, RewardModel
-from run import BadInput
+from run import BadInput, Stage
 from weights import load_model
 
 ROWS = [{"cv": f"Cook number {i} with knives", "jd": f"Wanted: cook {i} for kitchen {i % 7}", "no": f"Cook number {i}"} for i in range(60)]
@@ -232,6 +232,10 @@ def test_a_failed_start_leaves_no_recipe_behind(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"sft": {"init": "/nowhere"}}))
     args = girl.parse(["sft", "--run", str(tmp_path)])
     assert (args.lr, args.warm_steps, args.reading) == (girl.SFTFlags.lr, girl.SFTFlags.warm_steps, girl.SFTFlags.reading)
+    with Stage(tmp_path, "sft") as stage:                   # a stage 1 that did begin with it, and came to its end
+        stage.begin({"init": "/nowhere"}, {})
+        stage.log(step=1)
+        stage.finish()
     assert girl.parse(["ppo", "--run", str(tmp_path)]).episodes == girl.PRETRAINED["ppo"]["episodes"]
 
 

@@ -38,7 +38,7 @@ def results(folder):
     """Every file of a finished stage; of summary.json what does not depend on the clock."""
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
     summary = json.loads(files.pop("summary.json"))
-    return files, {k: v for k, v in summary.items() if k not in ("started", "seconds", "peak_rss_mb")}
+    return files, {k: v for k, v in summary.items() if k not in ("started", "seconds", "peak_rss_mb", "checksum")}
 
 
 def begin(whole, tmp_path, name):
@@ -97,7 +97,7 @@ def test_a_stage_cut_while_it_saves_goes_on_from_the_state_before(whole, tmp_pat
     with monkeypatch.context() as m, pytest.raises(Cut):
         m.setattr(run, "write_json", write)
         girl.main(command)
-    assert read_json(folder / "state.json")["state"]["step"] == 3 and len(list(folder.glob("state-*"))) == 2
+    assert read_json(folder / "state.json")["step"] == 3 and len(list(folder.glob("state-*"))) == 2
     assert girl.main(command) == 0
     assert results(folder) == results(whole / "run" / "reward")
 
@@ -151,15 +151,30 @@ def test_a_signal_ends_the_stage_at_its_next_safe_point_with_a_state(whole, tmp_
     with monkeypatch.context() as m:
         m.setattr(Stage, "log", log)
         assert girl.main(command) == 130
-    assert read_json(folder / "state.json")["state"]["step"] == 4
+    assert read_json(folder / "state.json")["step"] == 4
     said = capsys.readouterr()
-    assert "sft: stopped after step 4 of " in said.out and "interrupted" in said.err and "Traceback" not in said.err
+    assert "sft: stopped; the same command will go on after step 4 of " in said.out and "interrupted" in said.err and "Traceback" not in said.err
     assert girl.main(command) == 0
     assert results(folder) == results(whole / "run" / "sft")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_last_step_ends_the_stage_at_once(whole, tmp_path, monkeypatch, capsys, number):
+    """The last step is saved always: nothing is lost, and `train` does not begin the next stage."""
+    folder, command = begin(whole, tmp_path, "reward") / "reward", argv("reward", tmp_path / "run", whole / "data", "--save-seconds", "60")
+    with monkeypatch.context() as m:
+        m.setattr(girl.reward, "sample_texts", lambda *args: os.kill(os.getpid(), number) or time.sleep(5))
+        assert girl.main(command) == 130
+    assert read_json(folder / "state.json")["step"] == 10 and not (folder / "summary.json").exists()
+    assert "go on after step 10 of 10" in capsys.readouterr().out
+    monkeypatch.setattr(girl.reward, "judge_step", None)        # no step is done twice
+    assert girl.main(command) == 0
+    assert results(folder) == results(whole / "run" / "reward")
+
+
 def test_the_second_ctrl_c_ends_a_stage_at_once_and_a_second_sigterm_does_not(tmp_path):
     with pytest.raises(KeyboardInterrupt), Stage(tmp_path, "sft") as stage:
+        stage.safe(1)                   # not saved yet
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stage.stopped
@@ -168,14 +183,17 @@ def test_the_second_ctrl_c_ends_a_stage_at_once_and_a_second_sigterm_does_not(tm
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_train_hands_a_sigterm_on_to_its_stages(whole, tmp_path):
-    """None of them is left behind at work."""
+@pytest.mark.parametrize("times", [1, 2])
+def test_train_hands_a_sigterm_on_to_its_stages(whole, tmp_path, times):
+    """None of them is left behind at work, also where it comes again while they save."""
     command = [sys.executable, girl.__file__, "train", "--smoke", "--run", str(tmp_path / "run"), "--data", str(whole / "data")]
     train = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     while not (tmp_path / "run" / "judge").exists():
         assert train.poll() is None, train.communicate()
         time.sleep(0.05)
-    train.send_signal(signal.SIGTERM)
+    for _ in range(times):
+        train.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
     said, _ = train.communicate(timeout=60)
     assert train.returncode == 130 and "Traceback" not in said
     with pytest.raises(ProcessLookupError):     # the group is empty: the child has ended too
@@ -208,8 +226,40 @@ def test_other_flags_or_another_seed_are_refused_and_named(whole, tmp_path, monk
     assert before == ({p.name: p.read_bytes() for p in folder.iterdir()}, (tmp_path / "run" / "config.json").read_bytes())
     assert girl.main(command + ["--save-seconds", "5"]) == 0    # how often it saves is not what it learns
     assert results(folder) == results(whole / "run" / "reward")
-    refused(capsys, command + ["--lr", "0.5"], "finished already, with --lr 0.002, not 0.5")
+    refused(capsys, command + ["--lr", "0.5"], "finished with --lr 0.002, not 0.5")
+    (tmp_path / "run" / "config.json").unlink()                 # what it was finished with stands in its summary
     assert girl.main(command) == 0
+    assert results(folder) == results(whole / "run" / "reward")
+
+
+def test_train_does_not_mix_stages_that_were_finished_with_other_flags(whole, tmp_path, capsys):
+    command = ["train", "--smoke", "--run", str(tmp_path / "run")]
+    begin(whole, tmp_path, "ppo")
+    refused(capsys, [*command, "--data", str(whole / "data")], "run/sft: was finished with --epochs 2.0, not 1")
+    shutil.copytree(whole / "data", tmp_path / "run" / "data")
+    refused(capsys, command, "run/data: was made with --people 60, not 300")
+    assert girl.main(["data", "--smoke", "--out", str(tmp_path / "run" / "data")]) == 0
+    refused(capsys, [*command, "--seed", "3"], "run/data: was made with --seed 0, not 3")
+    assert not (tmp_path / "run" / "ppo").exists()
+
+
+def test_a_finished_stage_of_other_data_is_refused(whole, tmp_path, capsys):
+    shutil.copytree(whole / "data", tmp_path / "data")
+    run = begin(whole, tmp_path, "ppo")
+    assert girl.main(argv("sft", run, tmp_path / "data")) == 0
+    (tmp_path / "data" / "valid.jsonl").write_bytes((tmp_path / "data" / "valid.jsonl").read_bytes() + b"\n")
+    refused(capsys, argv("sft", run, tmp_path / "data"), "run/sft: was finished with another valid.jsonl")
+    refused(capsys, argv("reward", run, tmp_path / "data"), "run/reward: was finished with another valid.jsonl")
+
+
+def test_another_number_of_threads_is_named(whole, tmp_path, monkeypatch, capsys):
+    """Sums may be rounded otherwise; whoever moves a run to another machine is told so, and not refused."""
+    folder, command = interrupted(whole, tmp_path, monkeypatch)
+    threads = run.torch.get_num_threads()
+    monkeypatch.setattr(run.torch, "get_num_threads", lambda: threads + 3)
+    capsys.readouterr()
+    assert girl.main(command) == 0
+    assert f"reward: began with threads {threads}, goes on with {threads + 3}" in capsys.readouterr().out
 
 
 def test_other_data_and_another_model_before_it_are_refused_and_named(whole, tmp_path, monkeypatch, capsys):
@@ -255,14 +305,37 @@ DAMAGE = {"flipped": flip, "truncated": lambda path: path.write_bytes(path.read_
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "metrics.csv", "tokenizer.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "metrics.csv", "tokenizer.json", "summary.json"])
 def test_a_damaged_file_of_a_finished_stage_is_refused_and_named(whole, tmp_path, capsys, file, how):
     run = begin(whole, tmp_path, "ppo")
     DAMAGE[how](run / "reward" / file)
-    refused(capsys, argv("ppo", run, whole / "data"), f"reward/{file}: ", "missing" if how == "missing" else "does not match its checksum")
+    if (file, how) == ("summary.json", "missing"):      # then it is a stage that did not come to its end
+        refused(capsys, argv("ppo", run, whole / "data"), "reward: stage reward is not finished")
+        return
+    says = {"missing": "missing", "truncated": "cannot be read as JSON" if file == "summary.json" else "checksum", "flipped": "checksum"}
+    refused(capsys, argv("ppo", run, whole / "data"), f"reward/{file}: ", says[how])
     (tmp_path / "cv.txt").write_text("A cook")
     (tmp_path / "jd.txt").write_text("A kitchen")
     refused(capsys, ["score", "--reward", str(run / "reward"), "--cv", str(tmp_path / "cv.txt"), "--jd", str(tmp_path / "jd.txt")], file)
+
+
+@pytest.mark.parametrize("file", ["sft/reader.safetensors", "ppo/value_head.safetensors"])
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_heads_are_refused_and_named(whole, tmp_path, capsys, file, how):
+    shutil.copytree(whole / "run", tmp_path / "run")
+    DAMAGE[how](tmp_path / "run" / file)
+    refused(capsys, ["evaluate", "--smoke", "--run", str(tmp_path / "run"), "--data", str(whole / "data")], f"{file}: ")
+
+
+@pytest.mark.parametrize("file", ["summary.json", "../config.json"])
+@pytest.mark.parametrize("content", ["", "[]", "null", '"text"', "{", '{"reward": 3}', '{"sha256": [], "asked": 3}'])
+def test_summary_and_config_of_another_kind_are_refused(whole, tmp_path, capsys, file, content):
+    run = begin(whole, tmp_path, "ppo")
+    (run / "reward" / file).write_text(content)
+    if file == "../config.json" and content[1:2] == '"':      # an object: it is only noted in, and never relied upon
+        assert girl.main(argv("ppo", run, whole / "data")) == 0
+    else:
+        refused(capsys, argv("ppo", run, whole / "data"), Path(file).name)
 
 
 @pytest.mark.parametrize("how", DAMAGE)

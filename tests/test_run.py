@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from run import BadInput, Stage, cosine, finished, generator, read_json, save_tensors, write_bytes, write_json
+from run import BadInput, Stage, cosine, finished, generator, read_json, read_summary, save_tensors, write_bytes, write_json
 
 
 # ---------------------------------------------------------------------------------------------------- atomic files
@@ -39,12 +39,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 def test_the_old_file_is_whole_until_the_new_one_is(tmp_path, monkeypatch):
+    """The new one is synced before it takes the old one's name, and the folder after."""
     path, seen = tmp_path / "file", []
     write_bytes(path, b"old")
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda f: (seen.append(path.read_bytes()), fsync(f)))
+    monkeypatch.setattr(os, "fsync", lambda f: (seen.append((path.read_bytes(), os.path.isdir(f"/proc/self/fd/{f}"))), fsync(f)))
     write_bytes(path, b"new")
-    assert seen == [b"old"]
+    save_tensors(path, {"a": torch.zeros(1)})
+    assert [(content[:3], folder) for content, folder in seen] == [
+        (b"old", False), (b"new", True), (b"new", False), (path.read_bytes()[:3], True)]
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
@@ -141,7 +144,7 @@ def test_a_stage_leaves_metrics_and_a_summary(tmp_path):
     assert rows[0]["note"] == 'with, comma and "quotes"'
 
     assert finished(tmp_path / "run", "sft") and not finished(tmp_path / "run", "ppo")
-    assert read_json(tmp_path / "run" / "sft" / "summary.json") == summary
+    assert read_summary(tmp_path / "run" / "sft") == summary
     assert summary["valid_nll"] == 1.25 and summary["seconds"] >= 0 and summary["peak_rss_mb"] > 10
 
 

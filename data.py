@@ -6,6 +6,7 @@ A data set is a folder of `train.jsonl`, `valid.jsonl`, `test.jsonl`. One line i
 
 All else is derived from these. Text from users is data: `<|endoftext|>` inside a CV is encoded as plain characters.
 """
+import codecs
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from run import BadInput, write_bytes, write_json
+from run import BadInput, read_json, write_bytes, write_json
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"      # ids 0 and 1 of our own tokenizer
 TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"        # ChatML, where a pretrained model's vocabulary has it
@@ -31,16 +32,28 @@ class Record(NamedTuple):
     accepted: bool
 
 
+def no_key_twice(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key stands twice in {sorted(key for key, _ in pairs)}")
+    return found
+
+
+read_line = json.JSONDecoder(object_pairs_hook=no_key_twice).decode
+
+
 def json_lines(path, remedy):
     """(where, object) of each line of a .jsonl file that is not blank; `where` names file and line. What cannot be read is
     refused; `remedy` says what to give instead of a file that cannot be opened."""
     try:
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)       # some editors put it before any UTF-8 text
                 if line.strip():
                     where = f"{path}:{number}"
                     try:
-                        yield where, json.loads(line.decode("utf-8"))
+                        yield where, read_line(line.decode("utf-8"))
                     except UnicodeDecodeError as e:
                         raise BadInput(f"{where}: not UTF-8 text (byte {e.start} of the line); save the file as UTF-8")
                     except (ValueError, RecursionError) as e:
@@ -60,16 +73,19 @@ def text_of(raw, key, where):
     return raw[key]
 
 
-def read_records(path):
-    """All decisions of a .jsonl file; a bad line is refused with its number and what is wrong."""
-    records, texts = [], {}
+def numbered_records(path):
+    """(where, Record) of each line of a .jsonl file; a bad line is refused with its number and what is wrong."""
+    where = None
     for where, raw in json_lines(path, f"a data folder holds {', '.join(s + '.jsonl' for s in SPLITS)}"):
-        r = parse_record(raw, where)
-        # Most texts come many times (one CV, several jobs): keep one copy of each.
-        records.append(Record(texts.setdefault(r.cv, r.cv), texts.setdefault(r.jd, r.jd), r.accepted))
-    if not records:
+        yield where, parse_record(raw, where)
+    if not where:
         raise BadInput(f"{path}: no records; expected lines like " + '{"cv": "...", "jd": "...", "accepted": true}')
-    return records
+
+
+def read_records(path):
+    """All decisions of a .jsonl file. Most texts come many times (one CV, several jobs): one copy of each is kept."""
+    texts = {}
+    return [Record(texts.setdefault(r.cv, r.cv), texts.setdefault(r.jd, r.jd), r.accepted) for _, r in numbered_records(path)]
 
 
 def parse_record(raw, where):
@@ -81,8 +97,25 @@ def parse_record(raw, where):
     if not cv.strip():
         raise BadInput(f"{where}: cv is empty")
     if not isinstance(raw["accepted"], bool):
-        raise BadInput(f"{where}: accepted must be true or false, found {raw['accepted']!r}")
+        raise BadInput(f"{where}: accepted must be true or false, found {repr(raw['accepted'])[:40]}")
+    if raw["accepted"] and not jd.strip():
+        raise BadInput(f"{where}: jd is empty, and accepted; only what was turned down may be empty")
     return Record(cv, jd, raw["accepted"])
+
+
+def check_splits(folder):
+    """Refuse a data set in which a text of one split stands in another too: what is measured on it would be too good."""
+    seen = {}
+    for split in SPLITS:
+        mine = {}
+        for where, r in numbered_records(Path(folder) / f"{split}.jsonl"):
+            for name, text in (("CV", r.cv), ("JD", r.jd)):
+                if (name, text) in seen:
+                    raise BadInput(f"{where}: its {name} stands in {seen[name, text]}.jsonl too; take it out of one of them, or "
+                                   "make the data set with  python girl.py data --from FILE")
+                if text:
+                    mine[name, text] = split
+        seen |= mine
 
 
 def write_records(path, records):
@@ -166,15 +199,19 @@ def save_tokenizer(folder, codec):
 
 def load_tokenizer(folder):
     path = Path(folder) / "tokenizer.json"
+    raw = read_json(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
         for token in raw.get("added_tokens") or []:
             token["special"] = True             # so that no text makes one, whatever it is for
         tokenizer = Tokenizer.from_str(json.dumps(raw))
-    except Exception as e:                      # tokenizers raises plain Exception
-        raise BadInput(f"{path}: cannot be read as a tokenizer ({e})")
-    tokenizer.no_truncation()                   # both are done here, and counted
-    tokenizer.no_padding()
+        tokenizer.no_truncation()               # both are done here, and counted
+        tokenizer.no_padding()
+        if not all(tokenizer.encode(text, add_special_tokens=False).ids for text in ("a", "CV: 7 🙂\n\0")):
+            raise ValueError("it makes no tokens of a text")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:                  # tokenizers raises plain Exception, and PanicException, which is none
+        raise BadInput(f"{path}: cannot be used as a tokenizer ({e}); give the one that belongs to the model")
     return plain_text_only(tokenizer)
 
 
@@ -245,7 +282,15 @@ class Codec:
 
 def load_codec(folder, config):
     """The codec of a model's folder, within the budgets that its config keeps."""
-    return Codec(load_tokenizer(folder), config.max_cv_tokens, config.max_jd_tokens, config.eos_token_id)
+    tokenizer = load_tokenizer(folder)
+    if number_of_ids(tokenizer) > config.vocab_size:
+        raise BadInput(f"{Path(folder) / 'tokenizer.json'}: has {number_of_ids(tokenizer)} tokens, but its model "
+                       f"{config.vocab_size}; give the one that belongs to the model")
+    return Codec(tokenizer, config.max_cv_tokens, config.max_jd_tokens, config.eos_token_id)
+
+
+def number_of_ids(tokenizer):
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 # ------------------------------------------------------------------------------------------------------- batches

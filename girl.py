@@ -40,11 +40,12 @@ import ppo
 import recommend
 import reward
 import table
-from data import SPLITS, Codec, bucketed, load_codec, load_tokenizer, pad_right, read_half, read_records, save_tokenizer
+from data import (SPLITS, Codec, bucketed, check_splits, load_codec, load_tokenizer, pad_right, read_half, read_records,
+                  save_tokenizer)
 from model import Config, LanguageModel, RewardModel, generate, logits_size, merge_lora, rows_that_fit, twin
 from run import (BadInput, Optimizer, Stage, autocast, check_same, finished, flag, generator, load_tensors, lock,
                  peak_rss_mb, pick_device, read_json, read_summary, save_tensors, sha256, with_checksum, write_json)
-from weights import StartFlags, load_model, load_pretrained, read_config, read_lora, save_model
+from weights import StartFlags, check_links, load_model, load_pretrained, read_config, read_lora, save_model
 
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -124,6 +125,7 @@ def mean_nll(model, pairs, codec, device):
 
 # ------------------------------------------------------------------------------------------------------ stage 1
 def train_sft(stage, run, folder, flags, seed, device):
+    check_splits(folder)
     train = read_half(folder, "A")
     valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
     if not valid or not any(r.accepted for r in train):
@@ -332,7 +334,7 @@ def train_ppo(stage, run, folder, flags, seed, device):
 def read_text(path):
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = raw.decode("utf-8").strip()
+        text = raw.decode("utf-8-sig").strip()
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror}; give a text file, or - for standard input")
     except UnicodeDecodeError as e:
@@ -445,6 +447,7 @@ def what_it_learns_from(run, folder, name, init):
         found |= {f"{stage}/{f}": digest for f, digest in checksums.items() if f != "metrics.csv"}
         bases |= {adapters.base_model_name_or_path} if adapters else set()
     for base in sorted(bases):
+        check_links(base)
         found |= {f"pretrained {path.name}": sha256(path) for path in sorted(Path(base).glob("*"))
                   if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json")}
     return found
@@ -605,8 +608,8 @@ def build_parser():
         if name in STAGES:
             add_flags(p, STAGES[name])
         if name in (*STAGES, "train"):
-            p.add_argument("--save-seconds", type=number(float, 0), default=60.0, metavar="S", help="save the state, from which the same "
-                           "command goes on after an interruption, after so many seconds (default %(default)s)")
+            p.add_argument("--save-seconds", type=number(float, 0), default=60.0, metavar="S", help="save the state, from which the "
+                           "same command goes on after an interruption, after so many seconds (default %(default)s)")
     parsers["data"].add_argument("--out", required=True, metavar="DIR", help="where to write it")
     add_flags(parsers["data"], DataFlags)
     d = parsers["data"].add_argument_group("a table of your own", "a .csv, .tsv or .jsonl file; each row is a CV and a JD that "

@@ -350,6 +350,9 @@ def generate(model, prompts, max_new, temperature=1.0, top_p=1.0, generator=None
     for t in range(max_new):
         hidden = model.model(ids, mask[:, :P + t], caches)[:, -1]                            # [alive, C]
         token = sample(model.lm_head(hidden), temperature, top_p, generator)                 # [alive]
+        if int(token.max()) >= c.vocab_size:                # of a sum that is no number, none is reached
+            raise BadInput("the model's logits are not finite: its training went astray (lower its --lr), or its weights are "
+                           "damaged")
         for b, v in zip(alive.tolist(), token.tolist()):
             outputs[b].append(v)
         going = (token != c.eos_token_id).nonzero().squeeze(1)

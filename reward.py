@@ -127,6 +127,9 @@ def score_rows(model, rows, batch_size=128):
         ids, lengths = pad_right([rows[i] for i in part])
         with autocast(device):
             scores[part] = model(ids.to(device), lengths.to(device)).cpu().numpy()
+    if not np.isfinite(scores).all():
+        raise BadInput("the reward model's scores are not finite: its training went astray (lower its --lr), or its weights are "
+                       "damaged")
     return scores
 
 
@@ -223,8 +226,8 @@ def train(model, reader, codec, records, flags, seed, stage, device):
     order = torch.randperm(len(found), generator=generator(seed, stage.name, "groups"))[:flags.steps * flags.groups]
     groups, dropped = make_groups(records, [found[i] for i in order.tolist()], codec)
     if not groups:
-        raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision, {dropped} rejected ones dropped: "
-                       "nothing to compare; give more decisions, or raise --max-cv and --max-jd of stage 1")
+        raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision, {dropped} rejected ones "
+                       "dropped: nothing to compare; give more decisions, or raise --max-cv and --max-jd of stage 1")
     stage.say(f"{stage.name}: {len(records)} decisions in {len(found)} groups, {len(groups)} of them used; {dropped} rejected "
               f"ones dropped, identical to an accepted one after truncation; cut: {codec.cut_cvs} CVs, {codec.cut_jds} JDs")
     model.model.checkpointing = flags.checkpointing

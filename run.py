@@ -420,8 +420,13 @@ def sha256(path):
 
 
 def read_summary(folder):
-    """The summary.json of a finished stage."""
-    return read_checked(Path(folder) / "summary.json", f"bring it back, or delete {folder} and run the stage again")
+    """The summary.json of a finished stage, or of a data set."""
+    path, remedy = Path(folder) / "summary.json", f"bring it back, or delete {folder} and run the stage again"
+    found = {"asked": {}, "inputs": {}, "sha256": {}} | read_checked(path, remedy)
+    kinds = [type(found[key]) for key in ("asked", "inputs", "sha256")]
+    if kinds != [dict] * 3 or any("/" in name for name in found["sha256"]):
+        raise BadInput(f"{path}: not the summary of a stage; {remedy}")
+    return found
 
 
 def check_folder(folder):

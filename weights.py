@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+from data import number_of_ids
 from model import Config, LanguageModel, LoRA, RewardModel, add_lora, twin
 from run import BadInput, check_folder, flag, frozen_dtype, load_tensors, read_json, save_tensors, write_json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+MOST = {"num_hidden_layers": 256, "max_cv_tokens": 2 ** 16, "max_jd_tokens": 2 ** 16, "rope_theta": 1e12}
 
 
 def save_model(folder, model):
@@ -47,16 +49,16 @@ def is_adapter(name):
 
 def read_config(folder):
     """(Config, everything) of a folder's `config.json`, our own or of one of the families that this transformer covers."""
+    check_links(folder)
     path = Path(folder) / "girl.json"
     path = path if path.exists() else Path(folder) / "config.json"
     if not path.exists():
         raise BadInput(f"{folder}: not a model's folder, it has no config.json; give one that `sft`, `reward` or `ppo` wrote, or a "
                        "pretrained model in the Hugging Face layout")
     raw = read_json(path)
-    if not isinstance(raw, dict) or raw.get("model_type") not in FAMILIES:
-        found = repr(raw.get("model_type")) if isinstance(raw, dict) else type(raw).__name__
+    if raw.get("model_type") not in FAMILIES:
         raise BadInput(f"{path}: not the config of a model that GIRL can be: model_type must be one of {', '.join(FAMILIES)}, "
-                       f"found {found}")
+                       f"found {raw.get('model_type')!r}")
     for name, unknown in {
             "hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias"),
             "mlp_bias": raw.get("mlp_bias"), "quantization_config": raw.get("quantization_config")}.items():
@@ -73,6 +75,14 @@ def read_config(folder):
         return Config(**found), raw
     except (TypeError, BadInput) as e:
         raise BadInput(f"{path}: not a model's config ({e})")
+
+
+def check_links(folder):
+    """Refuse a folder with a link out of it: what is read is to be what was given."""
+    for path in sorted(Path(folder).glob("*")):
+        if path.is_symlink() and Path(folder).resolve() not in path.resolve().parents:
+            raise BadInput(f"{path}: a link that leaves its folder is not followed; copy the folder with  cp -rL {folder} COPY  and "
+                           "give the copy")
 
 
 def with_defaults(raw, path):
@@ -106,7 +116,7 @@ def check_size(name, value, path):
     if kind in numbers:
         least = 0 if name.endswith("token_id") or kind is float else 1
         good = isinstance(value, numbers[kind]) and not isinstance(value, bool) and value >= least and math.isfinite(value)
-        good = good and not (name == "rope_theta" and value == 0)
+        good = good and not (name == "rope_theta" and value == 0) and value <= MOST.get(name, 2 ** 24)
     else:
         good = isinstance(value, dict if name == "rope_scaling" else bool)
     if not good:
@@ -122,7 +132,7 @@ def read_weights(folder):
             raise BadInput(f"{folder / pickled}: a pickle can run any code and is not opened; convert the model to safetensors")
         return path, load_tensors(path)
     raw = read_json(index)
-    shards = raw.get("weight_map") if isinstance(raw, dict) else None
+    shards = raw.get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise BadInput(f"{index}: has no weight_map")
     weights = {}
@@ -171,6 +181,8 @@ def load_model(folder, kind=LanguageModel, device="cpu", beside=None):
     model = load_adapters(folder, lora, kind, device, beside) if lora else load_plain(folder, kind, device)
     if kind is RewardModel:
         model.center = read_config(folder)[1].get("center", 0.0)
+        if not isinstance(model.center, (int, float)) or not math.isfinite(model.center):
+            raise BadInput(f"{folder}: the center in its config must be a number, found {model.center!r}")
     return model
 
 
@@ -196,9 +208,11 @@ def load_adapters(folder, lora, kind, device, beside):
     model = twin(beside) if shared else load_plain(Path(base), LanguageModel, device, frozen_dtype(device))
     model.config = model.model.config = config
     model = model if kind is LanguageModel else RewardModel(config, body=model.model).to(device)
-    add_lora(model, lora)
     path = folder / "adapter_model.safetensors"
     weights = {n.removeprefix("base_model.model."): t for n, t in load_tensors(path).items()}
+    if any(lora.r > max(t.shape, default=0) for n, t in weights.items()):       # before memory is taken for them
+        raise BadInput(f"{path}: its adapters are not of rank {lora.r}, as its config says")
+    add_lora(model, lora)
     put(model, weights, {n: p for n, p in model.state_dict().items() if is_adapter(n)}, path, device)
     return model
 
@@ -214,6 +228,8 @@ def put(model, weights, expected, path, device, dtype=torch.float32):
             raise BadInput(f"{complaint}: {name} is {list(t.shape)}, expected {list(expected[name].shape)}")
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise BadInput(f"{complaint}: {name} is {t.dtype}; quantised weights are not supported")
+        if not t.sum(dtype=torch.float64).isfinite():
+            raise BadInput(f"{path}: {name} holds what is no finite number; the file is damaged, or its training went astray")
     # copies: what the file gives is the file itself, mapped into memory and not aligned
     model.load_state_dict({n: t.to(device, dtype, copy=True) for n, t in weights.items()}, strict=False, assign=True)
 
@@ -234,7 +250,7 @@ def load_pretrained(flags, codec, seed, device):
     if (folder / "adapter_config.json").exists():
         raise BadInput(f"{folder}: holds adapters; merge them first:  python girl.py export --merge --model {folder} --out DIR")
     model = load_plain(folder, LanguageModel, device, frozen_dtype(device) if flags.lora_rank else torch.float32)
-    c, tokens = model.config, codec.tokenizer.get_vocab_size()
+    c, tokens = model.config, number_of_ids(codec.tokenizer)
     if max(tokens, codec.eos + 1) > c.vocab_size:
         raise BadInput(f"{folder}: its tokenizer has {tokens} tokens and its JDs end in token {codec.eos}, but its model has "
                        f"{c.vocab_size}")

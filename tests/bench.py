@@ -1,16 +1,19 @@
-"""Speed and memory of a pretrained model, with adapters and without: ratios of one run, for the README.
+"""Speed and memory of a pretrained model, with adapters and without, and what it costs to save: ratios of one run, for the README.
 
     python tests/bench.py speed --init DIR        tokens per second: training and generation, each way in turn
     python tests/bench.py memory --init DIR       peak memory of PPO iterations against the plan, a process each
+    python tests/bench.py saving                  seconds of the three stages at their default sizes, with saving and without
 
-Texts are random tokens at their full budgets, so that the work is always the same; what is learned means nothing.
+Of the first two, texts are random tokens at their full budgets, so that the work is always the same; what is learned means nothing.
 """
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import girl                                                                     # noqa: E402
 import ppo                                                                      # noqa: E402
 from model import RewardModel, generate, twin                                   # noqa: E402
-from run import Optimizer, generator, peak_rss_mb, pick_device                  # noqa: E402
+from run import Optimizer, Stage, generator, peak_rss_mb, pick_device           # noqa: E402
 from weights import load_pretrained                                             # noqa: E402
 
 MAX_CV, MAX_JD = 160, 240
@@ -97,7 +100,8 @@ def iterations(args):
     policy = ppo.Policy(model)
     # The reward model: a body of its own, or adapters of its own on the same base.
     judge = RewardModel(model.config, body=twin(model.model))
-    stage = SimpleNamespace(total=lambda n: n, log=lambda **row: None, say=print)
+    stage = SimpleNamespace(step=0, total=lambda n: n, log=lambda **row: None, say=print, resume=lambda modules, optimizers: {},
+                            safe=lambda step, tensors=None, **numbers: None)
     start = time.time()
     ppo.train(policy, judge, codec, list(range(100)), flags, 0, stage, pick_device())
     lora = model.model.lora
@@ -125,10 +129,44 @@ def memory(args):
                   f"({r['peak_mb'] / r['plan_mb'] - 1:+.0%});  {r['seconds']:.0f} s an iteration", flush=True)
 
 
+# ---------------------------------------------------------------------------------------------------------- saving
+def saving(args):
+    """Each stage in turn, without saving and with a state every second, as often as `repeats`. What saving every second costs, a
+    60th of it is what the default of 60 seconds costs."""
+    found, saves, save = {}, {}, Stage.save
+
+    def timed(stage, *more):
+        start = time.time()
+        save(stage, *more)
+        saves.setdefault(stage.name, []).append(time.time() - start)
+    Stage.save = timed
+    steps = {"sft": ["--warm-steps", "50", "--epochs", "1"], "reward": ["--steps", "100"], "ppo": ["--iterations", "3"]}
+    with tempfile.TemporaryDirectory() as folder:
+        girl.main(["data", "--people", "3000", "--held-out", "50", "--out", f"{folder}/data"])
+        for repeat in range(args.repeats):
+            for stage in steps:
+                for every in ("1e9", "1"):
+                    run = Path(folder) / f"every {every}"
+                    shutil.rmtree(run / stage, ignore_errors=True)
+                    done = len(saves.get(stage, []))
+                    start = time.time()
+                    assert girl.main([stage, "--run", str(run), "--data", f"{folder}/data", "--save-seconds", every, *steps[stage]]) == 0
+                    found.setdefault((stage, every), []).append(time.time() - start)
+                    if every == "1e9":
+                        del saves[stage][done:]         # the last step is saved always
+    for stage in steps:
+        without, every_second = (statistics.median(found[stage, every]) for every in ("1e9", "1"))
+        ratios = [b / a - 1 for a, b in zip(found[stage, "1e9"], found[stage, "1"])]
+        ms = [1000 * s for s in saves[stage]]
+        print(f"{stage:<8}{without:6.1f} s; with {len(ms) // args.repeats} states, one a second, {every_second:6.1f} s: {statistics.median(ratios):+.1%} "
+              f"({min(ratios):+.1%} to {max(ratios):+.1%}); a state takes {statistics.median(ms):.0f} ms ({min(ms):.0f} to {max(ms):.0f}): every "
+              f"60 seconds {statistics.median(ms) / 60_000:.2%}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "memory", "iterations"))
-    parser.add_argument("--init", required=True)
+    parser.add_argument("what", choices=("speed", "memory", "iterations", "saving"))
+    parser.add_argument("--init", help="a folder with a pretrained model")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--new", type=int, default=64)
@@ -137,4 +175,6 @@ if __name__ == "__main__":
     parser.add_argument("--accumulate", type=int, default=4)
     parser.add_argument("--checkpointing", action="store_true")
     arguments = parser.parse_args()
-    {"speed": speed, "memory": memory, "iterations": iterations}[arguments.what](arguments)
+    if arguments.what != "saving" and not arguments.init:
+        parser.error("--init is missing")
+    {"speed": speed, "memory": memory, "iterations": iterations, "saving": saving}[arguments.what](arguments)

@@ -1,4 +1,4 @@
-"""Tiny models and a codec of fourteen words, small enough that a whole PPO training takes a second."""
+"""Tiny models and a codec of fourteen words, small enough that a whole PPO training takes a second; and a whole tiny run."""
 import copy
 import sys
 from pathlib import Path
@@ -9,9 +9,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import girl                                     # noqa: E402
 from data import EOS, PAD, Codec                # noqa: E402
 from model import Config, LanguageModel, RewardModel    # noqa: E402
 from ppo import Policy                          # noqa: E402
+
+torch.set_num_threads(1)        # models this small are done sooner by one thread
 
 WORDS = [PAD, EOS, "CV", ":", "JD", "nurse", "driver", "cook", "night", "day", "wanted", "now", "full", "part"]
 CVS = ["nurse", "driver", "cook", "nurse night", "driver day", "cook full night", "nurse part day now", "driver full",
@@ -92,3 +95,35 @@ class FakeStage:
 
     def say(self, line):
         self.lines.append(line)
+
+
+# ------------------------------------------------------------------------------------------------ a whole tiny run
+TINY = {"sft": ["--epochs", "2", "--warm-steps", "3", "--batch", "8"], "reward": ["--steps", "10", "--samples", "16"],
+        "ppo": ["--iterations", "2", "--episodes", "8", "--minibatch", "4", "--accumulate", "2", "--kl-target", "0.5"]}
+STAGES = {"sft": ["sft"], "reward": ["reward"], "judge": ["reward", "--judge"], "ppo": ["ppo"]}
+
+
+def argv(name, run, data, *more):
+    """The command of a stage, at the smallest size."""
+    command = STAGES[name]
+    return [*command, "--smoke", "--run", str(run), "--data", str(data), *TINY[command[0]], *more]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """Data and a run, that nothing interrupts. To be read only."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert girl.main(["data", "--smoke", "--people", "60", "--held-out", "20", "--out", str(folder / "data")]) == 0
+    for name in STAGES:
+        assert girl.main(argv(name, folder / "run", folder / "data")) == 0
+    return folder
+
+
+def refused(capsys, command, *says):
+    """Exit code 2 and one line that says all of this."""
+    capsys.readouterr()
+    assert girl.main(command) == 2
+    *before, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("girl.py: ") and all(text in line for text in says), line
+    assert not any("Traceback" in text or text.startswith("girl.py") for text in before)    # the progress bar only
+    return line

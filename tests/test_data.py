@@ -118,7 +118,7 @@ def test_tokenizer_is_saved_and_loaded(tokenizer, tmp_path):
 
 def test_a_loaded_codec_keeps_the_budgets_of_its_config(tokenizer, tmp_path):
     save_tokenizer(tmp_path, Codec(tokenizer, 50, 50))
-    codec = load_codec(tmp_path, SimpleNamespace(max_cv_tokens=3, max_jd_tokens=5, eos_token_id=1))
+    codec = load_codec(tmp_path, SimpleNamespace(vocab_size=320, max_cv_tokens=3, max_jd_tokens=5, eos_token_id=1))
     many = "a b c d e f g h"
     assert len(codec.prompt(many)) == len(codec.before) + 3 + len(codec.after)
     assert len(codec.jd(many)) == 5

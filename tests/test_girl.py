@@ -337,7 +337,8 @@ def test_a_new_model_has_zeros_for_unused_tokens_and_large_final_states():
 def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_path, monkeypatch):
     records = [{"cv": f"cook number {i}", "jd": f"job number {i % 7}", "accepted": i % 3 == 0} for i in range(60)]
     for split in ("train", "valid", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in records))
+        own = [r if split == "train" else r | {"cv": f"{split} {r['cv']}", "jd": f"{split} {r['jd']}"} for r in records]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in own))
     seen = []
 
     def steps(model, reader, optimizer, examples, codec, first, last, flags, seed, stage, device):

@@ -1,6 +1,9 @@
 """Nothing is lost: a stage that is cut short goes on where it was, and ends bit for bit where it would have ended."""
+import csv
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,31 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import girl
 import run
+from conftest import STAGES, argv, refused
 from run import Stage, read_json
-
-TINY = {"sft": ["--epochs", "2", "--warm-steps", "3", "--batch", "8"], "reward": ["--steps", "10", "--samples", "16"],
-        "ppo": ["--iterations", "2", "--episodes", "8", "--minibatch", "4", "--accumulate", "2", "--kl-target", "0.5"]}
-STAGES = {"sft": ["sft"], "reward": ["reward"], "judge": ["reward", "--judge"], "ppo": ["ppo"]}
-
-
-def argv(name, run, data, *more):
-    command = STAGES[name]
-    return [*command, "--smoke", "--run", str(run), "--data", str(data), *TINY[command[0]], *more]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert girl.main(["data", "--smoke", "--people", "60", "--held-out", "20", "--out", str(folder / "data")]) == 0
-    for name in STAGES:
-        assert girl.main(argv(name, folder / "run", folder / "data")) == 0
-    return folder
-
 
 def results(folder):
     """Every file of a finished stage; of summary.json what does not depend on the clock."""
@@ -207,15 +192,6 @@ def interrupted(whole, tmp_path, monkeypatch, name="reward"):
         cut_at(m, 4)
         girl.main(command)
     return folder, command
-
-
-def refused(capsys, command, *says):
-    capsys.readouterr()
-    assert girl.main(command) == 2
-    *before, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("girl.py: ") and all(text in line for text in says), line
-    assert not any("Traceback" in text or text.startswith("girl.py") for text in before)    # the progress bar only
-    return line
 
 
 def test_other_flags_or_another_seed_are_refused_and_named(whole, tmp_path, monkeypatch, capsys):
@@ -400,3 +376,52 @@ def test_a_full_disk_or_a_read_only_folder_leaves_the_last_state(whole, tmp_path
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
     assert girl.main(command) == 0
     assert results(folder) == results(whole / "run" / "reward")
+
+
+def test_a_reward_model_that_returns_a_constant_is_refused(whole, tmp_path, monkeypatch, capsys):
+    """Where it was trained to be one, and where PPO is to learn from it; what was learned so far stays."""
+    folder, command = begin(whole, tmp_path, "reward") / "reward", argv("reward", tmp_path / "run", whole / "data")
+    with monkeypatch.context() as m:
+        m.setattr(girl.reward, "score_rows", lambda model, rows: np.full(len(rows), 0.7))
+        refused(capsys, command, "the reward model gives every sample the same score; train it longer or on more decisions")
+    assert read_json(folder / "state.json")["step"] == 10 and not (folder / "summary.json").exists()
+    assert girl.main(command) == 0
+    command = argv("ppo", tmp_path / "run", whole / "data", "--save-seconds", "0")
+    with monkeypatch.context() as m:
+        scores = iter([np.arange(8.0), np.full(8, 0.7)])
+        m.setattr(girl.ppo, "score_rows", lambda model, rows: next(scores))
+        m.setattr(girl.ppo, "generate", lambda lm, prompts, *args, **more: [[lm.config.eos_token_id]] * len(prompts))
+        refused(capsys, command, "the reward model gives all 8 finished JDs of a rollout the same score, 0.700: nothing can be learned")
+    assert read_json(tmp_path / "run" / "ppo" / "state.json")["step"] == 1
+
+
+def test_an_empty_rollout_is_named_and_gone_on_with(whole, tmp_path, monkeypatch, capsys):
+    """End-of-text came first in every JD: each is one token long, and is scored as it is."""
+    begin(whole, tmp_path, "ppo")
+    monkeypatch.setattr(girl.ppo, "generate", lambda lm, prompts, *args, **more: [[lm.config.eos_token_id]] * len(prompts))
+    assert girl.main(argv("ppo", tmp_path / "run", whole / "data")) == 0
+    assert capsys.readouterr().out.count("ppo: every JD of this rollout is empty: end-of-text came first") == 2
+    rows = list(csv.DictReader((tmp_path / "run" / "ppo" / "metrics.csv").open()))
+    assert [float(row["length"]) for row in rows] == [1, 1] and all(math.isfinite(float(row[k])) for row in rows for k in ("reward", "kl", "value_loss"))
+
+
+def test_long_texts_are_cut_and_counted_and_nothing_left_to_compare_is_named(whole, tmp_path, capsys):
+    """Cut to two tokens each, an accepted row and a rejected one are the same."""
+    run, data = tmp_path / "run", whole / "data"
+    assert girl.main(argv("sft", run, data, "--max-cv", "2", "--max-jd", "2")) == 0
+    said = re.search(r"(\d+) accepted pairs.* cut: (\d+) CVs at 2 tokens, (\d+) JDs at 2", capsys.readouterr().out)
+    assert int(said[1]) == int(said[2]) == int(said[3]) > 10
+    (data_2 := tmp_path / "data").mkdir()
+    for split in ("train", "valid", "test"):
+        records = [json.loads(line) for line in (data / f"{split}.jsonl").open()]
+        (data_2 / f"{split}.jsonl").write_text("".join(json.dumps(r | {"cv": "Profile: " + r["cv"], "jd": "Wanted: " + r["jd"]}) + "\n" for r in records))
+    said = refused(capsys, argv("reward", run, data_2), "reward: no CV and no JD with both an accepted and a rejected decision, ", "raise --max-cv and --max-jd")
+    assert int(re.search(r"(\d+) rejected ones dropped", said)[1]) > 50
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused(whole, tmp_path, capsys):
+    other, folder = tmp_path / "other", begin(whole, tmp_path, "ppo")
+    assert girl.main(argv("sft", other, whole / "data", "--vocab", "500")) == girl.main(argv("reward", other, whole / "data")) == 0
+    shutil.rmtree(folder / "reward")
+    shutil.copytree(other / "reward", folder / "reward")
+    refused(capsys, argv("ppo", folder, whole / "data"), f"{folder}/reward: its tokenizer is not the one of {folder}/sft")

@@ -3,6 +3,8 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -304,6 +306,15 @@ def test_bad_weights_are_refused_before_memory_is_taken(model, capsys, name):
     assert girl.peak_rss_mb() < before + 300
     with pytest.raises(BadInput):
         load_tensors(model / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "summary.json"])
+def test_we_do_not_wait_at_a_pipe_for_a_file(model, name):
+    """Nobody writes to it. In a process of its own: to wait for ever is what must not happen."""
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    done = subprocess.run([sys.executable, girl.__file__, *try_it(model)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr == f"girl.py: {model / name}: is not a file\n"
 
 
 def test_nothing_is_unpickled(model, tmp_path, capsys):

@@ -158,6 +158,7 @@ def test_a_signal_after_the_last_step_ends_the_stage_at_once(whole, tmp_path, mo
 
 
 def test_the_second_ctrl_c_ends_a_stage_at_once_and_a_second_sigterm_does_not(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), Stage(tmp_path, "sft") as stage:
         stage.safe(1)                   # not saved yet
         os.kill(os.getpid(), signal.SIGTERM)
@@ -165,24 +166,44 @@ def test_the_second_ctrl_c_ends_a_stage_at_once_and_a_second_sigterm_does_not(tm
         assert stage.stopped
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_train_hands_a_sigterm_on_to_its_stages(whole, tmp_path, times):
-    """None of them is left behind at work, also where it comes again while they save."""
+def test_train_hands_a_sigterm_on_to_its_stages(whole, tmp_path):
+    """None of them is left behind at work, and none has come to its end."""
     command = [sys.executable, girl.__file__, "train", "--smoke", "--run", str(tmp_path / "run"), "--data", str(whole / "data")]
     train = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     while not (tmp_path / "run" / "judge").exists():
         assert train.poll() is None, train.communicate()
         time.sleep(0.05)
-    for _ in range(times):
-        train.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
+    train.send_signal(signal.SIGTERM)
     said, _ = train.communicate(timeout=60)
     assert train.returncode == 130 and "Traceback" not in said
+    assert not (tmp_path / "run" / "judge" / "summary.json").exists()
     with pytest.raises(ProcessLookupError):     # the group is empty: the child has ended too
         os.killpg(train.pid, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_train_waits_for_its_stages_also_where_it_is_told_to_stop_again(whole, tmp_path, monkeypatch, number):
+    """While they save."""
+    said = []
+
+    class Child:
+        def __init__(self, command, env):
+            self.name = "judge" if "--judge" in command else command[2]
+
+        def terminate(self):
+            said.append(f"stop {self.name}")
+
+        def wait(self):
+            os.kill(os.getpid(), number)
+            said.append(f"{self.name} ended")
+    begin(whole, tmp_path, "reward")
+    monkeypatch.setattr(girl.subprocess, "Popen", Child)
+    monkeypatch.setattr(girl, "run_stage", lambda args, device: None)
+    assert girl.main(["train", "--smoke", "--run", str(tmp_path / "run"), "--data", str(whole / "data")]) == 130
+    assert said == ["stop reward", "stop judge", "reward ended", "judge ended"]
 
 
 # ----------------------------------------------------------------------------------------- what is not gone on with
@@ -259,8 +280,8 @@ def test_other_data_and_another_model_before_it_are_refused_and_named(whole, tmp
 def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(whole, tmp_path, capsys):
     folder, command = begin(whole, tmp_path, "reward") / "reward", argv("reward", tmp_path / "run", whole / "data")
     folder.mkdir()
-    hold = "import fcntl, os, sys, time; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print('held', flush=True); time.sleep(600)"
-    other = subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True)
+    hold = "import run, sys, time; held = run.lock(sys.argv[1]); print('held', flush=True); time.sleep(600)"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True, cwd=Path(girl.__file__).parent)
     assert other.stdout.readline() == "held\n"
     before = (tmp_path / "run" / "config.json").read_bytes()
     refused(capsys, command, str(folder), "another process is at work on it")
@@ -350,6 +371,15 @@ def test_a_loss_that_is_no_number_names_stage_step_and_records_and_saves_nothing
     line = refused(capsys, command, f"{name}: the loss or its gradient is not finite at {step}, on the records ", "; lower --lr")
     assert any(repr(cv[:40]) in line for cv in cvs)
     assert (folder / "state.json").read_bytes() == states[2] and not (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("nll", [float("nan"), float("inf"), 5000.0])
+def test_a_validation_that_is_no_number_is_refused(whole, tmp_path, monkeypatch, capsys, nll):
+    """Or one of which e^x is none."""
+    begin(whole, tmp_path, "sft")
+    monkeypatch.setattr(girl, "mean_nll", lambda *args: nll)
+    refused(capsys, argv("sft", tmp_path / "run", whole / "data"), "sft: the loss or its gradient is not finite at step ", "lower --lr and --matrix-lr")
+    assert not (tmp_path / "run" / "sft" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("failure", ["disk", "folder"])

@@ -118,6 +118,19 @@ def check_splits(folder):
         seen |= mine
 
 
+def clear_data(folder):
+    """Take away the data set that is to be written anew, so that never two are mixed; refuse one that was not made here."""
+    folder, made = Path(folder), ("market.json", "import.json", "summary.json", "probes.jsonl")
+    splits = [folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()]
+    if splits and not any((folder / name).exists() for name in made):
+        raise BadInput(f"{splits[0]}: was not made by `data`, and is not written over; choose another --out")
+    for path in (*splits, *(folder / name for name in reversed(made))):     # what says that it was made here, last
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as e:
+            raise BadInput(f"{path}: cannot be written over ({e.strerror}); choose another --out")
+
+
 def write_records(path, records):
     write_bytes(path, b"".join(json.dumps(r._asdict(), ensure_ascii=False).encode() + b"\n" for r in records))
 
@@ -132,8 +145,10 @@ def connected(records):
     parent = {}
 
     def root(x):
-        while parent.setdefault(x, x) != x:
-            parent[x] = x = parent[parent[x]]
+        parent.setdefault(x, x)
+        while parent[x] != x:
+            parent[x] = parent[parent[x]]           # path halving: the next search is shorter
+            x = parent[x]
         return x
     for r in records:
         parent[root(("cv", r.cv))] = root(("jd", r.jd))
@@ -242,7 +257,7 @@ class Codec:
         # To fill rows up: a token that no text has. Not end-of-text, or what reads a padded row would not find its end.
         spare = [i for t, i in special.items() if i not in {self.eos, *self.before, *self.after}]
         self.pad = special.get(PAD, spare[0] if spare else tokenizer.token_to_id(PAD))
-        self.cut_cvs = self.cut_jds = 0
+        self.cut_cvs, self.cut_jds = set(), set()       # texts that were too long
         self.ids = {}                           # most texts come many times: each is encoded once
 
     def encode(self, text):
@@ -252,7 +267,8 @@ class Codec:
 
     def prompt(self, cv):
         ids = self.encode(cv)
-        self.cut_cvs += len(ids) > self.max_cv
+        if len(ids) > self.max_cv:
+            self.cut_cvs.add(cv)
         return self.before + ids[:self.max_cv] + self.after
 
     def cv(self, prompt):
@@ -262,7 +278,8 @@ class Codec:
     def jd(self, jd):
         """The JD's tokens and end-of-text; a JD that was cut has none, for it does not end there."""
         ids = self.encode(jd) + [self.eos]
-        self.cut_jds += len(ids) > self.max_jd
+        if len(ids) > self.max_jd:
+            self.cut_jds.add(jd)
         return ids[:self.max_jd]
 
     def text(self, ids):

@@ -5,7 +5,8 @@
 Nothing here is used in training, and no checkpoint is picked: the last one is what is measured. `market` is the
 simulation's module, handed in where the data are simulated, else None: then whatever needs the truth is null.
 
-What is compared gives one JD for each CV. Generators: `sft` and `ppo` sample at temperature 1, `_greedy` takes the
+What is compared gives one JD for each CV. `reward` and `judge` are the two models' own scores, also of a JD that was cut off
+(for which PPO would pay its fixed penalty). Generators: `sft` and `ppo` sample at temperature 1, `_greedy` takes the
 likeliest token, `sft_best16` is the best of 16 SFT samples by the reward model, `base` is the pretrained model that the run
 began with, if it did. Retrieval, from the pairs that stage 1 learned from: `nearest` is the JD that the most similar candidate
 was accepted for, `random` any. Rules of the market: `constant`, `echo`.
@@ -29,7 +30,8 @@ import ppo
 import reward
 from data import json_lines, load_codec, read_half, read_records
 from model import LanguageModel, RewardModel, generate, logits_size, rows_that_fit
-from run import BadInput, autocast, generator, peak_rss_mb, read_json, read_summary, write_bytes, write_json
+from run import (BadInput, autocast, generator, peak_rss_mb, read_checked, read_summary, with_checksum, write_bytes,
+                 write_json)
 from weights import load_model
 
 BEST_OF = 16
@@ -236,12 +238,15 @@ def read_verdicts(path, results):
 
 
 def read_results(run):
-    """results.json, as `evaluate` left it."""
-    path = run / "results.json"
-    results = read_json(path) if path.exists() else {}
-    if "wins" not in results:
-        raise BadInput(f"{path}: no evaluation of this version; run  python girl.py evaluate --run {run}  first")
-    return results
+    """results.json, as `write_results` left it."""
+    path, command = run / "results.json", f"python girl.py evaluate --run {run}"
+    if not path.exists():
+        raise BadInput(f"{path}: no such file; run  {command}  first")
+    return read_checked(path, f"run  {command}  again")
+
+
+def write_results(run, results):
+    write_json(run / "results.json", with_checksum(results))
 
 
 def add_verdicts(run, path):
@@ -250,7 +255,7 @@ def add_verdicts(run, path):
     table = read_verdicts(path, results)
     for contrast, row in table.items():
         results["wins"][contrast] = results["wins"].get(contrast, {}) | row
-    write_json(run / "results.json", results)
+    write_results(run, results)
     print_wins(table)
 
 
@@ -299,7 +304,8 @@ def reward_figures(model, codec, records, market, seed):
     pairs = [(r.cv, r.jd) for r in records if r.accepted]
     mine, easy = set(pairs), []
     for cv, jd in draw.sample(pairs, min(400, len(pairs))):
-        if (cv, other := draw.choice(pairs)[1]) not in mine:
+        other = draw.choice(pairs)[1]
+        if (cv, other) not in mine:
             easy.append((cv, jd, other))
     margins = score([(cv, jd) for cv, jd, _ in easy]) - score([(cv, other) for cv, _, other in easy])
     figures["easy_pair_accuracy"], figures["easy_pair_accuracy_ci95"] = accuracy(list(margins[:, None]))
@@ -331,9 +337,9 @@ def covered(stages):
     return total
 
 
-def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, init="", export=None):
+def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, init="", export=None, measured=""):
     """Write results.json of a run and print its tables. `mean_nll(model, pairs, codec, device)` is stage 1's; `init` the
-    folder of the pretrained model that the run began with, or nothing."""
+    folder of the pretrained model that the run began with, or nothing; `measured` a checksum of what all this depends on."""
     start = time.time()
     sft = load_model(run / "sft", LanguageModel, device).eval()
     policy = load_model(run / "ppo", LanguageModel, device, beside=sft).eval()
@@ -360,7 +366,8 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, init="",
     responses |= {name: [codec.jd(jd) for jd in others[name]] for name in others if name != "oracle"}
 
     # 2. All are described by the same figures, and compared CV by CV.
-    results = {"seed": seed, "split": split, "cvs": len(cvs), "device": str(device), "torch": torch.__version__,
+    results = {"seed": seed, "split": split, "cvs": len(cvs), "measured": {"evaluate": measured}, "device": str(device),
+               "torch": torch.__version__,
                "parameters": sum(p.numel() for p in sft.parameters()),
                "data": data_figures(records, rules, cvs, market),
                "reward": reward_figures(reward_model, codec, records, market, seed)}
@@ -380,7 +387,7 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, init="",
     results["seconds"] = {s: n["seconds"] for s, n in noted.items()} | {"total": round(covered(noted.values()), 1)}
     memory = {s: n["peak_rss_mb"] for s, n in noted.items() if "peak_rss_mb" in n}
     results["peak_rss_mb"] = max(peak_rss_mb(), memory.pop("reward") + memory.pop("judge"), *memory.values())
-    write_json(run / "results.json", results)
+    write_results(run, results)
     print_table(results)
     print_wins(results["wins"])
     stages = {"before any training": "base_greedy", "before PPO": "sft_greedy", "after PPO": "ppo_greedy"}

@@ -29,6 +29,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":              # Ctrl-C while torch is being imported: end, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -43,8 +46,9 @@ import table
 from data import (SPLITS, Codec, bucketed, check_splits, load_codec, load_tokenizer, pad_right, read_half, read_records,
                   save_tokenizer)
 from model import Config, LanguageModel, RewardModel, generate, logits_size, merge_lora, rows_that_fit, twin
-from run import (BadInput, Optimizer, Stage, autocast, check_same, finished, flag, generator, load_tensors, lock,
-                 peak_rss_mb, pick_device, read_json, read_summary, save_tensors, sha256, with_checksum, write_json)
+from run import (BadInput, Optimizer, Stage, alone, autocast, check_folder, check_same, checksum, checksums, finished, flag,
+                 generator, load_tensors, peak_rss_mb, pick_device, read_json, read_summary, save_tensors, sha256,
+                 with_checksum, write_json)
 from weights import StartFlags, check_links, load_model, load_pretrained, read_config, read_lora, save_model
 
 
@@ -102,10 +106,10 @@ def sft_loss(model, reader, examples, cv_loss, device):
     with autocast(device):
         hidden = model.model(ids)                                                            # [B, T, C]
         before, targets = hidden[:, :-1], ids[:, 1:]                                         # [B, T-1, C], [B, T-1]
-        # The head is the dearest layer of a small model: it is applied where there is something to learn only.
+        # The head is the most expensive layer of a small model: it is applied only where there is something to learn.
         loss = F.cross_entropy(model.lm_head(before[to_write]).float(), targets[to_write], reduction="sum")
         if cv_loss:
-            of_cv = ((at < starts) & write)[:, 1:]
+            of_cv = ((at < starts) & write)[:, 1:]                                           # [B, T-1]
             loss = loss + cv_loss * F.cross_entropy(model.lm_head(before[of_cv]).float(), targets[of_cv], reduction="sum")
         to_read = [(e.prompt, e.jd) for e in examples if e.read]
         reading = reward.reading_loss(reader, hidden[in_jd & read], to_read) if to_read else torch.zeros(())
@@ -136,8 +140,8 @@ def train_sft(stage, run, folder, flags, seed, device):
     codec = new_codec(train, flags)
     pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd), True, flags.reading > 0) for r in train if r.accepted]
     tokens = sum(len(e.prompt) + len(e.jd) for e in pairs)
-    stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; cut: {codec.cut_cvs} CVs at "
-              f"{codec.max_cv} tokens, {codec.cut_jds} JDs at {codec.max_jd}")
+    stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; cut: {len(codec.cut_cvs)} CVs at "
+              f"{codec.max_cv} tokens, {len(codec.cut_jds)} JDs at {codec.max_jd}")
     codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
     init_seed, before = generator(seed, "sft-init").initial_seed(), {}
     if flags.init:
@@ -241,12 +245,12 @@ def sft_steps(model, reader, optimizer, examples, codec, first, last, flags, see
 
 def sft_step(model, reader, batch, flags, device):
     """Gradients of the objective; returns the mean loss of a written token, and the loss of reading."""
-    tokens, readers = sum(len(e.jd) for e in batch if e.write), sum(e.read for e in batch)
+    tokens, reads = sum(len(e.jd) for e in batch if e.write), sum(e.read for e in batch)
     total = total_reading = 0.0
     for k in range(flags.accumulate):
         if part := batch[k::flags.accumulate]:
             loss, _, reading = sft_loss(model, reader, part, flags.cv_loss, device)
-            share = sum(e.read for e in part) / max(readers, 1)
+            share = sum(e.read for e in part) / max(reads, 1)
             # by token, and by row: micro-batches add up to the gradient of the whole batch
             (loss / max(tokens, 1) + flags.reading * share * reading).backward()
             total, total_reading = total + float(loss.detach()), total_reading + share * float(reading.detach())
@@ -255,9 +259,14 @@ def sft_step(model, reader, batch, flags, device):
 
 # ----------------------------------------------------------------------------------------------- stages 2 and 3
 def need(run, stage):
-    """The folder of a finished stage."""
+    """The folder of a finished stage, which learned from the stages that stand before it in this run."""
     if not finished(run, stage):
         raise BadInput(f"{run / stage}: stage {stage} is not finished; run  python girl.py {stage} --run {run}  first")
+    inputs = read_summary(run / stage)["inputs"]
+    for name, digest in models_before(run, stage).items():
+        if inputs.get(name) != digest:
+            raise BadInput(f"{run / stage}: learned from another model than the one that is here, {name} is not the same; delete "
+                           f"{run / stage} and run the stage again")
     return run / stage
 
 
@@ -275,7 +284,9 @@ def train_reward(stage, run, folder, flags, seed, device):
     probes = ["probes.jsonl"] if (folder / "probes.jsonl").exists() else []
     records, init_seed = read_half(folder, part, "train.jsonl", *probes), generator(seed, name, "init").initial_seed()
     if flags.init:
-        check_tokenizer(flags.init, codec, run)
+        if load_tokenizer(flags.init).to_str() != codec.tokenizer.to_str():
+            raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that model "
+                           "writes")
         start = load_pretrained(flags, codec, init_seed, device)
     else:
         start = generator_model
@@ -289,19 +300,14 @@ def train_reward(stage, run, folder, flags, seed, device):
     stage.say(f"{name}: valid " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
     save_model(stage.folder, model)
     save_tokenizer(stage.folder, codec)
-    stage.finish(**metrics, center=model.center, cut_cvs=codec.cut_cvs, cut_jds=codec.cut_jds)
-
-
-def check_tokenizer(folder, codec, run):
-    if load_tokenizer(folder).to_str() != codec.tokenizer.to_str():
-        raise BadInput(f"{folder}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that model writes")
+    stage.finish(**metrics, center=model.center, cut_cvs=len(codec.cut_cvs), cut_jds=len(codec.cut_jds))
 
 
 def new_reward_model(lm, folder, pretrained, seed):
     """A language model's body, as stage 2 takes it up, and a head for reading; the head for the score is random."""
     torch.manual_seed(seed)
     if pretrained:
-        # Its end-of-text knows what was said. With adapters, body and generator share the weights that nobody trains.
+        # Its end-of-text state says what was read: no averaging block. With adapters, body and generator share the frozen base.
         return RewardModel(lm.config, body=twin(lm.model)), nn.Linear(lm.config.hidden_size, 1)
     model = RewardModel(lm.config)
     model.model.load_state_dict(lm.model.state_dict())
@@ -320,7 +326,6 @@ def train_ppo(stage, run, folder, flags, seed, device):
     policy = ppo.Policy(load_model(need(run, "sft"), LanguageModel, device)).to(device)
     codec = load_codec(run / "sft", policy.lm.config)
     reward_model = load_model(need(run, "reward"), RewardModel, device, beside=policy.lm)
-    check_tokenizer(run / "reward", codec, run)
     truth = market.true_match if (folder / "market.json").exists() else None
     cvs = sorted({r.cv for r in read_half(folder, "A")})
     ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, device, truth)
@@ -356,11 +361,10 @@ def write_for(args, device):
     with torch.no_grad(), autocast(device):
         out = generate(model, prompts, codec.max_jd, temperature, args.top_p, generator(args.seed, "generate", device=device))
     texts = [codec.text(o) for o in out]
-    if codec.cut_cvs:
-        print(f"{args.cv}: the CV was cut at {codec.max_cv} tokens", file=sys.stderr)
+    say_what_was_cut(args, codec)
     if args.reward:
-        judge = load_model(args.reward, RewardModel, device).eval()
-        scores = reward.score_texts(judge, load_codec(args.reward, judge.config), [(cv, t) for t in texts])
+        reward_model = load_model(args.reward, RewardModel, device).eval()
+        scores = reward.score_texts(reward_model, load_codec(args.reward, reward_model.config), [(cv, t) for t in texts])
         texts = [f"[{s:+.3f}]\n{t}" for s, t in sorted(zip(scores, texts), key=lambda st: -st[0])]
     print("\n\n".join(texts))
 
@@ -369,6 +373,14 @@ def score_one(args, device):
     model = load_model(args.reward, RewardModel, device).eval()
     codec = load_codec(args.reward, model.config)
     print(f"{reward.score_texts(model, codec, [(read_text(args.cv), read_text(args.jd))])[0]:.4f}")
+    say_what_was_cut(args, codec)
+
+
+def say_what_was_cut(args, codec):
+    if codec.cut_cvs:
+        print(f"{args.cv}: the CV was cut at {codec.max_cv} tokens", file=sys.stderr)
+    if codec.cut_jds:
+        print(f"{args.jd}: the JD was cut at {codec.max_jd} tokens", file=sys.stderr)
 
 
 def export(args, device):
@@ -392,9 +404,12 @@ def data_asked(args):
 
 
 def make_data(args):
-    start, flags = time.time(), from_args(DataFlags, args)
-    if (Path(args.out) / "summary.json").exists():
-        (Path(args.out) / "summary.json").unlink()      # until the end, what is there is not one data set
+    flags = from_args(DataFlags, args)
+    with alone(args.out):
+        write_data(args, flags, time.time())
+
+
+def write_data(args, flags, start):
     named = {name: getattr(args, name) for name in ("cv", "jd", "accepted", "rejected_cv", "rejected_jd") if getattr(args, name)}
     if args.source:
         if not {"cv", "jd"} <= set(named) or len(named) > 3:
@@ -404,10 +419,9 @@ def make_data(args):
         raise BadInput(f"data: --{next(iter(named)).replace('_', '-')} names a column of a table; give the table with --from FILE")
     else:
         market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
-        (Path(args.out) / "import.json").unlink(missing_ok=True)        # of a table that was here before
     write_json(Path(args.out) / "summary.json", with_checksum({
         "started": round(start, 1), "seconds": round(time.time() - start, 1), "peak_rss_mb": peak_rss_mb(),
-        "asked": data_asked(args), "inputs": {}}))
+        "asked": data_asked(args), "inputs": {}, "sha256": checksums(args.out)}))
 
 
 def folders(args):
@@ -438,19 +452,29 @@ def run_stage(args, device):
             train(stage, run, folder, flags, args.seed, device)
 
 
-def what_it_learns_from(run, folder, name, init):
+BEFORE = {"sft": (), "reward": ("sft",), "judge": ("sft",), "ppo": ("sft", "reward"), "recommend": ("sft", "reward", "ppo"),
+          "evaluate": ("sft", "reward", "judge", "ppo")}
+
+
+def models_before(run, name):
+    """Checksums of the files of the stages before this one."""
+    return {f"{stage}/{f}": digest for stage in BEFORE[name] if finished(run, stage)
+            for f, digest in read_summary(run / stage)["sha256"].items() if f != "metrics.csv"}
+
+
+def what_it_learns_from(run, folder, name, init=""):
     """Checksums of a stage's data, of the stages before it, and of the pretrained models that it and they began with."""
+    check_folder(folder)
     of_data = ("train.jsonl", "valid.jsonl", "probes.jsonl", "market.json", "import.json")
-    found, bases = {f: sha256(folder / f) for f in of_data if (folder / f).exists()}, {init} - {""}
-    for stage in {"sft": (), "ppo": ("sft", "reward")}.get(name, ("sft",)):
-        checksums, adapters = read_summary(need(run, stage))["sha256"], read_lora(run / stage)
-        found |= {f"{stage}/{f}": digest for f, digest in checksums.items() if f != "metrics.csv"}
-        bases |= {adapters.base_model_name_or_path} if adapters else set()
-    for base in sorted(bases):
+    found, bases = {f: sha256(folder / f) for f in of_data if (folder / f).exists()}, {"--init": init} if init else {}
+    for stage in BEFORE[name]:
+        if adapters := read_lora(need(run, stage)):
+            bases[stage] = adapters.base_model_name_or_path
+    for of, base in bases.items():
         check_links(base)
-        found |= {f"pretrained {path.name}": sha256(path) for path in sorted(Path(base).glob("*"))
+        found |= {f"{path.name} that {of} began with": sha256(path) for path in sorted(Path(base).glob("*"))
                   if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json")}
-    return found
+    return found | models_before(run, name)
 
 
 def show_plan(args, run):
@@ -466,11 +490,10 @@ def show_plan(args, run):
 
 def note_config(run, stage, flags):
     """config.json of a run: the flags of each of its stages. Locked, since reward model and judge start together."""
-    path, held = run / "config.json", lock(run, wait=True)
-    try:
-        write_json(path, dict(sorted(((read_json(path) if path.exists() else {}) | {stage: flags}).items())))
-    finally:
-        os.close(held)
+    path = run / "config.json"
+    with alone(run, wait=True):
+        noted = read_json(path, "delete it, nothing depends on it") if path.exists() else {}
+        write_json(path, dict(sorted((noted | {stage: flags}).items())))
 
 
 def run_all(args, device):
@@ -490,8 +513,12 @@ def run_all(args, device):
     run_apart(run, {"sft": ["sft"] + common + save + start}, device)
     run_apart(run, {"reward": ["reward"] + common + again, "judge": ["reward", "--judge"] + common + again}, device)
     run_stage(parse(["ppo"] + common + again), device)
-    evaluate_run(parse(["evaluate"] + common), device)
-    recommend_run(parse(["recommend"] + common), device)
+    for name, measure in (("evaluate", evaluate_run), ("recommend", recommend_run)):
+        wanted = parse([name] + common)
+        if is_measured(run, wanted):
+            print(f"{name}: finished already, see {run / 'results.json'}")
+        else:
+            measure(wanted, device)
 
 
 def flag_words(f, value):
@@ -511,24 +538,43 @@ def run_apart(run, commands, device):
             else:
                 children.append(subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *command],
                                                  env=os.environ | {"OMP_NUM_THREADS": share}))
-        failed = any([child.wait() for child in children])
+        codes = [child.wait() for child in children]
     finally:
         for child in children:              # only after an interrupt is one of them still at work
             child.terminate()
         for child in children:
             child.wait()
-    if failed:
+    if min(codes, default=0) < 0:
+        raise BadInput(f"{run}: {' or '.join(commands)} was killed (signal {-min(codes)}), for want of memory perhaps; the same "
+                       "command goes on")
+    if any(codes):
         raise BadInput(f"{run}: {' or '.join(commands)} failed; what went wrong stands above")
+
+
+def what_is_measured(args):
+    """A checksum of all that `evaluate` or `recommend` depends on: flags, data, and models."""
+    run, folder, _ = folders(args)
+    test = f"{args.split}.jsonl"
+    of = {k: v for k, v in vars(args).items() if k not in ("run", "data")} | {test: sha256(folder / test)}
+    return checksum(of | what_it_learns_from(run, folder, args.command))
+
+
+def is_measured(run, args):
+    try:
+        return evaluate.read_results(run)["measured"].get(args.command) == what_is_measured(args)
+    except BadInput:                    # not there, or damaged: it is measured anew
+        return False
 
 
 def evaluate_run(args, device):
     run, folder, truth = folders(args)
     if args.verdicts:
-        return evaluate.add_verdicts(run, args.verdicts)
-    for stage in ("sft", "reward", "judge", "ppo"):
-        need(run, stage)
-    evaluate.evaluate(run, folder, args.split, args.cvs, args.seed, device, truth, mean_nll, init_of(run),
-                      args.export_pairs)
+        with alone(run):
+            return evaluate.add_verdicts(run, args.verdicts)
+    measured = what_is_measured(args)
+    with alone(run):
+        evaluate.evaluate(run, folder, args.split, args.cvs, args.seed, device, truth, mean_nll, init_of(run),
+                          args.export_pairs, measured)
 
 
 def recommend_run(args, device):
@@ -536,21 +582,23 @@ def recommend_run(args, device):
     run, folder, truth = folders(args)
     if bool(args.cv) != bool(args.pool):
         raise BadInput("recommend: --cv and --pool belong together: real jobs of the pool for this CV")
-    for stage in ("sft", "reward", "ppo"):
+    for stage in BEFORE["recommend"]:
         need(run, stage)
     models, train = recommend.load_run(run, device, args.seed), read_records(folder / "train.jsonl")
     if args.cv:
         recommend.find_jobs(models, read_text(args.cv), recommend.read_pool(args.pool), args.top, train, truth)
     else:
-        recommend.measure(run, models, train, read_half(folder, "B"), read_records(folder / f"{args.split}.jsonl"), args.split,
-                          from_args(recommend.RecommendFlags, args), args.full, truth)
+        flags, measured = from_args(recommend.RecommendFlags, args), what_is_measured(args)
+        with alone(run):
+            recommend.measure(run, models, train, read_half(folder, "B"), read_records(folder / f"{args.split}.jsonl"),
+                              args.split, flags, args.full, truth, measured)
 
 
 STAGES = {"sft": SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags}
 # What --smoke changes: every stage at toy size, to see that all of it runs; in a folder of its own.
 SMOKE_RUN = {"run": "runs/smoke"}
 SMOKE_STAGE = SMOKE_RUN | {"save_seconds": 2.0}
-SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600},
+SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600, "out": "runs/smoke/data"},
          "sft": {"epochs": 1, "warm_steps": 10, "hidden": 32, "layers": 2, "vocab": 600} | SMOKE_STAGE,
          "reward": {"steps": 20, "samples": 32} | SMOKE_STAGE,
          "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8} | SMOKE_STAGE,
@@ -594,8 +642,8 @@ def from_args(cls, args):
 
 def build_parser():
     top = Parser(prog="girl.py", description="Generative job recommendation: SFT, reward model, PPO.",
-                                  epilog="The order of a run: data, sft, reward, reward --judge, ppo, evaluate; or all of "
-                                         "it: train.")
+                 epilog="The order of a run: data, sft, reward, reward --judge, ppo, evaluate, recommend; or all of it: train. "
+                        "CUDA or MPS is used where there is one; GIRL_DEVICE=cpu in the environment keeps it on the CPU.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in HELP.items()}
     for name, p in parsers.items():
@@ -610,7 +658,7 @@ def build_parser():
         if name in (*STAGES, "train"):
             p.add_argument("--save-seconds", type=number(float, 0), default=60.0, metavar="S", help="save the state, from which the "
                            "same command goes on after an interruption, after so many seconds (default %(default)s)")
-    parsers["data"].add_argument("--out", required=True, metavar="DIR", help="where to write it")
+    parsers["data"].add_argument("--out", default="runs/default/data", metavar="DIR", help="where to write it (default %(default)s)")
     add_flags(parsers["data"], DataFlags)
     d = parsers["data"].add_argument_group("a table of your own", "a .csv, .tsv or .jsonl file; each row is a CV and a JD that "
                                            "go together")
@@ -719,10 +767,16 @@ def main(argv=None):
         print(f"girl.py: {one_line(e)}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
             raise
-        print(f"girl.py: out of memory ({one_line(e)}); lower --batch, --groups or --minibatch, raise --accumulate, or use "
-              "--checkpointing", file=sys.stderr)
+        print(f"girl.py: out of memory ({one_line(e)}); delete what the stage has begun, and lower --batch, --groups or "
+              "--minibatch, raise --accumulate, or use --checkpointing", file=sys.stderr)
+        return 2
+    except BrokenPipeError:             # who reads what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as e:
+        print(f"girl.py: {one_line(e.filename or 'cannot write')}: {one_line(e.strerror or e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("girl.py: interrupted; the same command begins, or goes on from what was saved", file=sys.stderr)

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from data import Record, write_records
+from data import Record, clear_data, write_records
 from run import BadInput, write_json
 
 # ------------------------------------------------------------------------------------------- the tables: edit these
@@ -581,10 +581,11 @@ def write_market(out, people, held_out, jobs, n_applications, seed):
         rng = random.Random(f"{seed} {split}")
         decisions, probes = draw_split(rng, n, jobs, n_applications, taken)
         taken |= {text for r in decisions for text in (r.cv, r.jd)}
-        write_records(out / f"{split}.jsonl", decisions)
         if split == "train":
+            clear_data(out)
+            write_json(out / "market.json", {"seed": seed, "people": people, "held_out": held_out, "jobs": jobs,
+                                             "applications": n_applications, "degrees": DEGREES, "cities": list(CITIES),
+                                             "occupations": {t: vars(o) for t, o in BY_TITLE.items()}})
             write_records(out / "probes.jsonl", probes)
+        write_records(out / f"{split}.jsonl", decisions)
         print(f"data: {split}: {len(decisions)} decisions, {sum(r.accepted for r in decisions)} accepted")
-    write_json(out / "market.json", {"seed": seed, "people": people, "held_out": held_out, "jobs": jobs,
-                                     "applications": n_applications, "degrees": DEGREES, "cities": list(CITIES),
-                                     "occupations": {t: vars(o) for t, o in BY_TITLE.items()}})

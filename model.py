@@ -4,8 +4,8 @@ A decoder-only transformer as in Llama (Touvron et al. 2023, arXiv 2302.13971): 
 grouped-query attention, SwiGLU, tied or untied embeddings. With the switches of `Config` it is Mistral, Qwen2 or Qwen3 too.
 Parameters carry the names of the Hugging Face layout, so that a saved folder is read by other tools and the other way round.
 
-Shapes:  B rows of a batch, T tokens, C hidden size, H query heads, K key-value heads, D size of a head, F feed-forward
-size, V vocabulary.
+Shapes:  B rows of a batch, T tokens, S tokens with those of the cache before them, P tokens of the longest prompt, C hidden
+size, H query heads, K key-value heads, D size of a head, F feed-forward size, V vocabulary.
 
 Left out: dropout (PPO compares log-probabilities of two passes, which must agree), sliding windows (a Mistral that has one is
 used within it), mixtures of experts, quantised weights.
@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from run import BadInput
+from run import BadInput, NotFinite
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(self.k_proj(x).view(B, T, self.K, self.D)).transpose(1, 2), cos, sin)     # [B, K, T, D]
         v = self.v_proj(x).view(B, T, self.K, self.D).transpose(1, 2)                        # [B, K, T, D]
         if cache is not None:
-            k, v = cache.append(k, v)                                                        # [B, K, past + T, D]
+            k, v = cache.append(k, v)                                                        # [B, K, S, D]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None,
                                            enable_gqa=self.H != self.K)                      # [B, H, T, D]
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))                 # [B, T, C]
@@ -124,7 +124,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))                   # [B, T, F] inside, [B, T, C]
 
 
 class Block(nn.Module):
@@ -159,11 +159,11 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def forward(self, ids, mask=None, caches=None, before_last=False, blocks=None):
-        """ids [B, T] -> hidden states [B, T, C]; with `before_last` also what the last block is given, normed likewise;
-        with `blocks` those after only so many blocks.
+        """ids [B, T] -> hidden states [B, T, C]; with `before_last` also what the last block is given, normed likewise.
+        `blocks`: stop after this many blocks.
 
-        mask [B, T], True at real tokens: needed where rows are padded on the left, or with `caches` (then
-        [B, past + T]). Without it rows may be padded on the right only: a causal model never sees what is behind."""
+        mask [B, T], True at real tokens: needed where rows are padded on the left, or with `caches` (then [B, S]). Without
+        it rows may be padded on the right only: a causal model never sees what is behind."""
         B, T = ids.shape
         if mask is None:
             positions, visible = torch.arange(T, device=ids.device), None                    # [T]
@@ -247,7 +247,14 @@ class RewardModel(nn.Module):
 
     def head(self, states):
         """States [..., C] -> scores [...]."""
-        return self.score(states).squeeze(-1).float() - self.center
+        return scalar(self.score, states) - self.center
+
+
+def scalar(head, states):
+    """One number for each state, in float32 also under autocast: bf16 has steps of 0.016 between 2 and 4, so that different
+    JDs would get the same score. states [..., C] -> [...]."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.float()).squeeze(-1)
 
 
 # ---------------------------------------------------------------------------------------------------- generation
@@ -287,12 +294,14 @@ class Continued:
         self.prompts, self.owner = prompts, owner
 
     def append(self, k, v):
-        # Not past[owner]: its gradient adds up in the order in which the threads come, and never twice in the same.
+        # Not past[owner]: its backward adds with atomics in whatever order the threads arrive, so that two runs would differ
+        # in their last bits.
         return tuple(torch.cat((past.index_select(0, self.owner), now), dim=2) for past, now in zip(self.prompts.kept, (k, v)))
 
 
 def rows_that_fit(most, numbers):
-    """How many rows, of `most`, are computed at once where each needs so many numbers in memory: those of a GB."""
+    """How many rows (at least one, at most `most`) are computed at once where each needs so many float32 numbers: what fits
+    in a GB."""
     return max(1, min(most, 2 ** 28 // numbers))
 
 
@@ -342,16 +351,17 @@ def generate(model, prompts, max_new, temperature=1.0, top_p=1.0, generator=None
     for b, prompt in enumerate(prompts):                    # padded on the left: the last token of all stands at P - 1
         ids[b, P - len(prompt):] = torch.tensor(prompt)
         mask[b, P - len(prompt):] = True                    # by length, not by id: a pad id in a text is a real token
-    ids, mask = ids.to(device), mask.to(device)
+    ids, mask = ids.to(device), mask.to(device)             # [B, P], [B, P + max_new]
     caches = [Cache(B, c, P + max_new, device, model.lm_head.weight.dtype) for _ in range(c.num_hidden_layers)]
 
     outputs = [[] for _ in range(B)]
     alive = torch.arange(B, device=device)                  # which row of the answer each row of the batch is
     for t in range(max_new):
         hidden = model.model(ids, mask[:, :P + t], caches)[:, -1]                            # [alive, C]
-        token = sample(model.lm_head(hidden), temperature, top_p, generator)                 # [alive]
-        if int(token.max()) >= c.vocab_size:                # of a sum that is no number, none is reached
-            raise BadInput("the model's logits are not finite: its training went astray (lower its --lr), or its weights are "
+        logits = model.lm_head(hidden)                                                       # [alive, V]
+        token = sample(logits, temperature, top_p, generator)                                # [alive]
+        if not logits.max().isfinite():                     # NaN is larger than any number
+            raise NotFinite("the model's logits are not finite: its training went astray (lower its --lr), or its weights are "
                            "damaged")
         for b, v in zip(alive.tolist(), token.tolist()):
             outputs[b].append(v)

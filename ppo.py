@@ -14,8 +14,10 @@ Policy and critic share one body: the value head is one more linear layer on the
 zero, so that before it has learned anything it says "as good as the average SFT sample", which is what the score's
 mean 0 stands for.
 
-Left out: reward whitening (it was found harmful: it takes the sign and the scale from the score), a separate critic,
-an entropy bonus, early stopping by KL within an iteration, an advantage estimator without a critic (RLOO, GRPO).
+Left out: reward whitening (found harmful: each rollout's own spread would set the scale of the score, and beta would mean
+something else every time), a separate critic, an entropy bonus, early stopping by KL within an iteration, advantages without
+a critic (RLOO, GRPO). Under bf16 autocast (CUDA) log-probabilities are rounded to bf16 before the log-softmax, so that there
+the first ratio is 1 only to that precision.
 
 Shapes: B episodes, R response tokens (padded), T prompt + response (padded), C hidden size, V vocabulary.
 """
@@ -27,9 +29,9 @@ import torch
 import torch.nn as nn
 
 from data import pad_right
-from model import cache_size, generate, logits_size, rows_that_fit, twin
+from model import cache_size, generate, logits_size, rows_that_fit, scalar, twin
 from reward import score_rows
-from run import BadInput, autocast, flag, generator
+from run import BadInput, NotFinite, autocast, flag, generator
 
 
 @dataclass
@@ -57,11 +59,12 @@ class PPOFlags:
 # ---------------------------------------------------------------------------------------- the mathematics, on masks
 # Every mask is [B, R] and True at real response tokens, the end-of-text included. It comes from lengths, never from ids.
 def masked_mean(x, mask):
+    """[B, R] -> a number."""
     return (x * mask).sum() / mask.sum()
 
 
 def whiten(x, mask):
-    """Mean 0 and variance 1 over the real tokens; pads are 0."""
+    """Mean 0 and variance 1 over the real tokens; pads are 0. [B, R] -> [B, R]."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
@@ -79,7 +82,8 @@ def k3(logp, ref_logp):
 
 
 def token_rewards(scores, kl, mask, beta):
-    """-beta * KL at every token, and the text's score once, at its last real token. scores [B], kl [B, R] -> [B, R]."""
+    """-beta * KL at every token, and the text's score once, at its last real token (Ziegler et al. 2019, section 2).
+    scores [B], kl [B, R] -> [B, R]."""
     rewards = -beta * kl * mask
     last = mask.sum(1) - 1                                                                   # [B]
     rewards[torch.arange(len(scores)), last] += scores
@@ -87,7 +91,7 @@ def token_rewards(scores, kl, mask, beta):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation, backwards in time; the value after the end is 0.
+    """Generalised advantage estimation (Schulman et al. 2015, equation 16), backwards in time; the value after the end is 0.
 
     A_t = delta_t + gamma lam A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t.
     Returns unwhitened advantages and the returns A + V that the value head learns, both [B, R] and 0 at pads."""
@@ -107,7 +111,8 @@ def policy_loss(log_ratio, advantages, clip):
 
 
 def value_loss(values, old_values, returns, clip):
-    """Per token: half the larger of the squared errors, of the value and of the value clipped around the old one."""
+    """Per token: half the larger of the squared errors, of the value and of the value clipped around the old one. (Not in the
+    PPO paper, but in its authors' code: github.com/openai/baselines, ppo2/model.py.)"""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
@@ -156,14 +161,15 @@ class Episodes(NamedTuple):
 
 
 def make_episodes(prompts, responses, device):
-    ids, _ = pad_right([p + r for p, r in zip(prompts, responses)])
-    tokens, lengths = pad_right(responses)
+    ids, _ = pad_right([p + r for p, r in zip(prompts, responses)])                          # [B, T]
+    tokens, lengths = pad_right(responses)                                                   # [B, R], [B]
     mask = torch.arange(tokens.shape[1]) < lengths[:, None]                                  # [B, R]
-    return Episodes(*(x.to(device) for x in (ids, torch.tensor([len(p) for p in prompts]), tokens, mask)))
+    prompt_lengths = torch.tensor([len(p) for p in prompts])                                 # [B]
+    return Episodes(*(x.to(device) for x in (ids, prompt_lengths, tokens, mask)))
 
 
 def response_states(body, e):
-    """Hidden states [B, R, C] one position before each response token: they predict it, and value what was so far."""
+    """Hidden states [B, R, C] one position before each response token: they predict it, and value the text so far."""
     hidden = body(e.ids)                                                                     # [B, T, C]
     at = e.prompt_lengths[:, None] - 1 + torch.arange(e.tokens.shape[1], device=e.ids.device)    # [B, R]
     at = at.clamp(max=e.ids.shape[1] - 1)                   # only pads reach beyond; the mask hides them
@@ -182,7 +188,7 @@ def evaluate_policy(policy, e, temperature):
     """log pi, entropy and value of each response token, all from the same states: three tensors [B, R]."""
     states = response_states(policy.lm.model, e)
     logp, entropy = log_probs(policy.lm, states, e.tokens, temperature)
-    return logp, entropy, policy.value_head(states).squeeze(-1).float()
+    return logp, entropy, scalar(policy.value_head, states)
 
 
 @torch.no_grad()
@@ -191,7 +197,7 @@ def evaluate_reference(reference, e, temperature):
 
 
 def score_responses(reward_model, prompts, responses, eos, cut_off_score):
-    """U of each finished JD; the fixed penalty for one without end-of-text. [B]"""
+    """U of each finished JD, the fixed penalty for one without end-of-text; and which are finished. [B] both."""
     scores = torch.tensor(score_rows(reward_model, [p + r for p, r in zip(prompts, responses)]), dtype=torch.float32)
     ended = torch.tensor([r[-1] == eos for r in responses])
     if ended.sum() > 1 and not scores[ended].std() > 1e-6:
@@ -225,10 +231,12 @@ def minibatch_loss(policy, e, old, flags, tokens_in_step):
 def update(policy, optimizer, episodes, old, flags, generator, device, done=0, totals=None, safe=lambda done, totals: None):
     """All PPO epochs over one rollout. Returns the masked means of what is logged.
 
-    `safe` is told after each minibatch how many are done, and the sums so far; with these, an update that was cut short goes on."""
+    After each minibatch `safe` is told how many are done, and the sums so far; from these two an update that was cut short
+    goes on. NotFinite holds the episodes of a minibatch whose gradient is no number."""
     batches = [b for _ in range(flags.ppo_epochs) for b in minibatches(len(episodes.ids), flags.minibatch, generator)]
     totals = totals or {}
-    for done, batch in enumerate(batches[done:], done + 1):
+    for k in range(done, len(batches)):
+        batch = batches[k]                                                                   # [episodes]
         in_step = float(episodes.mask[batch].sum())
         for micro in batch.chunk(flags.accumulate):
             with autocast(device):
@@ -238,10 +246,10 @@ def update(policy, optimizer, episodes, old, flags, generator, device, done=0, t
                 totals[name] = totals.get(name, 0.0) + value
         norm = nn.utils.clip_grad_norm_(policy.parameters(), flags.max_grad_norm)
         if not torch.isfinite(norm):
-            raise FloatingPointError(batch.tolist())        # the episodes of the minibatch
+            raise NotFinite(batch.tolist())
         optimizer.step()
         optimizer.zero_grad()
-        safe(done, totals)
+        safe(k + 1, totals)
     tokens = flags.ppo_epochs * float(episodes.mask.sum())
     means = {name: value / tokens for name, value in totals.items()}
     means["ratio_var"] -= (means["ratio_mean"] - 1) ** 2        # of the squares around 1, which keep their precision
@@ -266,11 +274,14 @@ def rollout(policy, reference, reward_model, prompts, codec, flags, beta, genera
     old = {"logp": logp, "values": values * e.mask, "returns": returns,
            # Whitened over the rollout, not per minibatch: a minibatch's own mean would shift its advantages.
            "advantages": whiten(advantages, e.mask)}
+    if not returns.isfinite().all():
+        raise NotFinite("values or log-probabilities")
     per_text = kl.sum(1)                                                                     # [B]
     log = {"reward": float(scores.mean()), "kl": float(per_text.mean()), "total": float(rewards.sum(1).mean()),
            "kl_k3": float((k3(logp, ref_logp) * e.mask).sum(1).mean()), "beta": beta,
-           "kl_error": float(per_text.std(unbiased=False) / math.sqrt(len(prompts))), "length": float(e.mask.sum(1).float().mean()),
-           "eos_rate": float(ended.float().mean()), "explained_variance": float(explained_variance(values, returns, e.mask))}
+           "kl_error": float(per_text.std(unbiased=False) / math.sqrt(len(prompts))),
+           "length": float(e.mask.sum(1).float().mean()), "eos_rate": float(ended.float().mean()),
+           "explained_variance": float(explained_variance(values, returns, e.mask))}
     return e, old, responses, log
 
 
@@ -293,13 +304,15 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
             group["lr"] = flags.lr * (1 - i / flags.iterations)
 
         if "done" in found:                 # this iteration was cut short within its update
-            e, old = Episodes(*(stage.tensors.pop(name).to(device) for name in Episodes._fields)), stage.tensors
-            old, log, done, totals = {k: v.to(device) for k, v in old.items()}, found["log"], found["done"], found["totals"]
-            found = {}
+            old = {name: x.to(device) for name, x in stage.tensors.items()}
+            e = Episodes(*(old.pop(name) for name in Episodes._fields))
+            log, done, totals = found["log"], found["done"], found["totals"]
+            found, stage.tensors = {}, {}
         else:
-            e, old, _, log = rollout(policy, reference, reward_model, prompts, codec, flags, controller.beta,
-                                     generator(seed, "ppo-sample", i, device=device), device)
-            if not math.isfinite(sum(log.values())):
+            try:
+                e, old, _, log = rollout(policy, reference, reward_model, prompts, codec, flags, controller.beta,
+                                         generator(seed, "ppo-sample", i, device=device), device)
+            except NotFinite:
                 stage.not_finite(i + 1, chosen, "lower --lr or raise --kl-coef")
             done, totals = 0, {}
 
@@ -308,8 +321,8 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
         safe(done, totals)
         try:
             log |= update(policy, optimizer, e, old, flags, draw, device, done, totals, safe)
-        except FloatingPointError as minibatch:
-            stage.not_finite(i + 1, [chosen[k] for k in minibatch.args[0]], "lower --lr or raise --kl-coef")
+        except NotFinite as episodes:
+            stage.not_finite(i + 1, [chosen[k] for k in episodes.args[0]], "lower --lr or raise --kl-coef")
         controller.update(log["kl"], len(prompts))
 
         texts = [codec.text(tokens[mask].tolist()) for tokens, mask in zip(e.tokens, e.mask)]
@@ -365,7 +378,8 @@ def plan(c, flags, rank=0, targets=(), frozen_bytes=4):
     # adapter do not keep their inputs.
     if rank:
         inputs = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
-        kept = (2 + len({inputs[t] for t in targets if t in inputs})) * C + (3 + ("down_proj" in targets)) * F + rank * len(targets)
+        kept = (2 + len({inputs[t] for t in targets if t in inputs})) * C + (3 + ("down_proj" in targets)) * F
+        kept += rank * len(targets)
     else:
         kept = 6 * C + 4 * F
     kept += (2 + c.qk_norm * (1 if rank else 2)) * (HD + KD)

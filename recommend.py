@@ -37,16 +37,17 @@ import torch.nn.functional as F
 
 import reward
 from data import Codec, json_lines, load_codec, pad_right, text_of
-from evaluate import alike, bootstrap_ci95, read_results, write_jds
+from evaluate import alike, bootstrap_ci95, read_results, write_jds, write_results
 from model import LanguageModel, RewardModel
-from run import BadInput, Stage, autocast, flag, generator, peak_rss_mb, write_json
+from run import BadInput, Stage, autocast, flag, generator, peak_rss_mb
 from weights import load_model
 
 BLOCKS = 1                  # of the body's blocks that the encoder uses: early states still say which words there are
 KINDS = ("dot", "mlp")
 SHARES = {False: (0.01, 0.1, 1.0), True: (0.01, 0.03, 0.1, 0.3, 1.0)}      # of the labels; True: with --full
 KS = {False: (1,), True: (1, 2, 4, 8)}     # written JDs for each CV, for the recommender
-SETTINGS = {False: ("cvs",), True: ("cvs", "jds", "occupations")}           # what is unseen, see sides()
+SETTINGS = {False: ("cvs",), True: ("cvs", "jds", "occupations")}           # what is tested on, see sides()
+UNSEEN = {"cvs": "CVs and JDs", "jds": "JDs, for known CVs", "occupations": "CVs, JDs and occupations"}
 POOLS = (100, 1000)
 QUERIES = 8                 # written JDs for each CV, for grounding
 SHORTLIST = 20              # JDs that the reward model re-ranks, of the rankings in RERANKED
@@ -101,7 +102,7 @@ def encode(body, rows, device, batch_size=128):
     return states
 
 
-def standardize(x, like):
+def zscore(x, like):
     """Each of the C features with mean 0 and standard deviation 1, as measured on `like` [N, C]."""
     return (x - like.mean(0)) / (like.std(0, correction=0) + 1e-6)
 
@@ -110,9 +111,9 @@ def whitening(states):
     """The matrix [C, C] that makes (states - mean) [N, C] uncorrelated features of about variance 1 (Su et al. 2021, arXiv
     2103.15316). Mean states differ most in a few directions, which are then most of a cosine: without this, NDCG@10 of the
     CV as a query in pools of 100 was 0.34 instead of 0.46 (valid, one run). Those that hardly vary are kept small."""
-    _, S, V = torch.linalg.svd(states - states.mean(0), full_matrices=False)
+    _, S, Vh = torch.linalg.svd(states - states.mean(0), full_matrices=False)                # [C], [C, C]
     std = S / math.sqrt(len(states))
-    return V.T / (std + 0.05 * std[0])
+    return Vh.T / (std + 0.05 * std[0])
 
 
 class Encoder(NamedTuple):
@@ -310,9 +311,11 @@ class Platt(nn.Module):
 
 def untrained(encoded, test, modes):
     """AUC of `dot` before any label was seen, when its score is a sum of cosines."""
-    truth = labels_of(test).numpy()
-    return {f"{mode} k={k}": reward.auc(((c + w) * j).mean(1).numpy(), truth) for mode, k in modes
-            for c, w, j in [features(encoded, test, mode, k)]}
+    truth, found = labels_of(test).numpy(), {}
+    for mode, k in modes:
+        c, w, j = features(encoded, test, mode, k)                                           # [N, C] each
+        found[f"{mode} k={k}"] = reward.auc(((c + w) * j).mean(1).numpy(), truth)
+    return found
 
 
 def reward_alone(encoded, learn, test, rewards, share, flags, seed):
@@ -337,7 +340,8 @@ def compare_recommenders(models, labels, held_out, encoder, flags, full, market,
     cvs, jds = list(dict.fromkeys(r.cv for r in labels + held_out)), sorted({r.jd for r in labels + held_out})
     prompts, jd_rows = [models.codec.prompt(cv) for cv in cvs], [models.codec.jd(jd) for jd in jds]
 
-    # 1. Write for every CV, and encode all texts.
+    # 1. Write for every CV, and encode all texts. The features of `mlp` are standardized over all of them, those of the test
+    # included; what was decided on these is not looked at.
     c, j = (encode(models.sft.model, rows, models.device) for rows in (prompts, jd_rows))
     written = {name: write_and_encode(models, cvs, max(KS[full]), name) for name in ("sft", "girl")}
     written["shuffled"] = written["girl"].roll(1, 0)                # those of another CV
@@ -346,7 +350,7 @@ def compare_recommenders(models, labels, held_out, encoder, flags, full, market,
         return Encoded({t: i for i, t in enumerate(cvs)}, {t: i for i, t in enumerate(jds)}, of_cv(c), of_jd(j),
                        {name: of_jd(w) for name, w in written.items()})
     both = {"dot": encoded(encoder.of_cv, encoder.of_jd),
-            "mlp": encoded(lambda states: standardize(states, c), lambda states: standardize(states, j))}
+            "mlp": encoded(lambda states: zscore(states, c), lambda states: zscore(states, j))}
 
     def rewards(pairs):
         return reward.score_pairs(models.reward, prompts, jd_rows, pairs)
@@ -359,7 +363,7 @@ def compare_recommenders(models, labels, held_out, encoder, flags, full, market,
     for setting in settings:
         learn, test = sides(labels, held_out, setting, market and market.titles)
         if len({r.accepted for r in learn}) < 2 or len({r.accepted for r in test}) < 2:
-            stage.say(f"recommend: unseen {setting}: too few decisions to learn from and to test on")
+            stage.say(f"recommend: unseen {UNSEEN[setting]}: too few decisions to learn from and to test on")
             continue
         accepted = [r.accepted for r in test]
         best = reward.auc([market.true_match(r.cv, r.jd) for r in test], accepted) if market else None
@@ -542,8 +546,9 @@ def agreement(a, b, market):
 
 
 # ------------------------------------------------------------------------------------------------------- the whole
-def measure(run, models, train, labels, held_out, split, flags, full, market):
-    """Recommender and grounding into results.json, and their tables. `market`: the simulation's module, or None."""
+def measure(run, models, train, labels, held_out, split, flags, full, market, measured=""):
+    """Recommender and grounding into results.json, and their tables. `market`: the simulation's module, or None; `measured`: a
+    checksum of what all this depends on."""
     start, results = time.time(), read_results(run)
     if (results["seed"], results["split"]) != (models.seed, split):
         raise BadInput(f"{run / 'results.json'}: is of seed {results['seed']} and split {results['split']}; run  python "
@@ -554,12 +559,13 @@ def measure(run, models, train, labels, held_out, split, flags, full, market):
         grounded = ground(models, held_out, encoder, flags, full, market)
         if stage.rows:                  # there were decisions enough in some setting
             stage.finish()
+    results["measured"]["recommend"] = measured
     results |= {"recommend": table, "grounding": grounded, "peak_rss_mb": max(results["peak_rss_mb"], peak_rss_mb())}
     seconds = results["seconds"]
     others = seconds["total"] - seconds.get("recommend", 0)
     seconds["recommend"] = round(time.time() - start, 1)
     seconds["total"] = round(others + seconds["recommend"], 1)
-    write_json(run / "results.json", results)
+    write_results(run, results)
     print_recommend(table)
     print_grounding(grounded)
     return results
@@ -569,7 +575,7 @@ def print_recommend(table):
     """One line for each predictor and share of the labels: AUC of each mode, and what the written JDs add."""
     for setting, found in table.items():
         best = "" if found["best_auc"] is None else f", the true match {found['best_auc']:.3f}"
-        print(f"\nrecommender, unseen {setting}: AUC on {found['test']} decisions; "
+        print(f"\nrecommender, unseen {UNSEEN[setting]}: AUC on {found['test']} decisions; "
               f"the reward model alone {found['reward_auc']:.3f}{best}")
         print("dot before any label: " + ", ".join(f"{name} {auc:.3f}" for name, auc in found["untrained_auc"].items()))
         for row in found["rows"]:
@@ -584,7 +590,9 @@ def print_recommend(table):
 
 
 def print_grounding(grounded):
-    for size, by in grounded["pools"].items() if grounded else ():
+    if not grounded:
+        return
+    for size, by in grounded["pools"].items():
         for relevance, found in by.items():
             columns = ("hr_1", "hr_5", "hr_10", "hr_20", "ndcg_10", "mrr")
             print(f"\ngrounding in pools of {min(int(size), grounded['jds'])} real JDs, relevant by {relevance}")
@@ -593,5 +601,4 @@ def print_grounding(grounded):
                 print(f"{name:<20}" + "".join(f"{row[c]:>9.3f}" for c in columns))
             for name, (mean, low, high) in found["differences"].items():
                 print(f"NDCG@10, {name:<36}{mean:+.3f} ({low:+.3f} to {high:+.3f})")
-    if grounded:
-        print(f"candidates scored per second: {grounded['candidates_per_second']}")
+    print(f"candidates scored per second: {grounded['candidates_per_second']}")

@@ -10,15 +10,19 @@ Algorithm:
    token of  prompt(C) + J + end-of-text.
 2. Gather the decisions into groups: all decisions on one CV, all decisions on one JD. Every text of a group is scored
    once, and every (accepted, rejected) pair inside the group is a comparison (as in Ouyang et al. 2022, arXiv 2203.02155,
-   section 3.5: all comparisons of one prompt belong into one batch). Beside the decisions there may be probes: JDs that
-   nobody would post, rejected. Where there are more groups than steps can show, a random part is used.
-3. A comparison teaches one bit; two losses beside it help to find where the answer lies. The same loss on the mean of
-   what the JD's tokens hand to the last block reaches each of them directly. And reading, learned in stage 1, must not be
-   forgotten: another head says for each of them whether the CV holds it too. The learning rate is low for the same
-   reason: at a matrix rate of 0.02 the model forgot in 150 steps how to compare two texts.
+   section 3.5: all comparisons of one prompt belong into one batch; there each prompt counts alike, here each comparison
+   does). Beside the decisions there may be probes: JDs that nobody would post, rejected. Where there are more groups than
+   steps can show, a random part is used.
+3. A comparison teaches one bit, so two more losses help: the same ranking loss on the mean state of the JD's tokens before
+   the last block, which reaches each of them directly; and stage 1's loss of reading (does the CV hold this token too?), so
+   that it is not forgotten. The learning rate is low for the same reason: at a matrix rate of 0.02 the model forgot in 150
+   steps how to compare two texts.
 4. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
 
 Left out: a margin in the loss, a loss on the absolute score, ensembles.
+
+Shapes: B rows (a prompt and a JD each), N different prompts, P tokens of the longest prompt, R of the longest JD, M
+comparisons, C hidden size.
 """
 from collections import defaultdict
 from dataclasses import dataclass
@@ -31,7 +35,7 @@ import torch.nn.functional as F
 
 from data import bucketed, pad_right
 from model import Continued, SharedPrompts, generate, rows_that_fit
-from run import BadInput, Optimizer, autocast, flag, generator
+from run import BadInput, NotFinite, Optimizer, autocast, flag, generator
 from weights import StartFlags
 
 
@@ -57,7 +61,8 @@ class Group(NamedTuple):
 
 # ------------------------------------------------------------------------------------------------ the mathematics
 def ranking_loss(chosen, rejected):
-    """-log sigmoid(chosen - rejected), the Bradley-Terry likelihood: scores [P], [P] -> a number; ln 2 where equal."""
+    """-log sigmoid(chosen - rejected): scores [M], [M] -> a number; ln 2 where equal. The model of Bradley and Terry (1952), as
+    used by Stiennon et al. 2020, arXiv 2009.01325, section 3.4."""
     return -F.logsigmoid(chosen - rejected).mean()
 
 
@@ -126,10 +131,10 @@ def score_rows(model, rows, batch_size=128):
         part = order[start:start + batch_size]
         ids, lengths = pad_right([rows[i] for i in part])
         with autocast(device):
-            scores[part] = model(ids.to(device), lengths.to(device)).cpu().numpy()
+            scores[part] = model(ids.to(device), lengths.to(device)).cpu().numpy()           # [part]
     if not np.isfinite(scores).all():
-        raise BadInput("the reward model's scores are not finite: its training went astray (lower its --lr), or its weights are "
-                       "damaged")
+        raise NotFinite("the reward model's scores are not finite: its training went astray (lower its --lr), or its weights "
+                        "are damaged")
     return scores
 
 
@@ -170,8 +175,8 @@ def pair_metrics(records, scores):
 
 # ------------------------------------------------------------------------------------------------------ training
 def jd_states(body, rows, device):
-    """(prompt, JD) rows -> the hidden states of the JDs' tokens, behind and before the last block, [B, R, C] both, and
-    which tokens are real [B, R].
+    """(prompt, JD) rows -> the hidden states of the JDs' tokens, after and before the last block, [B, R, C] both, and which
+    tokens are real [B, R].
 
     Each different prompt is read once, however many JDs go with it."""
     numbers = {}
@@ -207,7 +212,7 @@ def batch_loss(model, reader, groups, pooled, device):
     for g in groups:
         pairs += [(start + i, start + j) for i, j in comparisons(g.accepted)]
         start += len(g.rows)
-    better, worse = torch.tensor(pairs, device=device).unbind(1)                             # [P], [P]
+    better, worse = torch.tensor(pairs, device=device).unbind(1)                             # [M], [M]
     with autocast(device):
         hidden, given, in_jd = jd_states(model.model, rows, device)                          # [B, R, C] twice, [B, R]
         lengths = in_jd.sum(1)                                                               # [B]
@@ -229,7 +234,8 @@ def train(model, reader, codec, records, flags, seed, stage, device):
         raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision, {dropped} rejected ones "
                        "dropped: nothing to compare; give more decisions, or raise --max-cv and --max-jd of stage 1")
     stage.say(f"{stage.name}: {len(records)} decisions in {len(found)} groups, {len(groups)} of them used; {dropped} rejected "
-              f"ones dropped, identical to an accepted one after truncation; cut: {codec.cut_cvs} CVs, {codec.cut_jds} JDs")
+              f"ones dropped, identical to an accepted one after truncation; cut: {len(codec.cut_cvs)} CVs, "
+              f"{len(codec.cut_jds)} JDs")
     model.model.checkpointing = flags.checkpointing
     optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(flags.steps))
     stage.resume({"model": model, "reader": reader}, [part for part, _ in optimizer.parts])
@@ -243,7 +249,7 @@ def train(model, reader, codec, records, flags, seed, stage, device):
             continue                        # done before an interruption
         draw = generator(seed, stage.name, step)
         batch = [subsample(groups[i], flags.max_group, draw) for i in chosen]
-        loss, accuracy, reading = judge_step(model, reader, batch, flags, device)
+        loss, accuracy, reading = reward_step(model, reader, batch, flags, device)
         if not np.isfinite(loss + reading + optimizer.clip()):
             stage.not_finite(step + 1, [codec.cv(g.rows[0][0]) for g in batch], "lower --lr and --matrix-lr")
         optimizer.step(step)
@@ -254,7 +260,7 @@ def train(model, reader, codec, records, flags, seed, stage, device):
         stage.safe(step + 1)
 
 
-def judge_step(model, reader, groups, flags, device):
+def reward_step(model, reader, groups, flags, device):
     """Gradients of the objective; returns the ranking loss of a comparison, the share that came out right, and the
     reading loss."""
     pairs, rows = sum(len(comparisons(g.accepted)) for g in groups), sum(len(g.rows) for g in groups)
@@ -272,11 +278,13 @@ def judge_step(model, reader, groups, flags, device):
 
 def standardize(model, scores):
     """Scale and shift the model so that these raw scores of its own would be of mean 0 and standard deviation 1. The
-    scale goes into the head, the shift is kept as `center`: PPO's beta then means the same for every reward model."""
+    scale goes into the head, the shift is kept as `center`: PPO's beta then means the same for every reward model. (Ziegler
+    et al. 2019, arXiv 1909.08593, section 2.)"""
     raw = torch.as_tensor(scores, dtype=torch.float64) + model.center
     std = float(raw.std())
     if not std > 1e-6:
-        raise BadInput("the reward model gives every sample the same score; train it longer or on more decisions")
+        raise BadInput("the reward model gives every sample the same score: its decisions were too few, or its --lr too high; "
+                       "delete its folder and train it otherwise")
     with torch.no_grad():
         model.score.weight /= std
     model.center = float(raw.mean()) / std

@@ -16,7 +16,7 @@ import resource
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import field
 from pathlib import Path
 
@@ -28,6 +28,10 @@ from tqdm import tqdm
 
 class BadInput(Exception):
     """Something the user gave cannot be used. Shown as one line, with exit code 2."""
+
+
+class NotFinite(BadInput):
+    """Infinite or no number: logits, scores, a gradient."""
 
 
 def flag(default, help, least=None, most=1e9):
@@ -51,7 +55,7 @@ def beside(path):
         os.replace(new, path)
         sync(path.parent)
     except (OSError, SafetensorError) as e:
-        raise BadInput(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); free some space or choose another --run "
+        raise BadInput(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); free some space or choose another "
                        "folder")
     finally:
         if new.exists():                        # only after a failure or an interrupt
@@ -80,14 +84,14 @@ def write_json(path, value):
     write_bytes(path, text.encode() + b"\n")
 
 
-def read_json(path):
+def read_json(path, remedy="bring it back, or run again what wrote it"):
     """The object in a JSON file."""
     try:
         found = json.loads(read_file(path).decode("utf-8"))
     except (ValueError, RecursionError) as e:
-        raise BadInput(f"{path}: cannot be read as JSON ({e}); bring it back, or run again what wrote it")
+        raise BadInput(f"{path}: cannot be read as JSON ({e}); {remedy}")
     if not isinstance(found, dict):
-        raise BadInput(f"{path}: must be a JSON object, found {type(found).__name__}; bring it back, or run again what wrote it")
+        raise BadInput(f"{path}: must be a JSON object, found {type(found).__name__}; {remedy}")
     return found
 
 
@@ -120,9 +124,12 @@ def load_tensors(path):
 
 # ----------------------------------------------------------------------------------------- device and randomness
 def pick_device():
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """CUDA or MPS where there is one, else the CPU; GIRL_DEVICE in the environment decides otherwise."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    asked = os.environ.get("GIRL_DEVICE", here[0])
+    if asked not in here:
+        raise BadInput(f"GIRL_DEVICE={asked}: there is no such device here; choose one of {', '.join(here)}")
+    return torch.device(asked)
 
 
 def autocast(device):
@@ -131,7 +138,7 @@ def autocast(device):
 
 
 def frozen_dtype(device):
-    """In what the weights that LoRA leaves as they are lie in memory."""
+    """The dtype in memory of the weights that LoRA leaves as they are."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
@@ -204,11 +211,9 @@ class Stage:
     def __init__(self, run, name, save_seconds=60.0):
         self.folder, self.name, self.start = Path(run) / name, name, time.time()
         self.lock = lock(self.folder)
-        for path in self.folder.glob(".*.tmp"):     # a process that was killed while it wrote left it here
-            path.unlink()
         self.rows, self.step, self.tensors, self.stopped = [], 0, {}, False
         self.state, self.asked, self.inputs, self.modules, self.optimizers = {}, {}, {}, {}, []
-        self.save_seconds, self.saved, self.unsaved, self.before = save_seconds, time.time(), False, 0.0
+        self.save_seconds, self.saved, self.unsaved, self.before = save_seconds, time.monotonic(), False, 0.0
         self.bar = tqdm(desc=name, unit="step", mininterval=1 if sys.stderr.isatty() else 20, dynamic_ncols=True)
 
     def __enter__(self):
@@ -219,7 +224,8 @@ class Stage:
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         if kind is KeyboardInterrupt:
-            after = f"go on after step {self.state['step']} of {self.bar.total}" if self.state else "begin anew"
+            steps = f" of {self.bar.total}" if self.bar.total else ""           # not known yet while the data are read
+            after = f"go on after step {self.state['step']}{steps}" if self.state else "begin anew"
             self.say(f"{self.name}: stopped; the same command will {after}")
         self.bar.close()
         os.close(self.lock)
@@ -246,9 +252,9 @@ class Stage:
 
     def not_finite(self, step, cvs, remedy):
         """Ends the stage, where the loss or the gradient of this step, on these CVs, is no number."""
-        raise BadInput(f"{self.name}: the loss or its gradient is not finite at step {step}, on the records "
-                       f"{', '.join(repr(cv[:40]) for cv in cvs[:16])}{' and more' * (len(cvs) > 16)}; {remedy}, and delete "
-                       f"{self.folder} or choose another --run")
+        records = ", ".join(repr(cv[:40]) for cv in cvs[:16]) + (" and more" if len(cvs) > 16 else "")
+        raise BadInput(f"{self.name}: the loss or its gradient is not finite at step {step}, on the records {records}; {remedy}, "
+                       f"and delete {self.folder} or choose another --run")
 
     def mean(self, name, last):
         """Mean of a column over the last rows."""
@@ -261,6 +267,7 @@ class Stage:
         or finished with others is refused, the difference named."""
         self.asked, self.inputs = asked, inputs
         if (self.folder / "summary.json").exists():
+            check_folder(self.folder)
             check_same(self.folder, "finished", read_summary(self.folder), asked, inputs)
             for path in self.folder.glob("state*"):     # killed between the last file and the end
                 path.unlink()
@@ -275,7 +282,7 @@ class Stage:
     def resume(self, modules, optimizers):
         """Name what is trained; and where there is a state, put it there. Returns the numbers that were saved with it; `step` is
         the steps done, `tensors` what else was saved."""
-        self.modules, self.optimizers, self.saved, state = modules, optimizers, time.time(), self.state
+        self.modules, self.optimizers, self.saved, state = modules, optimizers, time.monotonic(), self.state
         if not state:
             return {}
         path, remedy = self.folder / state["tensors"], f"delete {self.folder} to begin the stage anew"
@@ -308,12 +315,13 @@ class Stage:
         """Here a stage can go on: after so many steps, with these tensors and numbers. They are saved now and then, after the
         last step, and when it is to stop."""
         self.unsaved = True
-        if self.stopped or step == self.bar.total or time.time() - self.saved >= self.save_seconds:
+        if self.stopped or step == self.bar.total or time.monotonic() - self.saved >= self.save_seconds:
             self.save(step, tensors or {}, numbers)
         if self.stopped:
             raise KeyboardInterrupt
 
     def save(self, step, tensors, numbers):
+        self.check_lock()
         found = self.trained() | {f"more.{name}": t for name, t in tensors.items()}
         for k, optimizer in enumerate(self.optimizers):
             for i, values in optimizer.state_dict()["state"].items():
@@ -327,7 +335,17 @@ class Stage:
         write_json(self.folder / "state.json", with_checksum(self.state))
         if last:
             (self.folder / last).unlink(missing_ok=True)
-        self.saved, self.unsaved = time.time(), False
+        self.write_metrics()            # to be looked at meanwhile
+        self.saved, self.unsaved = time.monotonic(), False
+
+    def check_lock(self):
+        """Refuse to write into another folder than the one that is locked: it may be another process's."""
+        try:
+            ours = os.path.samestat(os.fstat(self.lock), os.stat(self.folder))
+        except OSError:
+            ours = False
+        if not ours:
+            raise BadInput(f"{self.folder}: was deleted or moved while {self.name} was at work on it; run it again")
 
     # ---------------------------------------------------------------------------------------------------- the end
     def seconds(self):
@@ -335,6 +353,8 @@ class Stage:
         return round(self.before + time.time() - self.start, 1)
 
     def write_metrics(self):
+        if not self.rows:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, self.rows[0], lineterminator="\n")
         writer.writeheader()
@@ -342,15 +362,13 @@ class Stage:
         write_bytes(self.folder / "metrics.csv", text.getvalue().encode())
 
     def finish(self, **summary):
-        """summary.json, with the checksums of the other files: from now on the stage is finished. (Not of adapter_config.json: who
-        moves the base model corrects its path there.)"""
+        """summary.json, with the checksums of the other files: from now on the stage is finished."""
+        self.check_lock()
         self.write_metrics()
         state = list(self.folder.glob("state*"))
-        files = {path.name: sha256(path) for path in sorted(self.folder.iterdir())
-                 if path.is_file() and path not in state and path.name not in ("summary.json", "adapter_config.json")}
         seconds = self.seconds()
         summary |= {"started": round(time.time() - seconds, 1), "seconds": seconds, "peak_rss_mb": peak_rss_mb(),
-                    "asked": self.asked, "inputs": self.inputs, "machine": machine(), "sha256": files}
+                    "asked": self.asked, "inputs": self.inputs, "machine": machine(), "sha256": checksums(self.folder)}
         write_json(self.folder / "summary.json", with_checksum(summary))
         for path in state:
             path.unlink()
@@ -359,7 +377,7 @@ class Stage:
 
 def lock(folder, wait=False):
     """The folder, made if need be, for this process alone, until what is returned is closed or the process ends. Where
-    another has it: wait for it, or refuse."""
+    another has it: wait for it, or refuse. What a killed process left half written in it is cleared away."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         held = os.open(folder, os.O_RDONLY)
@@ -367,13 +385,27 @@ def lock(folder, wait=False):
         raise BadInput(f"{folder}: cannot be made ({e.strerror}); choose another --run folder")
     try:
         fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for path in Path(folder).glob(".*.[0-9]*.tmp"):     # see `beside`
+            path.unlink()
         return held
     except BlockingIOError:
-        why = "another process is at work on it; wait for it, or choose another --run folder"
+        why = "another process is at work on it; wait for it, or choose another folder"
     except OSError as e:
-        why = f"cannot be locked ({e.strerror}); choose a --run folder on a disk of this machine"
+        why = f"cannot be locked, or not be written to ({e.strerror}); choose a folder on a disk of this machine"
     os.close(held)
     raise BadInput(f"{folder}: {why}")
+
+
+@contextmanager
+def alone(folder, wait=False):
+    """A `lock` for the time of a block. A folder in which nothing was written does not stay."""
+    held = lock(folder, wait)
+    try:
+        yield
+    finally:
+        with suppress(OSError):             # it is not empty
+            os.rmdir(folder)
+        os.close(held)
 
 
 def machine():
@@ -389,20 +421,25 @@ def differences(was, now):
 def check_same(folder, how, was, asked, inputs):
     """Refuse other flags, or other files to learn from, than those with which the work in this folder was begun or finished."""
     remedy = "go on with the same, choose another folder, or delete this one"
-    for name, before, now in differences(was["asked"], asked):
+    if flags := differences(was["asked"], asked):
+        name, before, now = flags[0]
         raise BadInput(f"{folder}: was {how} with --{name.replace('_', '-')} {before}, not {now}; {remedy}")
-    for name, _, _ in differences(was["inputs"], inputs):
-        raise BadInput(f"{folder}: was {how} with another {name}; {remedy}")
+    if files := differences(was["inputs"], inputs):
+        raise BadInput(f"{folder}: was {how} with another {files[0][0]}; {remedy}")
+
+
+def checksum(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def with_checksum(value):
-    return value | {"checksum": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
+    return value | {"checksum": checksum(value)}
 
 
 def read_checked(path, remedy):
     """The object in a JSON file that was written `with_checksum`."""
-    found = read_json(path)
-    if found.pop("checksum", None) != with_checksum(found)["checksum"]:
+    found = read_json(path, remedy)
+    if found.pop("checksum", None) != checksum(found):
         raise BadInput(f"{path}: damaged or edited (it does not match its checksum), or of another version of GIRL; {remedy}")
     return found
 
@@ -419,9 +456,24 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def checksums(folder):
+    """Of the files of a stage, or of a data set. (Not of adapter_config.json: whoever moves the base model corrects its path
+    there; and not of what is nobody's, such as notes.)"""
+    ours = (".json", ".jsonl", ".safetensors", ".csv")
+    return {path.name: sha256(path) for path in sorted(Path(folder).iterdir()) if path.suffix in ours and path.is_file()
+            and not path.name.startswith("state") and path.name not in ("summary.json", "adapter_config.json")}
+
+
+def what_helps(folder):
+    """... where a file of a finished stage, or of a data set, is not what it was."""
+    if (Path(folder) / "train.jsonl").exists():
+        return "bring it back, or make the data anew; an edited copy of it is used from a folder without summary.json"
+    return f"bring it back, or delete {folder} and run the stage again"
+
+
 def read_summary(folder):
     """The summary.json of a finished stage, or of a data set."""
-    path, remedy = Path(folder) / "summary.json", f"bring it back, or delete {folder} and run the stage again"
+    path, remedy = Path(folder) / "summary.json", what_helps(folder)
     found = {"asked": {}, "inputs": {}, "sha256": {}} | read_checked(path, remedy)
     kinds = [type(found[key]) for key in ("asked", "inputs", "sha256")]
     if kinds != [dict] * 3 or any("/" in name for name in found["sha256"]):
@@ -430,9 +482,11 @@ def read_summary(folder):
 
 
 def check_folder(folder):
-    """Refuse the folder of a finished stage in which a file is not what it was when the stage was finished."""
-    remedy = f"bring it back, or delete {folder} and run the stage again"
-    for name, digest in read_summary(folder)["sha256"].items() if (Path(folder) / "summary.json").exists() else ():
+    """Refuse the folder of a finished stage, or of a data set, in which a file is not what it was when that was finished."""
+    if not (Path(folder) / "summary.json").exists():
+        return                          # a stranger's model, data that were not made here
+    remedy = what_helps(folder)
+    for name, digest in read_summary(folder)["sha256"].items():
         path = Path(folder) / name
         if not path.exists():
             raise BadInput(f"{path}: is missing; {remedy}")

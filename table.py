@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from data import SPLITS, Record, connected, write_records
+from data import SPLITS, Record, clear_data, connected, write_records
 from run import BadInput, write_json
 
 SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
@@ -211,10 +211,6 @@ def import_table(path, out, columns, keep_contacts, seed):
     if all(r.accepted for r in records):
         for s in SPLITS:
             splits[s] += others_jds(splits[s], draw)
-    for s in SPLITS:
-        write_records(Path(out) / f"{s}.jsonl", splits[s])
-    for name in ("market.json", "probes.jsonl"):        # of a simulated market that was here before
-        (Path(out) / name).unlink(missing_ok=True)
     report = {"from": str(path), "encoding": encoding, "columns": columns, "seed": seed, "rows": len(rows),
               "rows_with_other_number_of_cells": broken, "rows_with_an_empty_cell": count["empty"],
               "rows_without_a_rejection": count["no rejection"], "duplicates": count["duplicates"],
@@ -223,7 +219,10 @@ def import_table(path, out, columns, keep_contacts, seed):
               "rejections": "JDs of other candidates" if all(r.accepted for r in records) else "from the table",
               "groups": groups, "decisions": {s: len(splits[s]) for s in SPLITS},
               "accepted": {s: sum(r.accepted for r in splits[s]) for s in SPLITS}}
+    clear_data(out)
     write_json(Path(out) / "import.json", report)
+    for s in SPLITS:
+        write_records(Path(out) / f"{s}.jsonl", splits[s])
     for name, value in report.items():
         print(f"{name.replace('_', ' '):<34}{json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value}")
     if report["rejections"] != "from the table":

@@ -1,5 +1,6 @@
 """Tiny models and a codec of fourteen words, small enough that a whole PPO training takes a second; and a whole tiny run."""
 import copy
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from model import Config, LanguageModel, RewardModel    # noqa: E402
 from ppo import Policy                          # noqa: E402
 
 torch.set_num_threads(1)        # models this small are done sooner by one thread
+os.environ["GIRL_DEVICE"] = "cpu"   # what is bit for bit the same here need not be so elsewhere
 
 WORDS = [PAD, EOS, "CV", ":", "JD", "nurse", "driver", "cook", "night", "day", "wanted", "now", "full", "part"]
 CVS = ["nurse", "driver", "cook", "nurse night", "driver day", "cook full night", "nurse part day now", "driver full",

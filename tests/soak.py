@@ -50,9 +50,8 @@ def noted(log):
     return girl.main(sys.argv[1:])
 
 
-def start(run, data, log, seed):
-    command = [sys.executable, __file__, "train", "--smoke", "--seed", str(seed), "--run", str(run), "--data", str(data),
-               "--save-seconds", "0.3"]
+def start(run, log, seed):
+    command = [sys.executable, __file__, "train", "--smoke", "--seed", str(seed), "--run", str(run), "--save-seconds", "0.3"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                             env=os.environ | {"SOAK_LOG": str(log)})
 
@@ -93,15 +92,14 @@ def soak(kills, seed):
     draw, count, different = random.Random(seed), Counter(), []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        girl.main(["data", "--smoke", "--seed", str(seed), "--out", str(folder / "data")])
-        assert not kill(start(folder / "whole", folder / "data", folder / "whole.log", seed), None)
+        assert not kill(start(folder / "whole", folder / "whole.log", seed), None)
         while count["kills"] < kills:
             run, log = folder / f"run{count['runs']}", folder / f"run{count['runs']}.log"
             log.touch()
             while True:
                 before = len(log.read_text().splitlines())
                 last = count["kills"] == kills or (run / "ppo" / "summary.json").exists() and draw.random() < 0.5
-                process, at_work = start(run, folder / "data", log, seed), draw.random() < 0.8
+                process, at_work = start(run, log, seed), draw.random() < 0.8
                 killed = kill(process, None if last else draw.uniform(0, 3 if at_work else 14), log if at_work else None)
                 lines = log.read_text().splitlines()
                 # A kill that this process had to make good: it went on from the middle of one stage, or of two side by side.

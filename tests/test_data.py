@@ -160,15 +160,15 @@ def test_what_is_too_long_is_cut_and_counted(tokenizer):
     codec = Codec(tokenizer, n - 1, n)
     whole = Codec(tokenizer, n, n + 1)
     assert codec.prompt("one two three four") == whole.before + ids[:-1] + whole.after
-    assert (codec.cut_cvs, codec.cut_jds) == (1, 0)
+    assert (len(codec.cut_cvs), len(codec.cut_jds)) == (1, 0)
 
     assert whole.jd("one two three four")[-1] == whole.eos
     assert codec.jd("one two three four") == ids                                # no end-of-text: it does not end there
     assert codec.eos not in codec.jd("one two three four")
-    assert (codec.cut_cvs, codec.cut_jds) == (1, 2)
+    assert (len(codec.cut_cvs), len(codec.cut_jds)) == (1, 1)                   # a text counts once, however often it comes
 
     whole.prompt("one two three four")                                          # just fits
-    assert (whole.cut_cvs, whole.cut_jds) == (0, 0)
+    assert (len(whole.cut_cvs), len(whole.cut_jds)) == (0, 0)
 
 
 def test_the_longest_texts_fill_the_context(tokenizer):
@@ -182,7 +182,7 @@ def test_shrunken_budgets_still_hold_the_longest_training_text(tokenizer):
     n_prompt, n_jd = len(codec.prompt(cv)), len(codec.jd(jd))
     codec.shrink(n_prompt, n_jd)
     assert len(codec.prompt(cv)) == n_prompt and len(codec.jd(jd)) == n_jd
-    assert (codec.cut_cvs, codec.cut_jds) == (0, 0)
+    assert (len(codec.cut_cvs), len(codec.cut_jds)) == (0, 0)
     assert n_prompt + n_jd <= codec.context() <= math.ceil(1.1 * (n_prompt + n_jd)) + 1
     small = Codec(tokenizer, 5, 6)
     small.shrink(n_prompt, n_jd)

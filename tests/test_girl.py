@@ -1,6 +1,7 @@
 """End to end: the smoke run, its files, its determinism, and what the command line says to bad input."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,7 @@ def test_recommend_adds_to_the_evaluation_of_the_same_seed_and_split(smoke, tmp_
     assert "is of seed 1 and split test" in capsys.readouterr().err
     (tmp_path / "run" / "results.json").unlink()
     assert girl.main(argv + ["--seed", "1"]) == 2
-    assert "results.json: no evaluation of this version; run  python girl.py evaluate" in capsys.readouterr().err
+    assert "results.json: no such file; run  python girl.py evaluate" in capsys.readouterr().err
 
 
 def test_pairs_for_an_outside_judge_go_out_and_its_verdicts_come_in(smoke, tmp_path, capsys):
@@ -173,14 +174,33 @@ def test_another_seed_gives_another_market(tmp_path):
     assert (tmp_path / "1/train.jsonl").read_text() != (tmp_path / "2/train.jsonl").read_text()
 
 
-def test_finished_stages_are_not_run_again(smoke):
+def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys):
+    """Unless results.json is damaged, or of other models: then it is measured anew."""
     (a, _), _ = smoke
+    shutil.copytree(a, tmp_path / "run")
+    path, command = tmp_path / "run" / "results.json", ["train", "--smoke", "--seed", "1", "--out", str(tmp_path / "run")]
+
     def written():
-        return {p: p.stat().st_mtime_ns for kind in ("*.safetensors", "*.jsonl") for p in a.rglob(kind)}
+        return {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
     before = written()
-    assert len(before) == 6 + 4
-    assert girl.main(["train", "--smoke", "--seed", "1", "--out", str(a)]) == 0
+    assert len([p for p in before if p.suffix in (".safetensors", ".jsonl")]) == 6 + 4
+    assert girl.main(command) == 0
     assert before == written()
+    said = capsys.readouterr().out
+    assert all(f"{name}: finished already" in said for name in ("sft", "reward", "judge", "ppo", "evaluate", "recommend"))
+
+    measured, results = [], json.loads(path.read_text())
+    monkeypatch.setattr(girl, "evaluate_run", lambda args, device: measured.append("evaluate"))
+    monkeypatch.setattr(girl, "recommend_run", lambda args, device: measured.append("recommend"))
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    assert girl.main(command) == 0 and measured == ["evaluate", "recommend"]
+    del results["checksum"], results["measured"]["recommend"]
+    girl.write_json(path, girl.with_checksum(results))
+    assert girl.main(command) == 0 and measured == ["evaluate", "recommend", "recommend"]
+    path = tmp_path / "run" / "ppo" / "summary.json"
+    summary = {k: v for k, v in json.loads(path.read_text()).items() if k != "checksum"}
+    girl.write_json(path, girl.with_checksum(summary | {"sha256": summary["sha256"] | {"model.safetensors": "another"}}))
+    assert girl.main(command) == 0 and measured[3:] == ["evaluate", "recommend"]
 
 
 def test_a_smoke_run_has_a_folder_of_its_own():
@@ -394,6 +414,15 @@ def test_stages_that_start_together_all_note_their_flags(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text()) == {f"stage {i}": {"seed": i} for i in range(40)}
 
 
+def test_the_readme_knows_how_long_the_files_are():
+    """To 5%: a table of sizes that is not kept is worse than none."""
+    root = Path(girl.__file__).parent
+    said = {name: int(lines) for name, lines in re.findall(r"\| `(\w+\.py)` \| (\d+) \|", (root / "README.md").read_text())}
+    assert set(said) == {path.name for path in root.glob("*.py")}
+    for name, lines in said.items():
+        assert lines == pytest.approx(len((root / name).read_text().splitlines()), rel=0.05), name
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 @pytest.mark.parametrize("argv, says", [
     (["sft", "--run", "{tmp}/r", "--data", "{tmp}/none"], "no such file"),
@@ -407,7 +436,7 @@ def test_stages_that_start_together_all_note_their_flags(tmp_path):
     (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--temperature", "-1"], "--temperature -1.0 must be"),
     (["score", "--reward", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--jd", "{tmp}/cv.txt"], "not a model's folder"),
     (["recommend", "--run", "{tmp}/r"], "stage sft is not finished"),
-    (["evaluate", "--run", "{tmp}/r", "--verdicts", "{tmp}/cv.txt"], "results.json: no evaluation"),
+    (["evaluate", "--run", "{tmp}/r", "--verdicts", "{tmp}/cv.txt"], "results.json: no such file; run  python girl.py evaluate"),
     (["data", "--out", "{tmp}/cv.txt/x", "--people", "5", "--held-out", "2", "--jobs", "600"], "cannot be written"),
     (["data", "--out", "{tmp}/x", "--people", "5", "--jobs", "20"], "raise --jobs"),
     (["data", "--out", "{tmp}/x", "--held-out", "0"], "--held-out 0: must be at least 1"),

@@ -75,7 +75,9 @@ BAD_LINES = {
 
 @pytest.fixture
 def data(whole, tmp_path):
+    """As if somebody else had made it: nothing vouches for its files."""
     shutil.copytree(whole / "data", tmp_path / "data")
+    (tmp_path / "data" / "summary.json").unlink()
     return tmp_path / "data"
 
 
@@ -235,7 +237,7 @@ BAD_CALLS = {
     "a pool that is none": (POOL, writes(b'{"cv": "x"}\n'), "file:1: expected a line like"),
     "an empty pool": (POOL, writes(b"\n"), "file: no JDs"),
     "a pool without a CV": (POOL[:5] + POOL[7:], writes(b'{"jd": "x"}\n'), "--cv and --pool belong together"),
-    "verdicts before an evaluation": (["evaluate", "--run", "{run}", "--verdicts", "{file}"], writes(b"{}"), "results.json: no evaluation"),
+    "verdicts before an evaluation": (["evaluate", "--run", "{run}", "--verdicts", "{file}"], writes(b"{}"), "results.json: no such file"),
 }
 
 
@@ -398,7 +400,8 @@ def test_weights_that_are_no_numbers(whole, model, capsys, value, says):
             lm.model.norm.weight.fill_(value)
         girl.save_model(model.parent / stage, lm)
         shutil.copy(whole / "run" / stage / "tokenizer.json", model.parent / stage)
-    refused(capsys, try_it(model.parent / "sft"), says)
+    for more in ([], ["--greedy"]):
+        refused(capsys, try_it(model.parent / "sft") + more, says)
     refused(capsys, ["score", "--reward", str(model.parent / "reward"), "--cv", str(model.parent / "cv.txt"), "--jd", str(model.parent / "cv.txt")], says)
 
 

@@ -103,9 +103,11 @@ def test_what_a_killed_process_left_is_cleared_away(whole, tmp_path, monkeypatch
     with monkeypatch.context() as m, pytest.raises(Cut):
         cut_at(m, 4)
         girl.main(command)
-    state = {p: p.read_bytes() for p in folder.iterdir()}
-    (folder / ".state-1.safetensors.4711.tmp").write_bytes(b"half")
-    assert girl.main(command) == 0
+    state = {p: p.read_bytes() for p in folder.glob("state*")}
+    left = [folder / ".state-1.safetensors.4711.tmp", folder.parent / ".config.json.4711.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    assert girl.main(command) == 0 and not any(path.exists() for path in left)
     for path, content in state.items():
         path.write_bytes(content)
     assert girl.main(command) == 0
@@ -137,6 +139,7 @@ def test_a_signal_ends_the_stage_at_its_next_safe_point_with_a_state(whole, tmp_
         m.setattr(Stage, "log", log)
         assert girl.main(command) == 130
     assert read_json(folder / "state.json")["step"] == 4
+    assert [row["step"] for row in csv.DictReader((folder / "metrics.csv").open())] == ["1", "2", "3", "4"]   # to be looked at meanwhile
     said = capsys.readouterr()
     assert "sft: stopped; the same command will go on after step 4 of " in said.out and "interrupted" in said.err and "Traceback" not in said.err
     assert girl.main(command) == 0
@@ -152,7 +155,7 @@ def test_a_signal_after_the_last_step_ends_the_stage_at_once(whole, tmp_path, mo
         assert girl.main(command) == 130
     assert read_json(folder / "state.json")["step"] == 10 and not (folder / "summary.json").exists()
     assert "go on after step 10 of 10" in capsys.readouterr().out
-    monkeypatch.setattr(girl.reward, "judge_step", None)        # no step is done twice
+    monkeypatch.setattr(girl.reward, "reward_step", None)        # no step is done twice
     assert girl.main(command) == 0
     assert results(folder) == results(whole / "run" / "reward")
 
@@ -192,6 +195,7 @@ def test_train_waits_for_its_stages_also_where_it_is_told_to_stop_again(whole, t
     class Child:
         def __init__(self, command, env):
             self.name = "judge" if "--judge" in command else command[2]
+            assert girl.parse(command[2:]).save_seconds == 7
 
         def terminate(self):
             said.append(f"stop {self.name}")
@@ -202,7 +206,7 @@ def test_train_waits_for_its_stages_also_where_it_is_told_to_stop_again(whole, t
     begin(whole, tmp_path, "reward")
     monkeypatch.setattr(girl.subprocess, "Popen", Child)
     monkeypatch.setattr(girl, "run_stage", lambda args, device: None)
-    assert girl.main(["train", "--smoke", "--run", str(tmp_path / "run"), "--data", str(whole / "data")]) == 130
+    assert girl.main(["train", "--smoke", "--save-seconds", "7", "--run", str(tmp_path / "run"), "--data", str(whole / "data")]) == 130
     assert said == ["stop reward", "stop judge", "reward ended", "judge ended"]
 
 
@@ -242,6 +246,7 @@ def test_train_does_not_mix_stages_that_were_finished_with_other_flags(whole, tm
 
 def test_a_finished_stage_of_other_data_is_refused(whole, tmp_path, capsys):
     shutil.copytree(whole / "data", tmp_path / "data")
+    (tmp_path / "data" / "summary.json").unlink()       # they are no longer what `data` made
     run = begin(whole, tmp_path, "ppo")
     assert girl.main(argv("sft", run, tmp_path / "data")) == 0
     (tmp_path / "data" / "valid.jsonl").write_bytes((tmp_path / "data" / "valid.jsonl").read_bytes() + b"\n")
@@ -261,12 +266,14 @@ def test_another_number_of_threads_is_named(whole, tmp_path, monkeypatch, capsys
 
 def test_other_data_and_another_model_before_it_are_refused_and_named(whole, tmp_path, monkeypatch, capsys):
     shutil.copytree(whole / "data", tmp_path / "data")
+    (tmp_path / "data" / "summary.json").unlink()       # they are no longer what `data` made
     folder, command = interrupted(whole, tmp_path, monkeypatch)
     command[command.index("--data") + 1] = str(tmp_path / "data")
-    lines = (tmp_path / "data" / "train.jsonl").read_text().splitlines()
-    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    refused(capsys, command, "begun with another train.jsonl")
-    shutil.copy(whole / "data" / "train.jsonl", tmp_path / "data")
+    for file in ("train.jsonl", "valid.jsonl", "probes.jsonl", "market.json"):
+        path = tmp_path / "data" / file
+        path.write_bytes(path.read_bytes() + b"\n")
+        refused(capsys, command, f"begun with another {file}")
+        shutil.copy(whole / "data" / file, path)
     shutil.copytree(tmp_path / "run" / "sft", tmp_path / "sft")
     shutil.rmtree(tmp_path / "run" / "sft")
     assert girl.main(argv("sft", tmp_path / "run", whole / "data", "--seed", "7")) == 0
@@ -277,6 +284,21 @@ def test_other_data_and_another_model_before_it_are_refused_and_named(whole, tmp
     assert results(folder) == results(whole / "run" / "reward")
 
 
+def test_models_that_do_not_belong_together_are_not_used_together(whole, tmp_path, capsys):
+    """Stage 1 was run again with another seed; the later stages come from the model before."""
+    shutil.copytree(whole / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "sft")
+    assert girl.main(argv("sft", tmp_path / "run", whole / "data", "--seed", "7")) == 0
+    for command in (argv("ppo", tmp_path / "run", whole / "data"), *([name, "--smoke", "--run", str(tmp_path / "run"), "--data", str(whole / "data")]
+                                                                    for name in ("evaluate", "recommend"))):
+        refused(capsys, command, "run/reward: learned from another model than the one that is here, sft/model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "sft")
+    shutil.copytree(whole / "run" / "sft", tmp_path / "run" / "sft")
+    shutil.rmtree(tmp_path / "run" / "reward")
+    assert girl.main(argv("reward", tmp_path / "run", whole / "data", "--seed", "7")) == 0
+    refused(capsys, ["recommend", *command[1:]], "run/ppo: learned from another model than the one that is here, reward/")
+
+
 def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(whole, tmp_path, capsys):
     folder, command = begin(whole, tmp_path, "reward") / "reward", argv("reward", tmp_path / "run", whole / "data")
     folder.mkdir()
@@ -285,6 +307,8 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(whole, tmp
     assert other.stdout.readline() == "held\n"
     before = (tmp_path / "run" / "config.json").read_bytes()
     refused(capsys, command, str(folder), "another process is at work on it")
+    with run.alone(tmp_path / "data"):
+        refused(capsys, ["data", "--smoke", "--out", str(tmp_path / "data")], "/data: another process is at work on it")
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     other.kill()
     other.wait()
@@ -293,8 +317,9 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(whole, tmp
 
 # -------------------------------------------------------------------------------------------------------- damage
 def flip(path):
+    """One bit; in summary.json one of a checksum, so that it stays JSON."""
     raw = bytearray(path.read_bytes())
-    raw[len(raw) * 2 // 3] ^= 1
+    raw[raw.index(b'"sha256"') + 60 if path.name == "summary.json" else len(raw) * 2 // 3] ^= 1
     path.write_bytes(raw)
 
 
@@ -302,7 +327,7 @@ DAMAGE = {"flipped": flip, "truncated": lambda path: path.write_bytes(path.read_
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "metrics.csv", "tokenizer.json", "summary.json"])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "metrics.csv", "tokenizer.json", "tokenizer_config.json", "summary.json"])
 def test_a_damaged_file_of_a_finished_stage_is_refused_and_named(whole, tmp_path, capsys, file, how):
     run = begin(whole, tmp_path, "ppo")
     DAMAGE[how](run / "reward" / file)
@@ -314,6 +339,44 @@ def test_a_damaged_file_of_a_finished_stage_is_refused_and_named(whole, tmp_path
     (tmp_path / "cv.txt").write_text("A cook")
     (tmp_path / "jd.txt").write_text("A kitchen")
     refused(capsys, ["score", "--reward", str(run / "reward"), "--cv", str(tmp_path / "cv.txt"), "--jd", str(tmp_path / "jd.txt")], file)
+    before = {p.name: p.read_bytes() for p in (run / "reward").iterdir()}
+    refused(capsys, argv("reward", run, whole / "data"), f"reward/{file}: ")        # nor does the stage say that it is finished
+    assert before == {p.name: p.read_bytes() for p in (run / "reward").iterdir()}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("file", ["train.jsonl", "test.jsonl", "probes.jsonl", "market.json"])
+def test_a_damaged_data_set_is_refused_and_named(whole, tmp_path, capsys, file, how):
+    shutil.copytree(whole / "data", tmp_path / "data")
+    DAMAGE[how](tmp_path / "data" / file)
+    says = {"missing": "is missing" if file in ("probes.jsonl", "market.json") else "no such file"}.get(how, "it does not match its checksum")
+    refused(capsys, argv("sft", tmp_path / "run", tmp_path / "data"), f"data/{file}: ", says)
+    if says != "no such file":
+        refused(capsys, ["evaluate", "--smoke", "--run", str(whole / "run"), "--data", str(tmp_path / "data")], f"data/{file}: ", says)
+
+
+def test_notes_beside_a_model_are_nobodys_business(whole, tmp_path):
+    run = begin(whole, tmp_path, "reward")
+    (run / "sft" / "notes.txt").write_text("mine")
+    assert girl.main(argv("reward", run, whole / "data")) == 0
+    (run / "sft" / "notes.txt").unlink()
+    assert girl.main(argv("ppo", run, whole / "data")) == 0
+
+
+def test_a_stage_whose_folder_was_taken_away_does_not_write_into_another(whole, tmp_path, monkeypatch, capsys):
+    """Deleted, and made anew by another process, while the stage was at work."""
+    folder, command = begin(whole, tmp_path, "reward") / "reward", argv("reward", tmp_path / "run", whole / "data", "--save-seconds", "0")
+    real = Stage.log
+
+    def log(self, **row):
+        real(self, **row)
+        if row["step"] == 3:
+            shutil.rmtree(folder)
+            folder.mkdir()
+    with monkeypatch.context() as m:
+        m.setattr(Stage, "log", log)
+        refused(capsys, command, "run/reward: was deleted or moved while reward was at work on it")
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("file", ["sft/reader.safetensors", "ppo/value_head.safetensors"])
@@ -353,7 +416,7 @@ def test_a_damaged_state_json_is_refused(whole, tmp_path, monkeypatch, capsys, c
 
 
 # ------------------------------------------------------------------------------------------------------- other faults
-@pytest.mark.parametrize("name, where, step", [("sft", "sft_step", "step 3"), ("reward", "judge_step", "step 3"), ("ppo", "minibatch_loss", "step 1")])
+@pytest.mark.parametrize("name, where, step", [("sft", "sft_step", "step 3"), ("reward", "reward_step", "step 3"), ("ppo", "minibatch_loss", "step 1")])
 def test_a_loss_that_is_no_number_names_stage_step_and_records_and_saves_nothing_more(whole, tmp_path, monkeypatch, capsys, name, where, step):
     folder, command = begin(whole, tmp_path, name) / name, argv(name, tmp_path / "run", whole / "data", "--save-seconds", "0")
     module, calls, states = {"sft": girl, "reward": girl.reward, "ppo": girl.ppo}[name], [], []
@@ -378,8 +441,34 @@ def test_a_validation_that_is_no_number_is_refused(whole, tmp_path, monkeypatch,
     """Or one of which e^x is none."""
     begin(whole, tmp_path, "sft")
     monkeypatch.setattr(girl, "mean_nll", lambda *args: nll)
-    refused(capsys, argv("sft", tmp_path / "run", whole / "data"), "sft: the loss or its gradient is not finite at step ", "lower --lr and --matrix-lr")
+    valid = [r.cv for r in girl.read_records(whole / "data" / "valid.jsonl") if r.accepted]
+    refused(capsys, argv("sft", tmp_path / "run", whole / "data"), "sft: the loss or its gradient is not finite at step ", "lower --lr and --matrix-lr",
+            repr(valid[0][:40]))
     assert not (tmp_path / "run" / "sft" / "model.safetensors").exists()
+
+
+def test_a_policy_that_went_astray_is_named_in_its_next_rollout(whole, tmp_path, capsys):
+    begin(whole, tmp_path, "ppo")
+    cvs = {json.loads(line)["cv"] for line in (whole / "data" / "train.jsonl").open()}
+    line = refused(capsys, argv("ppo", tmp_path / "run", whole / "data", "--lr", "1e9", "--iterations", "3"), "ppo: the loss or its gradient is not finite at step ",
+                   "; lower --lr or raise --kl-coef")
+    assert any(repr(cv[:40]) in line for cv in cvs)
+
+
+def test_a_persistently_negative_kl_is_counted_on_after_an_interruption(whole, tmp_path, monkeypatch):
+    folder, command = begin(whole, tmp_path, "ppo") / "ppo", argv("ppo", tmp_path / "run", whole / "data", "--save-seconds", "0", "--iterations", "7")
+    real = girl.ppo.rollout
+
+    def negative(*args):
+        *rest, log = real(*args)
+        return *rest, log | {"kl": -1.0, "kl_error": 0.1}
+    monkeypatch.setattr(girl.ppo, "rollout", negative)
+    with monkeypatch.context() as m, pytest.raises(Cut):
+        cut_at(m, 3 * 6 + 3)                # within the update of the fourth iteration
+        girl.main(command)
+    assert girl.main(command) == 0
+    faults = [row["kl_fault"] for row in csv.DictReader((folder / "metrics.csv").open())]
+    assert faults == ["False"] * 4 + ["True"] * 3
 
 
 @pytest.mark.parametrize("failure", ["disk", "folder"])
@@ -402,7 +491,7 @@ def test_a_full_disk_or_a_read_only_folder_leaves_the_last_state(whole, tmp_path
         with monkeypatch.context() as m:
             m.setattr(os, "replace", replace)
             code, said = girl.main(command), capsys.readouterr().err.splitlines()[-1]
-    assert code == 2 and "reward/state-" in said and "cannot be written" in said and "free some space or choose another --run folder" in said
+    assert code == 2 and "reward/state-" in said and "cannot be written" in said and "free some space or choose another folder" in said
     assert before == {p.name: p.read_bytes() for p in folder.iterdir()}
     assert girl.main(command) == 0
     assert results(folder) == results(whole / "run" / "reward")
@@ -413,7 +502,7 @@ def test_a_reward_model_that_returns_a_constant_is_refused(whole, tmp_path, monk
     folder, command = begin(whole, tmp_path, "reward") / "reward", argv("reward", tmp_path / "run", whole / "data")
     with monkeypatch.context() as m:
         m.setattr(girl.reward, "score_rows", lambda model, rows: np.full(len(rows), 0.7))
-        refused(capsys, command, "the reward model gives every sample the same score; train it longer or on more decisions")
+        refused(capsys, command, "the reward model gives every sample the same score: its decisions were too few, or its --lr too high")
     assert read_json(folder / "state.json")["step"] == 10 and not (folder / "summary.json").exists()
     assert girl.main(command) == 0
     command = argv("ppo", tmp_path / "run", whole / "data", "--save-seconds", "0")
@@ -436,11 +525,12 @@ def test_an_empty_rollout_is_named_and_gone_on_with(whole, tmp_path, monkeypatch
 
 
 def test_long_texts_are_cut_and_counted_and_nothing_left_to_compare_is_named(whole, tmp_path, capsys):
-    """Cut to two tokens each, an accepted row and a rejected one are the same."""
+    """Cut to two tokens each, an accepted row and a rejected one are the same. A text that comes twice is counted once."""
     run, data = tmp_path / "run", whole / "data"
     assert girl.main(argv("sft", run, data, "--max-cv", "2", "--max-jd", "2")) == 0
     said = re.search(r"(\d+) accepted pairs.* cut: (\d+) CVs at 2 tokens, (\d+) JDs at 2", capsys.readouterr().out)
-    assert int(said[1]) == int(said[2]) == int(said[3]) > 10
+    pairs = [r for r in girl.read_half(data, "A") if r.accepted]
+    assert [int(n) for n in said.groups()] == [len(pairs), len({r.cv for r in pairs}), len({r.jd for r in pairs})] and len(pairs) > 10
     (data_2 := tmp_path / "data").mkdir()
     for split in ("train", "valid", "test"):
         records = [json.loads(line) for line in (data / f"{split}.jsonl").open()]
@@ -454,4 +544,4 @@ def test_a_reward_model_of_another_vocabulary_is_refused(whole, tmp_path, capsys
     assert girl.main(argv("sft", other, whole / "data", "--vocab", "500")) == girl.main(argv("reward", other, whole / "data")) == 0
     shutil.rmtree(folder / "reward")
     shutil.copytree(other / "reward", folder / "reward")
-    refused(capsys, argv("ppo", folder, whole / "data"), f"{folder}/reward: its tokenizer is not the one of {folder}/sft")
+    refused(capsys, argv("ppo", folder, whole / "data"), f"{folder}/reward: learned from another model than the one that is here, sft/config.json ")

@@ -284,6 +284,15 @@ def test_06_head_starts_with_std_one_over_sqrt_d_plus_1_and_no_bias(config):
     assert all(head.bias is None for head in heads)
 
 
+def test_scores_are_not_rounded_under_autocast(reward_model):
+    """In bf16 there are 64 numbers between 2 and 3: more states than that would have to share a score."""
+    torch.manual_seed(0)
+    states = torch.randn(500, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = reward_model.head(states)
+    assert scores.dtype == torch.float32 and torch.equal(scores, reward_model.head(states)) and len(scores.unique()) > 490
+
+
 def test_07_scale_is_folded_into_the_head_and_centre_kept_in_the_config(reward_model, tmp_path):
     draw = generator(0, "rows")
     rows = [torch.randint(2, 14, (n,), generator=draw).tolist() for n in range(4, 44)]

@@ -7,7 +7,55 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from run import BadInput, Stage, cosine, finished, generator, read_json, read_summary, save_tensors, write_bytes, write_json
+import girl
+import run
+from run import (BadInput, Stage, cosine, finished, generator, pick_device, read_json, read_summary, save_tensors, write_bytes,
+                 write_json)
+
+
+def test_the_device_is_one_that_is_here(monkeypatch):
+    monkeypatch.delenv("GIRL_DEVICE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device().type == "cuda"
+    monkeypatch.setenv("GIRL_DEVICE", "cpu")
+    assert pick_device().type == "cpu"
+    for other in ("mps", "gpu", ""):
+        monkeypatch.setenv("GIRL_DEVICE", other)
+        with pytest.raises(BadInput, match=f"GIRL_DEVICE={other}: there is no such device here; choose one of cuda, cpu"):
+            pick_device()
+
+
+@pytest.mark.parametrize("command, seconds", [(["sft"], 60), (["ppo"], 60), (["train"], 60), (["sft", "--smoke"], 2), (["train", "--smoke"], 2)])
+def test_a_state_is_saved_at_the_first_step_after_so_many_seconds(tmp_path, monkeypatch, command, seconds):
+    clock, save_seconds = [1000.0], girl.parse(command).save_seconds
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    with Stage(tmp_path, "sft", save_seconds) as stage:
+        stage.begin({}, {})
+        stage.total(100)
+        clock[0] += 500                         # models are loaded; the time counts from the first step
+        stage.resume({}, [])
+        saved = []
+        for step in range(1, 9):
+            clock[0] += seconds / 4 + 0.01
+            stage.safe(step)
+            saved.append(read_json(tmp_path / "sft" / "state.json")["step"] if (tmp_path / "sft" / "state.json").exists() else None)
+    assert saved == [None, None, None, 4, 4, 4, 4, 8]
+
+
+def test_a_state_keeps_the_time_and_refuses_another_model(tmp_path):
+    with Stage(tmp_path, "sft", 0) as stage:
+        stage.begin({}, {})
+        stage.start -= 100                      # 100 seconds at work
+        stage.resume({"model": torch.nn.Linear(2, 3)}, [])
+        stage.safe(1)
+    with Stage(tmp_path, "sft", 0) as stage:
+        assert stage.begin({}, {})
+        for other in (torch.nn.Linear(2, 4), torch.nn.Bilinear(2, 2, 2)):
+            with pytest.raises(BadInput, match="state-1.safetensors: of another model, model.weight is not what it was"):
+                stage.resume({"model": other}, [])
+        stage.resume({"model": torch.nn.Linear(2, 3)}, [])
+        assert 100 <= stage.seconds() < 110
 
 
 # ---------------------------------------------------------------------------------------------------- atomic files

@@ -8,6 +8,7 @@ import pytest
 
 import girl
 import table
+from conftest import refused
 from data import Record, connected, half, read_half, read_records
 
 
@@ -123,6 +124,25 @@ def test_a_folder_holds_one_kind_of_data(tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"train.jsonl", "valid.jsonl", "test.jsonl", "import.json", "summary.json"}
     assert girl.main(market) == 0
     assert not (tmp_path / "out" / "import.json").exists() and (tmp_path / "out" / "market.json").exists()
+
+
+def test_a_data_set_that_was_not_made_here_is_not_written_over(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "valid.jsonl").write_text('{"cv": "a", "jd": "b", "accepted": true}\n')
+    path = write_csv(tmp_path / "t.csv", people(40))
+    for command in (["data", "--smoke", "--out", str(tmp_path / "mine")],
+                    ["data", "--from", str(path), "--cv", "cv", "--jd", "jd", "--out", str(tmp_path / "mine")]):
+        refused(capsys, command, "mine/valid.jsonl: was not made by `data`, and is not written over; choose another --out")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["valid.jsonl"]
+
+
+def test_a_table_that_cannot_be_imported_leaves_the_data_set_that_was_there(tmp_path, capsys):
+    assert run(write_csv(tmp_path / "t.csv", people(40)), tmp_path / "out") == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    for bad in (tmp_path / "none.csv", write_csv(tmp_path / "short.csv", people(1))):
+        assert run(bad, tmp_path / "out") == 2
+    assert girl.main(["data", "--smoke", "--jobs", "3", "--out", str(tmp_path / "out")]) == 2
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
 
 def test_long_words_take_no_time():

@@ -123,7 +123,8 @@ def clear_data(folder):
     folder, made = Path(folder), ("market.json", "import.json", "summary.json", "probes.jsonl")
     splits = [folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()]
     if splits and not any((folder / name).exists() for name in made):
-        raise BadInput(f"{splits[0]}: was not made by `data`, and is not written over; choose another --out")
+        raise BadInput(f"{splits[0]}: was not made by `data`, and is not written over; choose another --out, or use it as it is with "
+                       f"--data {folder}")
     for path in (*splits, *(folder / name for name in reversed(made))):     # what says that it was made here, last
         try:
             path.unlink(missing_ok=True)
@@ -215,6 +216,8 @@ def save_tokenizer(folder, codec):
 def load_tokenizer(folder):
     path = Path(folder) / "tokenizer.json"
     raw = read_json(path)
+    if '"Precompiled"' in json.dumps(raw.get("normalizer")):        # ends the process if it is broken; none of our families has it
+        raise BadInput(f"{path}: a Precompiled normalizer is not supported")
     try:
         for token in raw.get("added_tokens") or []:
             token["special"] = True             # so that no text makes one, whatever it is for
@@ -257,12 +260,21 @@ class Codec:
         # To fill rows up: a token that no text has. Not end-of-text, or what reads a padded row would not find its end.
         spare = [i for t, i in special.items() if i not in {self.eos, *self.before, *self.after}]
         self.pad = special.get(PAD, spare[0] if spare else tokenizer.token_to_id(PAD))
+        # Some tokenizers find these in a plain text all the same (of the kinds Unigram and WordLevel): they are taken out of it.
+        unknown = {"<unk>", getattr(tokenizer.model, "unk_token", None)} - {TURN, END_OF_TURN}
+        self.control = {self.eos} | {i for t, i in special.items() if t not in unknown}
         self.cut_cvs, self.cut_jds = set(), set()       # texts that were too long
         self.ids = {}                           # most texts come many times: each is encoded once
 
     def encode(self, text):
         if text not in self.ids:
-            self.ids[text] = self.tokenizer.encode(self.space + text, add_special_tokens=False).ids
+            try:
+                ids = self.tokenizer.encode(self.space + text, add_special_tokens=False).ids
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as e:              # see load_tokenizer
+                raise BadInput(f"the tokenizer cannot read the text {text[:40]!r} ({e}); give the one that belongs to the model")
+            self.ids[text] = [t for t in ids if t not in self.control]
         return self.ids[text]
 
     def prompt(self, cv):
@@ -300,6 +312,8 @@ class Codec:
 def load_codec(folder, config):
     """The codec of a model's folder, within the budgets that its config keeps."""
     tokenizer = load_tokenizer(folder)
+    if max(config.eos_token_id, config.pad_token_id) >= config.vocab_size:
+        raise BadInput(f"{folder}: eos_token_id and pad_token_id in its config must be below vocab_size")
     if number_of_ids(tokenizer) > config.vocab_size:
         raise BadInput(f"{Path(folder) / 'tokenizer.json'}: has {number_of_ids(tokenizer)} tokens, but its model "
                        f"{config.vocab_size}; give the one that belongs to the model")

@@ -264,10 +264,10 @@ def check_verdict(raw, where, n_cvs):
     if not isinstance(raw, dict) or not {"id", *ASPECTS} <= set(raw):
         raise BadInput(f"{where}: expected the keys id, {', '.join(ASPECTS)}")
     contrast, _, number = str(raw["id"]).partition("/")
-    if contrast not in CONTRASTS or number not in map(str, range(n_cvs)):
-        raise BadInput(f"{where}: there is no pair {raw['id']!r} in this run")
+    if contrast not in CONTRASTS or not number.isdecimal() or str(int(number)) != number or int(number) >= n_cvs:
+        raise BadInput(f"{where}: there is no pair {str(raw['id'])[:80]!r} in this run")
     if bad := [raw[a] for a in ASPECTS if raw[a] not in ("A", "B", "tie")]:
-        raise BadInput(f"{where}: an answer is \"A\", \"B\" or \"tie\", found {bad[0]!r}")
+        raise BadInput(f"{where}: an answer is \"A\", \"B\" or \"tie\", found {repr(bad[0])[:80]}")
     return raw["id"]
 
 
@@ -352,6 +352,8 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, init="",
     records = read_records(folder / f"{split}.jsonl")
     cvs = list(dict.fromkeys(r.cv for r in records))[:n_cvs]
     valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
+    if not valid or not any(r.accepted for r in train):
+        raise BadInput(f"{folder}: nothing to measure on without an accepted decision in valid.jsonl, and one in half A of train.jsonl")
     known_cvs, known_jds = {r.cv for r in train}, {r.jd for r in train}
     rules = market.rules(random.Random(seed), sorted(known_cvs), sorted(known_jds), cvs) if market else {}
 

@@ -49,7 +49,7 @@ from model import Config, LanguageModel, RewardModel, generate, logits_size, mer
 from run import (BadInput, Optimizer, Stage, alone, autocast, check_folder, check_same, checksum, checksums, finished, flag,
                  generator, load_tensors, peak_rss_mb, pick_device, read_json, read_summary, save_tensors, sha256,
                  with_checksum, write_json)
-from weights import StartFlags, check_links, load_model, load_pretrained, read_config, read_lora, save_model
+from weights import StartFlags, check_links, load_model, load_pretrained, put, read_config, read_lora, save_model
 
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -75,10 +75,10 @@ class SFTFlags(StartFlags):
     reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
     cv_loss: float = flag(0.0, "weight of the loss on the CV's own tokens")
     hidden: int = flag(128, "C, the hidden size")
-    layers: int = flag(4, "transformer blocks")
+    layers: int = flag(4, "transformer blocks", most=256)
     heads: int = flag(4, "H, query heads")
     kv_heads: int = flag(4, "K, key-value heads; H must be a multiple of K")
-    vocab: int = flag(3072, "largest size of the tokenizer's vocabulary")
+    vocab: int = flag(3072, "largest size of the tokenizer's vocabulary", most=2 ** 20)
     max_cv: int = flag(512, "longest CV in tokens; what is longer is cut, and counted")
     max_jd: int = flag(512, "longest JD in tokens")
 
@@ -247,7 +247,7 @@ def sft_step(model, reader, batch, flags, device):
     """Gradients of the objective; returns the mean loss of a written token, and the loss of reading."""
     tokens, reads = sum(len(e.jd) for e in batch if e.write), sum(e.read for e in batch)
     total = total_reading = 0.0
-    for k in range(flags.accumulate):
+    for k in range(min(flags.accumulate, len(batch))):
         if part := batch[k::flags.accumulate]:
             loss, _, reading = sft_loss(model, reader, part, flags.cv_loss, device)
             share = sum(e.read for e in part) / max(reads, 1)
@@ -312,8 +312,8 @@ def new_reward_model(lm, folder, pretrained, seed):
     model = RewardModel(lm.config)
     model.model.load_state_dict(lm.model.state_dict())
     model.add_averaging_block()
-    reader = nn.Linear(model.config.hidden_size, 1)
-    reader.load_state_dict(load_tensors(folder / "reader.safetensors"))
+    reader, path = nn.Linear(model.config.hidden_size, 1), folder / "reader.safetensors"
+    put(reader, load_tensors(path), reader.state_dict(), path, "cpu")
     with torch.no_grad():
         # The logits of stage 1 need large final states; the head's first scores and its rate are meant for states of size 1.
         size = model.model.norm.weight.mean()
@@ -352,8 +352,9 @@ def read_text(path):
 def write_for(args, device):
     """`generate`: JDs for one CV, the best score first where a reward model is given."""
     temperature = 0.0 if args.greedy else args.temperature
-    if not (temperature >= 0 and 0 < args.top_p <= 1):
-        raise BadInput(f"generate: --temperature {temperature} must be at least 0, --top-p {args.top_p} above 0 and at most 1")
+    if not ((temperature == 0 or 0.01 <= temperature <= 100) and 0 < args.top_p <= 1):
+        raise BadInput(f"generate: --temperature {temperature} must be 0 or from 0.01 to 100, --top-p {args.top_p} above 0 and at "
+                       "most 1")
     cv = read_text(args.cv)
     model = load_model(args.model, LanguageModel, device).eval()
     codec = load_codec(args.model, model.config)
@@ -385,7 +386,8 @@ def say_what_was_cut(args, codec):
 
 def export(args, device):
     """A generator or a reward model into a folder of its own."""
-    if taken := [name for name in ("config.json", "girl.json", "adapter_config.json") if (Path(args.out) / name).exists()]:
+    names = ("config.json", "girl.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors", "tokenizer.json")
+    if taken := [name for name in names if (Path(args.out) / name).exists()]:
         raise BadInput(f"{args.out}: holds a model already ({taken[0]}); choose another --out")
     config, raw = read_config(args.model)
     model = load_model(args.model, RewardModel if "num_labels" in raw else LanguageModel)
@@ -414,6 +416,10 @@ def write_data(args, flags, start):
     if args.source:
         if not {"cv", "jd"} <= set(named) or len(named) > 3:
             raise BadInput("data: --from needs --cv and --jd, and at most one of --accepted, --rejected-cv, --rejected-jd")
+        if len(set(named.values())) < len(named):
+            raise BadInput("data: --cv, --jd and the others must name different columns")
+        if Path(args.source).resolve().parent == Path(args.out).resolve():
+            raise BadInput(f"{args.source}: lies in the folder that is to be written anew; choose another --out")
         table.import_table(args.source, args.out, named, args.keep_contacts, args.seed)
     elif named:
         raise BadInput(f"data: --{next(iter(named)).replace('_', '-')} names a column of a table; give the table with --from FILE")
@@ -554,9 +560,8 @@ def run_apart(run, commands, device):
 def what_is_measured(args):
     """A checksum of all that `evaluate` or `recommend` depends on: flags, data, and models."""
     run, folder, _ = folders(args)
-    test = f"{args.split}.jsonl"
-    of = {k: v for k, v in vars(args).items() if k not in ("run", "data")} | {test: sha256(folder / test)}
-    return checksum(of | what_it_learns_from(run, folder, args.command))
+    flags = {k: v for k, v in vars(args).items() if k not in ("run", "data")}
+    return checksum(flags | what_it_learns_from(run, folder, args.command) | {"split": sha256(folder / f"{args.split}.jsonl")})
 
 
 def is_measured(run, args):
@@ -571,6 +576,8 @@ def evaluate_run(args, device):
     if args.verdicts:
         with alone(run):
             return evaluate.add_verdicts(run, args.verdicts)
+    if args.export_pairs and Path(args.export_pairs).exists():
+        raise BadInput(f"{args.export_pairs}: exists already; choose another file")
     measured = what_is_measured(args)
     with alone(run):
         evaluate.evaluate(run, folder, args.split, args.cvs, args.seed, device, truth, mean_nll, init_of(run),
@@ -691,7 +698,7 @@ def build_parser():
     x.add_argument("--model", required=True, metavar="RUN/ppo", help="folder of a generator or of a reward model")
     x.add_argument("--out", required=True, metavar="DIR", help="where to write it")
     x.add_argument("--merge", action="store_true", help="add the adapters to the weights beside them")
-    g.add_argument("--number", type=number(int, 1), default=1, metavar="N", help="how many JDs (default 1)")
+    g.add_argument("--number", type=number(int, 1, 1000), default=1, metavar="N", help="how many JDs (default 1)")
     g.add_argument("--temperature", type=float, default=1.0, metavar="T", help="below 1: safer, above: bolder (default 1)")
     g.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that make up P "
                    "(default 1: all)")
@@ -708,15 +715,16 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see  python {self.prog} --help")
 
 
-def number(kind, least):
-    """A type of argparse: an int or a float, finite and not below `least`."""
+def number(kind, least, most=1e9):
+    """A type of argparse: an int or a float between `least` and `most`."""
     def convert(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number of at least {least}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {'a whole' if kind is int else 'a'} number of at least {least}"
+                                             f" and at most {most:g}")
         return value
     return convert
 
@@ -726,6 +734,10 @@ def parse(argv):
     what was set on the command line stays."""
     top, parsers = build_parser()
     args = top.parse_args(argv)
+    for name in ("run", "data", "out", "source", "model", "reward", "cv", "jd", "pool", "verdicts", "export_pairs"):
+        value = getattr(args, name, None)
+        if value is not None and (not value or "\0" in value):
+            raise BadInput(f"{args.command}: --{name.replace('_', '-').replace('source', 'from')} must name something, found {value!r}")
     toy = SMOKE.get(args.command, {}) if getattr(args, "smoke", False) else {}
     parsers[args.command].set_defaults(**toy)
     args = top.parse_args(argv)
@@ -739,8 +751,9 @@ def parse(argv):
 
 
 def one_line(error):
-    """A file's name or a text may hold what would move the cursor or end the line."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    """A file's name or a text may hold what would move the cursor or end the line; or be endless."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    return text if len(text) < 4000 else f"{text[:2000]} [...] {text[-2000:]}"
 
 
 def stop_once(*_):
@@ -775,8 +788,9 @@ def main(argv=None):
     except BrokenPipeError:             # who reads what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as e:
-        print(f"girl.py: {one_line(e.filename or 'cannot write')}: {one_line(e.strerror or e)}", file=sys.stderr)
+    except OSError as e:                # what has a better remedy is caught where it happens
+        what = f"{e.filename}: {e.strerror}" if e.filename else f"cannot read or write ({e.strerror or e})"
+        print(f"girl.py: {one_line(what)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("girl.py: interrupted; the same command begins, or goes on from what was saved", file=sys.stderr)
@@ -787,4 +801,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    for name in ("stdout", "stderr"):       # closed ones, and those that cannot show every character
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -287,6 +287,8 @@ def rollout(policy, reference, reward_model, prompts, codec, flags, beta, genera
 
 def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match=None):
     """Stage 3. `cvs`: texts to write for; `true_match(cv, jd)`: a number that is logged and never used, or None."""
+    if not cvs:
+        raise BadInput("ppo: there is no CV to write for in half A of train.jsonl; give more decisions")
     reference = twin(policy.lm).eval().requires_grad_(False)
     reward_model.eval().requires_grad_(False)
     policy.lm.model.checkpointing = flags.checkpointing

@@ -65,7 +65,7 @@ class RecommendFlags:
     steps: int = flag(400, "most optimizer steps of a recommender; a fifth of its labels, kept apart, may stop it sooner")
     batch: int = flag(256, "decisions in an optimizer step")
     lr: float = flag(1e-3, "learning rate of AdamW")
-    dropout: float = flag(0.5, "of the recommender's hidden layers")
+    dropout: float = flag(0.5, "of the recommender's hidden layers", most=0.99)
     prior: float = flag(15000, "weight decay of its matrices, divided by the number of labels")
     cvs: int = flag(200, "held-out CVs for which real jobs are looked for")
 

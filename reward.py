@@ -265,7 +265,7 @@ def reward_step(model, reader, groups, flags, device):
     reading loss."""
     pairs, rows = sum(len(comparisons(g.accepted)) for g in groups), sum(len(g.rows) for g in groups)
     total, correct, total_reading = 0.0, 0, 0.0
-    for k in range(flags.accumulate):
+    for k in range(min(flags.accumulate, len(groups))):
         if part := groups[k::flags.accumulate]:
             loss, right, beside, reading = batch_loss(model, reader, part, flags.pooled, device)
             share = sum(len(g.rows) for g in part) / rows

@@ -81,7 +81,7 @@ def write_json(path, value):
         text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     except ValueError:
         raise BadInput(f"{path}: not written, one of its numbers is not finite: the training went astray; lower its --lr")
-    write_bytes(path, text.encode() + b"\n")
+    write_bytes(path, text.encode("utf-8", "backslashreplace") + b"\n")      # halves of surrogate pairs, as JSON writes them
 
 
 def read_json(path, remedy="bring it back, or run again what wrote it"):
@@ -190,6 +190,9 @@ def cosine(step, steps, warmup):
 
 
 # ---------------------------------------------------------------------------------------------------- a stage
+STATE = ("state.json", "state-1.safetensors", "state-2.safetensors")
+
+
 class Stage:
     """The folder of one stage while it runs: metrics.csv, a progress bar, the time, and the state from which it goes on if it
     is cut short. `finish` writes summary.json.
@@ -269,8 +272,8 @@ class Stage:
         if (self.folder / "summary.json").exists():
             check_folder(self.folder)
             check_same(self.folder, "finished", read_summary(self.folder), asked, inputs)
-            for path in self.folder.glob("state*"):     # killed between the last file and the end
-                path.unlink()
+            for name in STATE:                          # killed between the last file and the end
+                (self.folder / name).unlink(missing_ok=True)
             self.say(f"{self.name}: finished already, see {self.folder}")
             return False
         path = self.folder / "state.json"
@@ -286,7 +289,7 @@ class Stage:
         if not state:
             return {}
         path, remedy = self.folder / state["tensors"], f"delete {self.folder} to begin the stage anew"
-        if not path.exists() or sha256(path) != state["sha256"]:
+        if path.name not in STATE or not path.exists() or sha256(path) != state["sha256"]:
             raise BadInput(f"{path}: missing or damaged (it does not match its checksum); {remedy}")
         found, trained = load_tensors(path), self.trained()
         if odd := [name for name, p in trained.items() if name not in found or found[name].shape != p.shape]:
@@ -328,7 +331,7 @@ class Stage:
                 found |= {f"optimizer.{k}.{i}.{key}": t for key, t in values.items()}
         # Two files in turn: the one that state.json names is whole at any moment.
         last = self.state.get("tensors")
-        name = "state-2.safetensors" if last == "state-1.safetensors" else "state-1.safetensors"
+        name = STATE[2] if last == STATE[1] else STATE[1]
         save_tensors(self.folder / name, {n: t.detach().cpu().contiguous() for n, t in found.items()})
         self.state = {"step": step, "asked": self.asked, "inputs": self.inputs, "machine": machine(), "tensors": name,
                       "numbers": numbers, "sha256": sha256(self.folder / name), "rows": self.rows, "seconds": self.seconds()}
@@ -365,13 +368,12 @@ class Stage:
         """summary.json, with the checksums of the other files: from now on the stage is finished."""
         self.check_lock()
         self.write_metrics()
-        state = list(self.folder.glob("state*"))
         seconds = self.seconds()
         summary |= {"started": round(time.time() - seconds, 1), "seconds": seconds, "peak_rss_mb": peak_rss_mb(),
                     "asked": self.asked, "inputs": self.inputs, "machine": machine(), "sha256": checksums(self.folder)}
         write_json(self.folder / "summary.json", with_checksum(summary))
-        for path in state:
-            path.unlink()
+        for name in STATE:
+            (self.folder / name).unlink(missing_ok=True)
         return summary
 
 
@@ -461,7 +463,7 @@ def checksums(folder):
     there; and not of what is nobody's, such as notes.)"""
     ours = (".json", ".jsonl", ".safetensors", ".csv")
     return {path.name: sha256(path) for path in sorted(Path(folder).iterdir()) if path.suffix in ours and path.is_file()
-            and not path.name.startswith("state") and path.name not in ("summary.json", "adapter_config.json")}
+            and path.name not in (*STATE, "summary.json", "adapter_config.json")}
 
 
 def what_helps(folder):

@@ -21,7 +21,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from data import SPLITS, Record, clear_data, connected, write_records
+from data import SPLITS, Record, clear_data, connected, read_line, write_records
 from run import BadInput, write_json
 
 SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
@@ -57,13 +57,13 @@ def read_table(path):
     try:
         text, encoding = decode(path.read_bytes())
     except (OSError, UnicodeError) as e:
-        raise BadInput(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})")
+        raise BadInput(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); give a .csv, .tsv or .jsonl file")
     rows, broken = [], 0
     if path.suffix.lower() == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    row = read_line(line)
                 except (ValueError, RecursionError) as e:
                     raise BadInput(f"{path}:{number}: not JSON ({e})")
                 if not isinstance(row, dict):
@@ -72,15 +72,18 @@ def read_table(path):
         return rows, encoding, broken
     csv.field_size_limit(2 ** 31 - 1)
     # The delimiter is what the header has most of; cells may hold line ends.
-    header_line = text.split("\n", 1)[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t|", key=header_line.count), strict=True)
+    header_line, likely = text.split("\n", 1)[0], "\t,;|" if path.suffix.lower() == ".tsv" else ",;\t|"
+    delimiter = likely[0] if likely[0] == "\t" and "\t" in header_line else max(likely, key=header_line.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
+        if twice := [name for name in header if name and header.count(name) > 1]:
+            raise BadInput(f"{path}:1: the column {twice[0][:40]!r} stands twice; rename one of them")
         for cells in reader:
             if len(cells) == len(header):
                 rows.append((f"{path}:{reader.line_num}", dict(zip(header, cells))))
-            else:
-                broken += any(cells)
+            elif any(cells):
+                broken += 1
     except csv.Error as e:
         raise BadInput(f"{path}:{reader.line_num}: not a table of comma-separated values ({e})")
     return rows, encoding, broken
@@ -203,7 +206,8 @@ def import_table(path, out, columns, keep_contacts, seed):
     found = decisions(rows, columns, not keep_contacts, count)
     records = without_duplicates(found, count)
     if not any(r.accepted for r in records):
-        raise BadInput(f"{path}: no accepted pair of a CV and a JD in {len(rows)} rows ({count['empty']} with an empty cell)")
+        raise BadInput(f"{path}: no accepted pair of a CV and a JD in {len(rows)} rows ({count['empty']} with an empty cell), beside "
+                       f"{broken} with another number of cells than the header; look at the file's delimiter and columns")
     splits, groups = split_by_group(records, draw)
     if not all(any(r.accepted for r in splits[s]) for s in SPLITS):
         raise BadInput(f"{path}: {len(records)} decisions hang together in {groups} groups that share a CV or a JD; that is too few "

@@ -5,7 +5,7 @@
 
 Nothing is unpickled. Whatever of a config this transformer does not know is refused, never guessed.
 """
-import math
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from model import Config, LanguageModel, LoRA, RewardModel, add_lora, twin
 from run import BadInput, check_folder, flag, frozen_dtype, load_tensors, read_json, save_tensors, write_json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MOST = {"num_hidden_layers": 256, "max_cv_tokens": 2 ** 16, "max_jd_tokens": 2 ** 16, "rope_theta": 1e12}
 
 
@@ -63,9 +64,8 @@ def read_config(folder):
             "hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias"),
             "mlp_bias": raw.get("mlp_bias"), "quantization_config": raw.get("quantization_config")}.items():
         if unknown:
-            raise BadInput(f"{path}: {name} {raw[name]!r} is not supported")
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if missing := [name for name in sizes if raw.get(name) is None]:
+            raise BadInput(f"{path}: {name} {repr(raw[name])[:80]} is not supported")
+    if missing := [name for name in SIZES if raw.get(name) is None]:
         raise BadInput(f"{path}: has no {', '.join(missing)}")
     known = with_defaults(raw, path)
     found = {f.name: known[f.name] for f in fields(Config) if known.get(f.name) is not None}
@@ -80,7 +80,7 @@ def read_config(folder):
 def check_links(folder):
     """Refuse a folder with a link out of it: what is read is to be what was given."""
     for path in sorted(Path(folder).glob("*")):
-        if path.is_symlink() and Path(folder).resolve() not in path.resolve().parents:
+        if path.is_symlink() and Path(os.path.realpath(folder)) not in Path(os.path.realpath(path)).parents:
             raise BadInput(f"{path}: a link that leaves its folder is not followed; copy the folder with  cp -rL {folder} COPY  and "
                            "give the copy")
 
@@ -100,12 +100,12 @@ def with_defaults(raw, path):
         known["eos_token_id"] = next(iter(known["eos_token_id"]), None)
     known["rope_theta"], kind = rope.get("rope_theta", known["rope_theta"]), rope.get("rope_type", rope.get("type", "default"))
     stretch = {k: rope.get(k) for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if kind == "llama3" and all(isinstance(v, (int, float)) and v > 0 for v in stretch.values()):
+    if kind == "llama3" and all(isinstance(v, (int, float)) and 0 < v < 2 ** 24 for v in stretch.values()):
         known["rope_scaling"] = {"rope_type": "llama3"} | stretch
     elif kind == "default" and rope.get("partial_rotary_factor", 1) == 1:
         known["rope_scaling"] = None
     else:
-        raise BadInput(f"{path}: rotary embedding {rope} is not supported")
+        raise BadInput(f"{path}: rotary embedding {repr(rope)[:200]} is not supported")
     return known
 
 
@@ -115,8 +115,8 @@ def check_size(name, value, path):
     numbers = {int: int, float: (int, float), int | None: int}
     if kind in numbers:
         least = 0 if name.endswith("token_id") or kind is float else 1
-        good = isinstance(value, numbers[kind]) and not isinstance(value, bool) and value >= least and math.isfinite(value)
-        good = good and not (name == "rope_theta" and value == 0) and value <= MOST.get(name, 2 ** 24)
+        good = isinstance(value, numbers[kind]) and not isinstance(value, bool) and least <= value <= MOST.get(name, 2 ** 24)
+        good = good and not (name == "rope_theta" and value == 0)
     else:
         good = isinstance(value, dict if name == "rope_scaling" else bool)
     if not good:
@@ -137,7 +137,7 @@ def read_weights(folder):
         raise BadInput(f"{index}: has no weight_map")
     weights = {}
     for shard in sorted(set(map(str, shards.values()))):
-        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+        if Path(shard).name != shard or "\\" in shard or not shard.isprintable() or not shard.endswith(".safetensors"):
             raise BadInput(f"{index}: a shard must be a .safetensors file of the same folder, found {shard!r}")
         weights |= load_tensors(folder / shard)
     return index, weights
@@ -156,13 +156,15 @@ def read_lora(folder):
     raw = read_json(path)
     plain = {"peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, None), "use_dora": (False, None),
              "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "fan_in_fan_out": (False, None),
-             "modules_to_save": (["score"], None)}
+             "modules_to_save": (["score"], None), "init_lora_weights": (True, False, None, "gaussian")}
     try:
         if odd := [name for name, values in plain.items() if raw.get(name) not in values]:
             raise BadInput(f"{path}: {odd[0]} {raw.get(odd[0])!r} is not supported")
         lora = LoRA(**{f.name: raw[f.name] for f in fields(LoRA)})
-        if not isinstance(lora.r, int) or not lora.lora_alpha > 0 or not all(isinstance(t, str) for t in lora.target_modules):
-            raise TypeError("r, lora_alpha or target_modules")
+        if type(lora.r) is not int or not 1 <= lora.r < 2 ** 16:
+            raise TypeError(f"r must be a whole number of at least 1, found {repr(lora.r)[:40]}")
+        if not 0 < lora.lora_alpha < 2 ** 24 or not set(lora.target_modules) <= set(StartFlags.lora_targets.split(",")):
+            raise TypeError(f"lora_alpha must be a number above 0, and target_modules some of {StartFlags.lora_targets}")
         base = Path(lora.base_model_name_or_path)
         if not (base / "config.json").exists() or (base / "adapter_config.json").exists():
             raise BadInput(f"{path}: its base model {base} is not there, or no whole model; correct base_model_name_or_path")
@@ -181,7 +183,7 @@ def load_model(folder, kind=LanguageModel, device="cpu", beside=None):
     model = load_adapters(folder, lora, kind, device, beside) if lora else load_plain(folder, kind, device)
     if kind is RewardModel:
         model.center = read_config(folder)[1].get("center", 0.0)
-        if not isinstance(model.center, (int, float)) or not math.isfinite(model.center):
+        if type(model.center) not in (int, float) or not abs(model.center) < 2 ** 24:
             raise BadInput(f"{folder}: the center in its config must be a number, found {model.center!r}")
     return model
 
@@ -204,6 +206,10 @@ def load_plain(folder, kind, device, dtype=torch.float32):
 def load_adapters(folder, lora, kind, device, beside):
     config, _ = read_config(folder)
     base = lora.base_model_name_or_path
+    of_base, _ = read_config(base)
+    for name in (*SIZES, "num_key_value_heads"):
+        if getattr(config, name) != getattr(of_base, name):
+            raise BadInput(f"{folder / 'girl.json'}: {name} is {getattr(config, name)}, and {getattr(of_base, name)} in its base {base}")
     shared = beside and beside.model.lora and beside.model.lora.base_model_name_or_path == base
     model = twin(beside) if shared else load_plain(Path(base), LanguageModel, device, frozen_dtype(device))
     model.config = model.model.config = config
@@ -227,7 +233,7 @@ def put(model, weights, expected, path, device, dtype=torch.float32):
         if t.shape != expected[name].shape:
             raise BadInput(f"{complaint}: {name} is {list(t.shape)}, expected {list(expected[name].shape)}")
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise BadInput(f"{complaint}: {name} is {t.dtype}; quantised weights are not supported")
+            raise BadInput(f"{complaint}: {name} is {t.dtype}; only float32, bfloat16 and float16 are read")
         if not t.sum(dtype=torch.float64).isfinite():
             raise BadInput(f"{path}: {name} holds what is no finite number; the file is damaged, or its training went astray")
     # copies: what the file gives is the file itself, mapped into memory and not aligned

@@ -16,6 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,6 +26,24 @@ from data import END_OF_TURN, EOS, PAD, TURN, Codec, load_codec, plain_text_only
 
 PIECES = [EOS, PAD, TURN, END_OF_TURN, "<|im_start|>system\n", "\nJD:", "JD: ", "CV:", "<s>", "</s>", "<unk>", "[INST]", "<|endoftext", "|>", "\0", "\r\n",
           "\u202e", "\ufeff", "👩‍🍳", "Skills: cook, care.", " ", "\n"]
+
+
+def tricky_tokenizers():
+    """Tokenizers whose own models find control tokens in a plain text, where only the added tokens are switched off."""
+    letters = [chr(i) for i in range(32, 127)] + ["\u2581"]
+    unigram = {name: models.Unigram([("<unk>", -5.0), *((t, -3.0) for t in control), *((c, -4.0) for c in letters)], unk_id=0)
+               for name, control in (("Unigram", (EOS, PAD)), ("Unigram, ChatML", (TURN, END_OF_TURN, PAD)))}
+    words = {w: i for i, w in enumerate([PAD, EOS, "<unk>", *letters])}
+    found = {name: (model, pre_tokenizers.Metaspace()) for name, model in unigram.items()} | {
+        "BPE, whole words first": (models.BPE(words, [], ignore_merges=True, unk_token="<unk>"), pre_tokenizers.WhitespaceSplit()),
+        "BPE, unknown is the end": (models.BPE(words, [], unk_token=EOS), None),
+        "WordLevel": (models.WordLevel(words, unk_token="<unk>"), pre_tokenizers.WhitespaceSplit())}
+    for name, (model, before) in found.items():
+        found[name] = Tokenizer(model)
+        if before:
+            found[name].pre_tokenizer = before
+        found[name].add_special_tokens([t for t in (PAD, EOS, TURN, END_OF_TURN, "<unk>") if found[name].token_to_id(t) is not None])
+    return found
 
 
 def random_bytes(draw):
@@ -47,13 +66,15 @@ def call(*argv):
     return code, out.getvalue(), err.getvalue()
 
 
-def check_prompt(codec, text):
-    """The text lies between what stands before and behind a CV, in tokens that mean themselves, and comes out as it went in."""
+def check_prompt(codec, text, exact):
+    """The text lies between what stands before and behind a CV, in tokens that mean themselves; and comes out as it went in, where
+    the tokenizer knows all characters (`exact`)."""
     prompt, before, after = codec.prompt(text), codec.before, codec.after
     tokens = prompt[len(before):-len(after)]
     assert prompt == before + tokens + after and len(tokens) <= codec.max_cv
-    assert not set(tokens) & set(codec.tokenizer.get_added_tokens_decoder()), "a special token out of a text"
-    assert len(codec.encode(text)) > codec.max_cv or codec.cv(prompt) == text, "another text"
+    special = {codec.eos, *codec.tokenizer.get_added_tokens_decoder()} - {codec.tokenizer.token_to_id("<unk>")}
+    assert not set(tokens) & special and codec.eos not in codec.jd(text)[:-1], "a special token out of a text"
+    assert not exact or len(codec.encode(text)) > codec.max_cv or codec.cv(prompt) == text, "another text"
 
 
 def check_loss(model, codec, texts):
@@ -80,7 +101,8 @@ def fuzz(run, n, seed, folder):
     model = girl.load_model(folder / "sft")
     chatml = train_tokenizer(["CV of a cook: knives."], 300)
     chatml.add_special_tokens([TURN, END_OF_TURN])
-    kinds = [load_codec(folder / "sft", model.config), Codec(plain_text_only(chatml), 200, 50)]
+    kinds = [(load_codec(folder / "sft", model.config), True), (Codec(plain_text_only(chatml), 200, 50), True)]
+    kinds += [(Codec(plain_text_only(tricky), 200, 50), False) for tricky in tricky_tokenizers().values()]
     for k in tqdm(range(n), desc="fuzz", unit="CV", mininterval=10):
         raw = random_bytes(draw)
         (folder / "cv").write_bytes(raw)
@@ -94,12 +116,12 @@ def fuzz(run, n, seed, folder):
                 code, out, err = call(*argv)
                 assert code == (0 if text else 2), f"exit code {code}: {err}"
                 assert err.count("\n") == 1 and str(folder / "cv") in err if not text else (out and (not err or "was cut at" in err)), err
-            for codec in kinds if text else ():
-                check_prompt(codec, text)
+            for codec, exact in kinds if text else ():
+                check_prompt(codec, text, exact)
             if text:
                 texts.append(text)
             if len(texts) == 16 or texts and k == n - 1:
-                check_loss(model, kinds[0], texts)
+                check_loss(model, kinds[0][0], texts)
                 texts = []
         except BaseException as e:
             if isinstance(e, KeyboardInterrupt):

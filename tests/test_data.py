@@ -1,13 +1,16 @@
 """Records good and bad, the halves, the tokenizer and the codec, batches."""
+import json
 import math
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
-from data import (EOS, PAD, Codec, Record, bucketed, half, load_codec, load_tokenizer, pad_right, read_records,
+from data import (END_OF_TURN, EOS, PAD, TURN, Codec, Record, bucketed, half, load_codec, load_tokenizer, pad_right, read_records,
                   save_tokenizer, train_tokenizer, write_records)
+from fuzz import tricky_tokenizers
 from run import BadInput
 
 GOOD = b'{"cv": "a nurse", "jd": "a ward", "accepted": true}\n'
@@ -118,7 +121,7 @@ def test_tokenizer_is_saved_and_loaded(tokenizer, tmp_path):
 
 def test_a_loaded_codec_keeps_the_budgets_of_its_config(tokenizer, tmp_path):
     save_tokenizer(tmp_path, Codec(tokenizer, 50, 50))
-    codec = load_codec(tmp_path, SimpleNamespace(vocab_size=320, max_cv_tokens=3, max_jd_tokens=5, eos_token_id=1))
+    codec = load_codec(tmp_path, SimpleNamespace(vocab_size=320, max_cv_tokens=3, max_jd_tokens=5, eos_token_id=1, pad_token_id=0))
     many = "a b c d e f g h"
     assert len(codec.prompt(many)) == len(codec.before) + 3 + len(codec.after)
     assert len(codec.jd(many)) == 5
@@ -169,6 +172,34 @@ def test_what_is_too_long_is_cut_and_counted(tokenizer):
 
     whole.prompt("one two three four")                                          # just fits
     assert (len(whole.cut_cvs), len(whole.cut_jds)) == (0, 0)
+
+
+@pytest.mark.parametrize("name", tricky_tokenizers())
+def test_control_tokens_do_not_come_out_of_a_text_whatever_the_tokenizer(name, tmp_path):
+    tokenizer = tricky_tokenizers()[name]
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    codec = Codec(load_tokenizer(tmp_path), 200, 200)
+    text = f"a cook {EOS} {TURN} {END_OF_TURN} {PAD} Ж b"
+    found = set(load_tokenizer(tmp_path).encode(text).ids)
+    assert found & {codec.eos, codec.pad}               # else the test would show nothing
+    assert not set(codec.encode(text)) & {codec.eos, codec.pad, tokenizer.token_to_id(TURN)}
+    assert codec.jd(text).index(codec.eos) == len(codec.jd(text)) - 1
+    if name != "BPE, unknown is the end":
+        assert tokenizer.token_to_id("<unk>") in codec.encode("Ж")      # what is unknown stays
+
+
+@pytest.mark.parametrize("change", [{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+                                    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": "AA=="}]}}])
+def test_what_ends_the_process_is_not_loaded(tokenizer, tmp_path, change):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_str()) | change))
+    with pytest.raises(BadInput, match="tokenizer.json: a Precompiled normalizer is not supported"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_text_that_the_tokenizer_cannot_read_is_named():
+    """It has no token for what it does not know."""
+    with pytest.raises(BadInput, match="the tokenizer cannot read the text 'Ж cook'"):
+        Codec(Tokenizer(models.WordLevel({PAD: 0, EOS: 1, "a": 2, "CV:": 3, "\nJD:": 4}, unk_token="none")), 9, 9).encode("Ж cook")
 
 
 def test_the_longest_texts_fill_the_context(tokenizer):

@@ -43,7 +43,7 @@ def smoke(tmp_path_factory):
 
 def without_time(value):
     if isinstance(value, dict):
-        return {k: without_time(v) for k, v in value.items() if k not in ("seconds", "peak_rss_mb", "candidates_per_second")}
+        return {k: without_time(v) for k, v in value.items() if k not in ("seconds", "peak_rss_mb", "candidates_per_second", "checksum")}
     return value
 
 
@@ -199,7 +199,8 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
     assert girl.main(command) == 0 and measured == ["evaluate", "recommend", "recommend"]
     path = tmp_path / "run" / "ppo" / "summary.json"
     summary = {k: v for k, v in json.loads(path.read_text()).items() if k != "checksum"}
-    girl.write_json(path, girl.with_checksum(summary | {"sha256": summary["sha256"] | {"model.safetensors": "another"}}))
+    (path.parent / "value_head.safetensors").write_bytes(b"another")
+    girl.write_json(path, girl.with_checksum(summary | {"sha256": girl.checksums(path.parent)}))
     assert girl.main(command) == 0 and measured[3:] == ["evaluate", "recommend"]
 
 
@@ -433,11 +434,11 @@ def test_the_readme_knows_how_long_the_files_are():
     (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/missing.txt"], "missing.txt: No such file"),
     (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/empty.txt"], "empty.txt: empty"),
     (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--top-p", "0"], "--top-p 0.0 above 0"),
-    (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--temperature", "-1"], "--temperature -1.0 must be"),
+    (["generate", "--model", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--temperature", "-1"], "--temperature -1.0 must be 0 or"),
     (["score", "--reward", "{tmp}/none", "--cv", "{tmp}/cv.txt", "--jd", "{tmp}/cv.txt"], "not a model's folder"),
     (["recommend", "--run", "{tmp}/r"], "stage sft is not finished"),
     (["evaluate", "--run", "{tmp}/r", "--verdicts", "{tmp}/cv.txt"], "results.json: no such file; run  python girl.py evaluate"),
-    (["data", "--out", "{tmp}/cv.txt/x", "--people", "5", "--held-out", "2", "--jobs", "600"], "cannot be written"),
+    (["data", "--out", "{tmp}/cv.txt/x", "--people", "5", "--held-out", "2", "--jobs", "600"], "cannot be made"),
     (["data", "--out", "{tmp}/x", "--people", "5", "--jobs", "20"], "raise --jobs"),
     (["data", "--out", "{tmp}/x", "--held-out", "0"], "--held-out 0: must be at least 1"),
     (["sft", "--epochs", "0"], "--epochs 0.0: must be at least 0.01"),
@@ -457,15 +458,28 @@ def test_bad_input_gets_one_line_and_exit_code_2(argv, says, tmp_path, capsys):
     assert says in err and err.startswith("girl.py: ")
 
 
-def test_a_broken_file_of_stage_1_is_named_and_train_says_which_stages_failed(smoke, tmp_path):
+def test_train_says_which_stages_failed_and_which_file_is_broken(smoke, tmp_path):
+    """Nobody was turned down: stage 1 learns from these data, the reward model and the judge cannot."""
     (a, _), _ = smoke
-    shutil.copytree(a / "sft", tmp_path / "sft")
-    (tmp_path / "sft" / "reader.safetensors").write_bytes(b"broken")
-    done = run("train", "--smoke", "--seed", 1, "--run", tmp_path, "--data", a / "data")
-    lines = [line for line in done.stderr.splitlines() if line.startswith("girl.py: ")]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid", "test"):
+        accepted = [r for r in girl.read_records(a / "data" / f"{split}.jsonl") if r.accepted]
+        girl.data.write_records(tmp_path / "data" / f"{split}.jsonl", accepted)
+    done = run("train", "--smoke", "--run", tmp_path / "run", "--data", tmp_path / "data")
+    lines = sorted(line for line in done.stderr.splitlines() if line.startswith("girl.py: "))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert len(lines) == 3 and all("reader.safetensors: damaged" in line for line in lines[:2]), lines
-    assert "reward or judge failed" in lines[2]
+    assert len(lines) == 3 and "reward or judge failed; what went wrong stands above" in lines[0], lines
+    assert all(f"{name}: no CV and no JD with both" in line for name, line in zip(("judge", "reward"), lines[1:])), lines
+    (tmp_path / "run" / "sft" / "model.safetensors").write_bytes(b"broken")
+    done = run("train", "--smoke", "--run", tmp_path / "run", "--data", tmp_path / "data")
+    assert done.returncode == 2 and "sft/model.safetensors: damaged" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("code, says", [(-9, "reward or judge was killed (signal 9)"), (1, "reward or judge failed")])
+def test_a_stage_that_was_killed_is_told_from_one_that_failed(tmp_path, monkeypatch, capsys, code, says):
+    monkeypatch.setattr(girl.subprocess, "Popen", lambda command, env: SimpleNamespace(wait=lambda: code * ("--judge" in command), terminate=lambda: None))
+    with pytest.raises(BadInput, match=re.escape(says)):
+        girl.run_apart(tmp_path, {"reward": ["reward"], "judge": ["reward", "--judge"]}, CPU)
 
 
 FLAGS = {"data": girl.DataFlags, "recommend": girl.recommend.RecommendFlags} | girl.STAGES

@@ -203,7 +203,7 @@ BAD_CALLS = {
     "stage 1 is missing": (["ppo", *SFT[1:]], None, "stage sft is not finished"),
     "0 CVs": (["evaluate", "--run", "{run}", "--cvs", "0"], None, "'0' is not a whole number of at least 1"),
     "a split that is none": (["evaluate", "--run", "{run}", "--split", "train"], None, "invalid choice: 'train'"),
-    "temperature -1": (GENERATE + ["--temperature=-1"], writes(b"A cook"), "--temperature -1.0 must be at least 0"),
+    "temperature -1": (GENERATE + ["--temperature=-1"], writes(b"A cook"), "--temperature -1.0 must be 0 or from 0.01 to 100"),
     "top-p nan": (GENERATE + ["--top-p", "nan"], writes(b"A cook"), "--top-p nan above 0"),
     "number 0": (GENERATE + ["--number", "0"], writes(b"A cook"), "'0' is not a whole number"),
     "no such CV": (GENERATE, None, "file: No such file"),
@@ -222,7 +222,22 @@ BAD_CALLS = {
                                   "does not fit its config as a RewardModel"),
     "an export over a model": (["export", "--model", "{run}/ppo", "--out", "{run}/sft"], None, "holds a model already"),
     "a run that is a file": (["sft", "--run", "{file}", "--data", "{data}"], writes(b"x"), "cannot be made"),
-    "data into a file": (["data", "--smoke", "--out", "{file}"], writes(b"x"), "cannot be written"),
+    "data into a file": (["data", "--smoke", "--out", "{file}"], writes(b"x"), "cannot be made"),
+    "a table into its own folder": (["data", "--from", "{tmp}/data.csv", "--cv", "cv", "--jd", "jd", "--out", "{tmp}"],
+                                    lambda path: (path.parent / "data.csv").write_bytes(b"cv,jd\n" + b"a,b\n" * 9), "lies in the folder that is to be written anew"),
+    "one column for CV and JD": (["data", "--from", "{file}.csv", "--cv", "cv", "--jd", "cv"], None, "must name different columns"),
+    "a column twice": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b"cv,jd,cv\na,b,c\n"), "file.csv:1: the column 'cv' stands twice"),
+    "a key twice in a row": (["data", "--from", "{file}.jsonl", *TABLE[3:]], lambda path: path.with_suffix(".jsonl").write_bytes(b'{"cv": "a", "jd": "b", "cv": "c"}'),
+                             "file.jsonl:1: not JSON (a key stands twice"),
+    "a table of tabs with commas": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b"cv\tjd, or so\nx\ty\n"), "1 with another number of cells"),
+    "no run": (["evaluate", "--run", ""], None, "--run must name something, found ''"),
+    "a path with NUL": (["sft", "--run", "{tmp}/new", "--data", "a\0b"], None, "--data must name something, found 'a\\x00b'"),
+    "a name of 300 characters": (["sft", "--run", "{tmp}/" + "x" * 300, "--data", "{data}"], None, "File name too long"),
+    "10^20 JDs": (GENERATE + ["--number", "9" * 20], writes(b"A cook"), "is not a whole number of at least 1 and at most 1000"),
+    "a temperature near 0": (GENERATE + ["--temperature", "1e-320"], writes(b"A cook"), "must be 0 or from 0.01 to 100"),
+    "10^9 words": (SFT + ["--vocab", "1000000000"], None, "--vocab 1000000000: must be at least 1 and at most 1.04858e+06"),
+    "10^9 blocks": (SFT + ["--layers", "1000000000"], None, "--layers 1000000000: must be at least 1 and at most 256"),
+    "verdicts over the data": (["evaluate", "--run", "{run}", "--data", "{data}", "--smoke", "--export-pairs", "{file}"], writes(b"mine"), "file: exists already"),
     "jobs for none": (["data", "--smoke", "--jobs", "3", "--out", "{tmp}/new"], None, "raise --jobs"),
     "a table of another kind": (["data", "--from", "{file}", *TABLE[3:]], writes(b"x"), "give a .csv, .tsv or .jsonl file"),
     "no such table": (TABLE, None, "file.csv: cannot be read"),
@@ -343,7 +358,7 @@ def sharded(model, **shards):
 def test_shards_do_not_leave_the_folder(model, tmp_path, capsys, shard):
     save_file({"x": torch.zeros(1)}, tmp_path / "outside.safetensors")
     sharded(model, x=shard.replace("{tmp}", str(tmp_path)) if isinstance(shard, str) else shard)
-    refused(capsys, try_it(model), "safetensors")
+    refused(capsys, try_it(model), "model.safetensors.index.json: a shard must be a .safetensors file of the same folder, found ")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "model-00001.safetensors", "girl.json"])
@@ -362,7 +377,10 @@ def test_links_do_not_leave_the_folder(model, tmp_path, capsys, name):
         assert girl.main(try_it(model)) == 0
 
 
-BAD_CONFIGS = ["", "[]", "null", "{", "\0", '{"model_type": "llama"}', '{"a":' * 100_000, {"model_type": "gpt2"}, {"model_type": ["llama"]},
+HUGE = 10 ** 400             # no float holds it
+BAD_CONFIGS = [{"hidden_size": HUGE}, {"rms_norm_eps": HUGE}, {"rope_theta": HUGE}, {"eos_token_id": [HUGE]}, {"max_position_embeddings": HUGE},
+               {"eos_token_id": 10 ** 6}, {"rope_scaling": {"rope_type": "llama3", "factor": HUGE, "low_freq_factor": 1, "high_freq_factor": 4,
+                                                            "original_max_position_embeddings": 8192}}, "", "[]", "null", "{", "\0", '{"model_type": "llama"}', '{"a":' * 100_000, {"model_type": "gpt2"}, {"model_type": ["llama"]},
                {"vocab_size": 10 ** 12}, {"vocab_size": 2 ** 24, "hidden_size": 2 ** 24}, {"hidden_size": 0}, {"hidden_size": 1e9}, {"hidden_size": "32"},
                {"hidden_size": True}, {"num_hidden_layers": 10 ** 9}, {"num_hidden_layers": 256}, {"num_attention_heads": 0}, {"head_dim": 2 ** 23},
                {"num_key_value_heads": 10 ** 6}, {"intermediate_size": -1}, {"max_jd_tokens": 10 ** 9}, {"max_jd_tokens": 0}, {"rms_norm_eps": "small"},
@@ -405,13 +423,32 @@ def test_weights_that_are_no_numbers(whole, model, capsys, value, says):
     refused(capsys, ["score", "--reward", str(model.parent / "reward"), "--cv", str(model.parent / "cv.txt"), "--jd", str(model.parent / "cv.txt")], says)
 
 
-@pytest.mark.parametrize("change", [{"center": "high"}, {"center": None}, {"center": float("nan")}])
+@pytest.mark.parametrize("change", [{"center": "high"}, {"center": None}, {"center": float("nan")}, {"center": True}, {"center": HUGE}])
 def test_a_center_that_is_no_number(whole, model, capsys, change):
     shutil.copytree(whole / "run" / "reward", model, dirs_exist_ok=True)
     (model / "summary.json").unlink()
     config = json.loads((model / "config.json").read_text()) | change
     (model / "config.json").write_text(json.dumps(config))
     refused(capsys, ["score", "--reward", str(model), "--cv", str(model.parent / "cv.txt"), "--jd", str(model.parent / "cv.txt")], "center")
+
+
+def test_a_loop_of_links_is_refused(model, capsys):
+    (model / "config.json").unlink()
+    (model / "config.json").symlink_to("girl.json")
+    (model / "girl.json").symlink_to("config.json")
+    refused(capsys, try_it(model), "not a model's folder")
+
+
+@pytest.mark.parametrize("change", [lambda t: t | {"more": torch.ones(1)}, lambda t: {"weight": t["weight"]}, lambda t: t | {"weight": torch.ones(1, 7)},
+                                    lambda t: t | {"bias": torch.ones(1, dtype=torch.int64)}])
+def test_a_head_that_does_not_fit_is_refused(whole, tmp_path, capsys, change):
+    shutil.copytree(whole / "run" / "sft", tmp_path / "run" / "sft")
+    path = tmp_path / "run" / "sft" / "reader.safetensors"
+    save_file(change(load_tensors(path)), path)
+    summary = {k: v for k, v in json.loads((path.parent / "summary.json").read_text()).items() if k != "checksum"}
+    summary["sha256"]["reader.safetensors"] = girl.sha256(path)
+    girl.write_json(path.parent / "summary.json", with_checksum(summary))
+    refused(capsys, argv("reward", tmp_path / "run", whole / "data"), "reader.safetensors: does not fit its config")
 
 
 def test_a_summary_does_not_make_us_read_elsewhere(whole, model, capsys):
@@ -431,9 +468,20 @@ def test_adapters_of_an_absurd_rank_are_refused_before_memory_is_taken(whole, tm
     assert girl.main(try_it(tmp_path / "model")) == 0
     path = tmp_path / "model" / "adapter_config.json"
     config = json.loads(path.read_text())
-    for r in (10 ** 10, 100, 1):
+    for r in (100, 1):
         path.write_text(json.dumps(config | {"r": r}))
         refused(capsys, try_it(tmp_path / "model"), "adapter_model.safetensors: ")
+    for change in ({"r": 10 ** 10}, {"r": True}, {"r": -5}, {"lora_alpha": HUGE}, {"lora_alpha": "2"}, {"target_modules": ["lm_head"]}, {"target_modules": [[1]]},
+                   {"init_lora_weights": "pissa"}, {"base_model_name_or_path": 7}, {"base_model_name_or_path": str(tmp_path / "model")}):
+        path.write_text(json.dumps(config | change))
+        refused(capsys, try_it(tmp_path / "model"), "adapter_config.json: ")
+        refused(capsys, ["ppo", "--plan", str(tmp_path / "model")], "adapter_config.json: ")
+    path.write_text(json.dumps(config))
+    path = tmp_path / "model" / "girl.json"
+    config = json.loads(path.read_text())
+    for name in ("num_hidden_layers", "vocab_size"):
+        path.write_text(json.dumps(config | {name: config[name] + 1}))
+        refused(capsys, try_it(tmp_path / "model"), f"girl.json: {name} is {config[name] + 1}, and {config[name]} in its base")
 
 
 # -------------------------------------------------------------------------------------------------------- random bytes

@@ -142,7 +142,7 @@ def test_what_this_transformer_cannot_be_is_refused(change, says, tmp_path):
     (lambda w: w.update(odd=torch.zeros(2)), "unexpected odd"),
     (lambda w: [w.pop(k) for k in list(w) if "mlp" in k], "and more"),
     (lambda w: w.update({"model.norm.weight": torch.zeros(31)}), r"model.norm.weight is \[31\], expected \[32\]"),
-    (lambda w: w.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}), "torch.int8; quantised")])
+    (lambda w: w.update({"model.norm.weight": torch.zeros(32, dtype=torch.int8)}), "torch.int8; only float32")])
 def test_missing_extra_and_odd_tensors_are_refused(change, says, tmp_path):
     weights = load_file(saved(tmp_path) / "model.safetensors")
     change(weights)
@@ -322,7 +322,7 @@ def test_policy_reference_and_reward_model_share_one_base_and_train_apart(tmp_pa
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"r": 0}, "LoRA of rank 0"), ({"target_modules": ["c_attn"]}, "some of down_proj, gate_proj"), ({"target_modules": []}, "LoRA of rank"),
+    ({"r": 0}, "r must be a whole number of at least 1, found 0"), ({"target_modules": ["c_attn"]}, "some of q_proj,k_proj"), ({"target_modules": []}, "LoRA of rank"),
     ({"r": "3"}, "not the config of LoRA adapters"), ({"r": 4}, "expected"), ({"use_dora": True}, "use_dora True is not supported"),
     ({"bias": "all"}, "bias 'all'"), ({"peft_type": "IA3"}, "peft_type 'IA3'"), ({"target_modules": ["q_proj"]}, "unexpected"),
     ({"base_model_name_or_path": "/nowhere"}, "its base model /nowhere is not there"), ({"base_model_name_or_path": "{self}"}, "or no whole model"), ({"lora_alpha": None}, "not the config")])

@@ -123,8 +123,8 @@ def clear_data(folder):
     folder, made = Path(folder), ("market.json", "import.json", "summary.json", "probes.jsonl")
     splits = [folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()]
     if splits and not any((folder / name).exists() for name in made):
-        raise BadInput(f"{splits[0]}: was not made by `data`, and is not written over; choose another --out, or use it as it is with "
-                       f"--data {folder}")
+        raise BadInput(f"{splits[0]}: was not made by `data`, and is not written over; choose another --out, or use it as it is "
+                       f"with  --data {folder}")
     for path in (*splits, *(folder / name for name in reversed(made))):     # what says that it was made here, last
         try:
             path.unlink(missing_ok=True)
@@ -216,7 +216,7 @@ def save_tokenizer(folder, codec):
 def load_tokenizer(folder):
     path = Path(folder) / "tokenizer.json"
     raw = read_json(path)
-    if '"Precompiled"' in json.dumps(raw.get("normalizer")):        # ends the process if it is broken; none of our families has it
+    if '"Precompiled"' in json.dumps(raw.get("normalizer")):        # a broken one ends the process; our families have none
         raise BadInput(f"{path}: a Precompiled normalizer is not supported")
     try:
         for token in raw.get("added_tokens") or []:

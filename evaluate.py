@@ -32,6 +32,7 @@ from data import json_lines, load_codec, read_half, read_records
 from model import LanguageModel, RewardModel, generate, logits_size, rows_that_fit
 from run import (BadInput, autocast, generator, peak_rss_mb, read_checked, read_summary, with_checksum, write_bytes,
                  write_json)
+from sft import mean_nll
 from weights import load_model
 
 BEST_OF = 16
@@ -337,9 +338,9 @@ def covered(stages):
     return total
 
 
-def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, init="", export=None, measured=""):
-    """Write results.json of a run and print its tables. `mean_nll(model, pairs, codec, device)` is stage 1's; `init` the
-    folder of the pretrained model that the run began with, or nothing; `measured` a checksum of what all this depends on."""
+def evaluate(run, folder, split, n_cvs, seed, device, market, init="", export=None, measured=""):
+    """Write results.json of a run and print its tables. `init`: the folder of the pretrained model that the run began with, or
+    nothing; `measured`: a checksum of what all this depends on."""
     start = time.time()
     sft = load_model(run / "sft", LanguageModel, device).eval()
     policy = load_model(run / "ppo", LanguageModel, device, beside=sft).eval()
@@ -353,7 +354,8 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, mean_nll, init="",
     cvs = list(dict.fromkeys(r.cv for r in records))[:n_cvs]
     valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
     if not valid or not any(r.accepted for r in train):
-        raise BadInput(f"{folder}: nothing to measure on without an accepted decision in valid.jsonl, and one in half A of train.jsonl")
+        raise BadInput(f"{folder}: nothing to measure on without an accepted decision in valid.jsonl, and one in half A of "
+                       "train.jsonl")
     known_cvs, known_jds = {r.cv for r in train}, {r.jd for r in train}
     rules = market.rules(random.Random(seed), sorted(known_cvs), sorted(known_jds), cvs) if market else {}
 

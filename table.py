@@ -71,9 +71,10 @@ def read_table(path):
                 rows.append((f"{path}:{number}", row))
         return rows, encoding, broken
     csv.field_size_limit(2 ** 31 - 1)
-    # The delimiter is what the header has most of; cells may hold line ends.
-    header_line, likely = text.split("\n", 1)[0], "\t,;|" if path.suffix.lower() == ".tsv" else ",;\t|"
-    delimiter = likely[0] if likely[0] == "\t" and "\t" in header_line else max(likely, key=header_line.count)
+    # The delimiter is the tab in a .tsv file that has one, else what the header has most of; cells may hold line ends.
+    header_line = text.split("\n", 1)[0]
+    tabs = path.suffix.lower() == ".tsv" and "\t" in header_line
+    delimiter = "\t" if tabs else max(",;\t|", key=header_line.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -206,12 +207,12 @@ def import_table(path, out, columns, keep_contacts, seed):
     found = decisions(rows, columns, not keep_contacts, count)
     records = without_duplicates(found, count)
     if not any(r.accepted for r in records):
-        raise BadInput(f"{path}: no accepted pair of a CV and a JD in {len(rows)} rows ({count['empty']} with an empty cell), beside "
-                       f"{broken} with another number of cells than the header; look at the file's delimiter and columns")
+        raise BadInput(f"{path}: no accepted pair of a CV and a JD in {len(rows)} rows ({count['empty']} with an empty cell), "
+                       f"beside {broken} with another number of cells than the header; look at the file's delimiter and columns")
     splits, groups = split_by_group(records, draw)
     if not all(any(r.accepted for r in splits[s]) for s in SPLITS):
-        raise BadInput(f"{path}: {len(records)} decisions hang together in {groups} groups that share a CV or a JD; that is too few "
-                       f"to have an accepted pair in train, valid and test and no text in two of them")
+        raise BadInput(f"{path}: {len(records)} decisions hang together in {groups} groups that share a CV or a JD; that is too "
+                       "few to have an accepted pair in train, valid and test and no text in two of them; give more rows")
     if all(r.accepted for r in records):
         for s in SPLITS:
             splits[s] += others_jds(splits[s], draw)

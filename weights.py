@@ -209,7 +209,8 @@ def load_adapters(folder, lora, kind, device, beside):
     of_base, _ = read_config(base)
     for name in (*SIZES, "num_key_value_heads"):
         if getattr(config, name) != getattr(of_base, name):
-            raise BadInput(f"{folder / 'girl.json'}: {name} is {getattr(config, name)}, and {getattr(of_base, name)} in its base {base}")
+            raise BadInput(f"{folder / 'girl.json'}: {name} is {getattr(config, name)}, and {getattr(of_base, name)} in its base "
+                           f"{base}")
     shared = beside and beside.model.lora and beside.model.lora.base_model_name_or_path == base
     model = twin(beside) if shared else load_plain(Path(base), LanguageModel, device, frozen_dtype(device))
     model.config = model.model.config = config

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import girl                                                                     # noqa: E402
 import ppo                                                                      # noqa: E402
+import sft                                                                      # noqa: E402
 from model import RewardModel, generate, twin                                   # noqa: E402
 from run import Optimizer, Stage, generator, peak_rss_mb, pick_device           # noqa: E402
 from weights import load_pretrained                                             # noqa: E402
@@ -34,8 +35,8 @@ MAX_CV, MAX_JD = 160, 240
 
 def model_of(args, rank):
     """The pretrained model, and a codec whose texts are token rows already. Nothing ends a JD: each is of full length."""
-    flags = girl.SFTFlags(init=args.init, lora_rank=rank, max_cv=MAX_CV, max_jd=MAX_JD, reading=0.0, matrix_lr=0.0, lr=1e-5)
-    codec = girl.new_codec([], flags)
+    flags = sft.SFTFlags(init=args.init, lora_rank=rank, max_cv=MAX_CV, max_jd=MAX_JD, reading=0.0, matrix_lr=0.0, lr=1e-5)
+    codec = sft.new_codec([], flags)
     model = load_pretrained(flags, codec, 0, pick_device())
     model.config = model.model.config = replace(model.config, eos_token_id=-1)
 
@@ -47,9 +48,9 @@ def model_of(args, rank):
 
 # ----------------------------------------------------------------------------------------------------------- speed
 def train_step(model, reader, optimizer, codec, flags, step):
-    batch = [girl.Example(codec.prompt(4 * step + i), codec.jd(4 * step + i + 1), True, False) for i in range(4)]
+    batch = [sft.Example(codec.prompt(4 * step + i), codec.jd(4 * step + i + 1), True, False) for i in range(4)]
     start = time.time()
-    girl.sft_step(model, reader, batch, replace(flags, accumulate=2), pick_device())
+    sft.sft_step(model, reader, batch, replace(flags, accumulate=2), pick_device())
     optimizer.clip()
     optimizer.step(step)
     return sum(len(e.prompt) + len(e.jd) for e in batch) / (time.time() - start)

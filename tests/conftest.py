@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import girl                                     # noqa: E402
-from data import EOS, PAD, Codec                # noqa: E402
+from data import EOS, PAD, Codec, train_tokenizer           # noqa: E402
 from model import Config, LanguageModel, RewardModel    # noqa: E402
 from ppo import Policy                          # noqa: E402
 
@@ -31,6 +31,13 @@ def codec():
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece(prefix="")
     return Codec(tokenizer, max_cv=4, max_jd=8)
+
+
+def tiny():
+    """A codec of 300 byte-level tokens and a small language model."""
+    torch.manual_seed(0)
+    codec = Codec(train_tokenizer(["a cook with knife skills", "a job for a cook"], 300), 32, 32)
+    return codec, LanguageModel(Config(codec.tokenizer.get_vocab_size(), 32, 64, 2, 2, 2))
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import girl                                                                     # noqa: E402
+import sft                                                                      # noqa: E402
 from data import END_OF_TURN, EOS, PAD, TURN, Codec, load_codec, plain_text_only, train_tokenizer    # noqa: E402
 
 PIECES = [EOS, PAD, TURN, END_OF_TURN, "<|im_start|>system\n", "\nJD:", "JD: ", "CV:", "<s>", "</s>", "<unk>", "[INST]", "<|endoftext", "|>", "\0", "\r\n",
@@ -80,13 +81,13 @@ def check_prompt(codec, text, exact):
 def check_loss(model, codec, texts):
     """The loss covers the JD's tokens and none but them: those of a row with this CV are those of a row with any other."""
     jd = codec.jd("Wanted: cook.")
-    rows = [girl.Example(codec.prompt(text), jd, True, False) for text in texts]
-    targets, real = [], girl.F.cross_entropy
-    girl.F.cross_entropy = lambda logits, target, reduction: targets.append(target.tolist()) or real(logits, target, reduction=reduction)
+    rows = [sft.Example(codec.prompt(text), jd, True, False) for text in texts]
+    targets, real = [], sft.F.cross_entropy
+    sft.F.cross_entropy = lambda logits, target, reduction: targets.append(target.tolist()) or real(logits, target, reduction=reduction)
     try:
-        assert girl.sft_loss(model, None, rows, 0.0, torch.device("cpu"))[1] == len(rows) * len(jd)
+        assert sft.sft_loss(model, None, rows, 0.0, torch.device("cpu"))[1] == len(rows) * len(jd)
     finally:
-        girl.F.cross_entropy = real
+        sft.F.cross_entropy = real
     assert targets == [jd * len(rows)], "other tokens are learned"
 
 

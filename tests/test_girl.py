@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import girl
-import reward
-from data import Codec, half, load_codec, train_tokenizer
-from model import Config, LanguageModel
+import sft
+from conftest import tiny
+from data import half, write_records
 from run import BadInput, Stage
 
 ROOT = Path(__file__).parent.parent
@@ -94,8 +94,8 @@ def test_generator_and_reward_model_learn_from_half_a_and_the_judge_from_half_b(
                         stop(stage.name, [r.cv for r in records]))
     monkeypatch.setattr(girl.ppo, "train", lambda policy, reward_model, codec, cvs, *rest: stop("ppo", cvs))
     known = {json.loads(line)["cv"] for line in (a / "data" / "train.jsonl").open()}
-    monkeypatch.setattr(girl.data, "train_tokenizer", lambda texts, vocab: stop("sft", known.intersection(texts)))
-    for name, train, flags in (("sft", girl.train_sft, girl.SFTFlags), ("reward", girl.train_reward, girl.reward.RewardFlags),
+    monkeypatch.setattr(sft, "train_tokenizer", lambda texts, vocab: stop("sft", known.intersection(texts)))
+    for name, train, flags in (("sft", lambda stage, run, *rest: sft.train(stage, *rest), sft.SFTFlags), ("reward", girl.train_reward, girl.reward.RewardFlags),
                                ("judge", girl.train_reward, girl.reward.RewardFlags), ("ppo", girl.train_ppo, girl.ppo.PPOFlags)):
         with pytest.raises(BadInput), Stage(a, name) as stage:
             train(stage, a, a / "data", flags(), 0, CPU)
@@ -284,129 +284,16 @@ def test_data_without_a_market_runs_and_knows_no_true_match(tmp_path):
     assert results["reward"]["pairs"] == 8 and results["ppo"]["reward"] is not None
 
 
-# --------------------------------------------------------------------------------------------------------- stage 1
-def tiny():
-    torch.manual_seed(0)
-    codec = Codec(train_tokenizer(["a cook with knife skills", "a job for a cook"], 300), 32, 32)
-    return codec, LanguageModel(Config(codec.tokenizer.get_vocab_size(), 32, 64, 2, 2, 2))
-
-
-def nll_by_hand(lm, prompt, jd):
-    """-log P of each token but the first, from one full forward pass over the row alone: a list."""
-    logp = lm(torch.tensor([prompt + jd])).detach().log_softmax(-1)[0]
-    return [-float(logp[k - 1, token]) for k, token in enumerate(prompt + jd) if k > 0]
-
-
-def test_sft_loss_is_on_the_jd_and_its_end_only():
-    codec, lm = tiny()
-    rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a"))]
-    loss, count, _ = girl.sft_loss(lm, None, [girl.Example(p, j, True, False) for p, j in rows], 0.0, CPU)
-    by_hand = sum(sum(nll_by_hand(lm, p, j)[len(p) - 1:]) for p, j in rows)
-    assert count == len(rows[0][1]) + len(rows[1][1]) and rows[0][1][-1] == codec.eos
-    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
-
-
-def test_sft_loss_learns_from_each_row_what_the_row_is_for():
-    """One row to write, one to read, one for both: the sums are those of the rows that are meant."""
-    codec, lm = tiny()
-    reader = torch.nn.Linear(32, 1)
-    rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a")),
-            (codec.prompt("skills"), codec.jd("knife skills"))]
-    examples = [girl.Example(*rows[0], True, False), girl.Example(*rows[1], False, True), girl.Example(*rows[2], True, True)]
-    loss, count, reading = girl.sft_loss(lm, reader, examples, 0.0, CPU)
-    assert count == len(rows[0][1]) + len(rows[2][1])
-    assert loss.item() == pytest.approx(sum(sum(nll_by_hand(lm, p, j)[len(p) - 1:]) for p, j in (rows[0], rows[2])), rel=1e-5)
-    states = torch.cat([lm.model(torch.tensor([p + j]))[0, len(p):] for p, j in rows[1:]])
-    assert reading.item() == pytest.approx(reward.reading_loss(reader, states, rows[1:]).item(), rel=1e-5)
-
-
-def test_sft_loss_counts_the_cv_tokens_at_their_weight():
-    codec, lm = tiny()
-    p, j = codec.prompt("a cook with skills"), codec.jd("a job")
-    examples = [girl.Example(p, j, True, False), girl.Example(codec.prompt("skills"), codec.jd("a cook for a"), False, False)]
-    plain, with_cv = (girl.sft_loss(lm, None, examples, weight, CPU)[0].item() for weight in (0.0, 0.5))
-    assert with_cv - plain == pytest.approx(0.5 * sum(nll_by_hand(lm, p, j)[:len(p) - 1]), rel=1e-4)
-
-
-def test_sft_gradient_accumulation_equals_the_big_batch():
-    codec, _ = tiny()
-    batch = [girl.Example(codec.prompt("a cook"), codec.jd("a job for a cook"), True, True),
-             girl.Example(codec.prompt("skills"), codec.jd("a"), True, False),
-             girl.Example(codec.prompt("a cook with knife skills"), codec.jd("a job"), False, True)]
-    after, logged = [], []
-    for accumulate in (1, 3):
-        _, lm = tiny()
-        reader = torch.nn.Linear(32, 1)
-        torch.nn.init.ones_(reader.weight)
-        torch.nn.init.zeros_(reader.bias)
-        logged.append(girl.sft_step(lm, reader, batch, girl.SFTFlags(accumulate=accumulate), CPU))
-        after.append(torch.cat([p.grad.flatten() for p in [*lm.parameters(), *reader.parameters()]]))
-    assert torch.allclose(after[0], after[1], atol=1e-6) and after[0].abs().sum() > 0
-    assert logged[0] == pytest.approx(logged[1], rel=1e-5) and min(logged[0]) > 0
-
-
-def test_a_new_model_has_zeros_for_unused_tokens_and_large_final_states():
-    codec, _ = tiny()
-    example = girl.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
-    model = girl.new_model(codec, [example], girl.SFTFlags(hidden=64, layers=1), 0)
-    rows, used = model.model.embed_tokens.weight, set(example.prompt + example.jd)
-    assert [bool(row.any()) for row in rows] == [t in used for t in range(len(rows))]
-    assert rows[sorted(used)].std().item() == pytest.approx(64 ** -0.5, rel=0.1)
-    assert model.model.norm.weight.tolist() == [8.0] * 64
-
-
-def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_path, monkeypatch):
-    records = [{"cv": f"cook number {i}", "jd": f"job number {i % 7}", "accepted": i % 3 == 0} for i in range(60)]
-    for split in ("train", "valid", "test"):
-        own = [r if split == "train" else r | {"cv": f"{split} {r['cv']}", "jd": f"{split} {r['jd']}"} for r in records]
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in own))
-    seen = []
-
-    def steps(model, reader, optimizer, examples, codec, first, last, flags, seed, stage, device):
-        seen.append((first, last, examples))
-        stage.log(loss=0.0)
-        return last
-    monkeypatch.setattr(girl, "sft_steps", steps)
-    flags = girl.SFTFlags(hidden=32, layers=1, batch=5, warm_steps=6, epochs=1)
-    with Stage(tmp_path / "run", "sft") as stage:
-        girl.train_sft(stage, tmp_path / "run", tmp_path, flags, 0, CPU)
-    (first, last, warm), (then, _, pairs) = seen
-    assert (first, last, then, len(warm)) == (0, 6, 6, 30)
-    codec = load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft").config)
-    of_a = [r for r in records if half(r["cv"]) == "A"]
-    decisions = {(tuple(codec.prompt(r["cv"])), tuple(codec.jd(r["jd"]))): r["accepted"] for r in of_a}
-    copies, natural, random_jds = warm[:10], warm[10:20], warm[20:]
-    assert all((e.write, e.read) == (True, False) and e.jd[:-1] == e.prompt[len(codec.before):-len(codec.after)] for e in copies)
-    assert all(e.read and e.write == decisions[tuple(e.prompt), tuple(e.jd)] for e in natural)
-    assert {e.write for e in natural} == {True, False}
-    assert all(e.read and not e.write and tuple(e.jd) in {jd for _, jd in decisions} for e in random_jds)
-    assert sum((tuple(e.prompt), tuple(e.jd)) not in decisions for e in random_jds) >= 5
-    assert len(pairs) == sum(decisions.values()) and all(e.write and e.read for e in pairs)
-
-
 def test_the_reward_model_takes_up_stage_1_at_size_1_and_reads_as_before(tmp_path):
     codec, _ = tiny()
-    lm = girl.new_model(codec, [girl.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)],
-                        girl.SFTFlags(hidden=32, layers=2), 0)
+    lm = sft.new_model(codec, [sft.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)],
+                        sft.SFTFlags(hidden=32, layers=2), 0)
     reader = torch.nn.Linear(32, 1)
     girl.save_tensors(tmp_path / "reader.safetensors", dict(reader.state_dict()))
     model, again = girl.new_reward_model(lm, tmp_path, False, 0)
     assert model.model.norm.weight.tolist() == [1.0] * 32 and len(model.model.layers) == 3
     ids = torch.tensor([codec.prompt("a cook with knife skills")])
     torch.testing.assert_close(again(model.model(ids, before_last=True)[1]), reader(lm.model(ids)), atol=1e-5, rtol=1e-4)
-
-
-def test_half_of_the_heads_start_with_equal_queries_and_keys():
-    """Also where several query heads share a key head: the first query head of the group is the one that is equal."""
-    codec, _ = tiny()
-    example = girl.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
-    for heads, kv_heads in ((4, 4), (4, 2), (2, 1)):
-        model = girl.new_model(codec, [example], girl.SFTFlags(hidden=32, layers=2, heads=heads, kv_heads=kv_heads), 0)
-        D = 32 // heads
-        for layer in model.model.layers:
-            q = layer.self_attn.q_proj.weight.view(kv_heads, heads // kv_heads, D, 32)[:, 0]
-            k = layer.self_attn.k_proj.weight.view(kv_heads, D, 32)
-            assert [bool((a == b).all()) for a, b in zip(q, k)] == [i < max(1, kv_heads // 2) for i in range(kv_heads)]
 
 
 def test_stages_that_start_together_all_note_their_flags(tmp_path):
@@ -464,7 +351,7 @@ def test_train_says_which_stages_failed_and_which_file_is_broken(smoke, tmp_path
     (tmp_path / "data").mkdir()
     for split in ("train", "valid", "test"):
         accepted = [r for r in girl.read_records(a / "data" / f"{split}.jsonl") if r.accepted]
-        girl.data.write_records(tmp_path / "data" / f"{split}.jsonl", accepted)
+        write_records(tmp_path / "data" / f"{split}.jsonl", accepted)
     done = run("train", "--smoke", "--run", tmp_path / "run", "--data", tmp_path / "data")
     lines = sorted(line for line in done.stderr.splitlines() if line.startswith("girl.py: "))
     assert done.returncode == 2 and "Traceback" not in done.stderr

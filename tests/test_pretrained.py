@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import girl
+import sft
 import weights
 import reward
 from data import END_OF_TURN, EOS, TURN, Codec, load_codec, load_tokenizer, train_tokenizer
@@ -197,7 +198,7 @@ def test_all_stages_run_with_a_base_in_bf16(run, tmp_path, monkeypatch):
     """What CUDA does, as far as a CPU can show it: the frozen base in bf16, adapters and heads in float32, bf16 autocast."""
     folder, adapters = run
     monkeypatch.setattr(weights, "frozen_dtype", lambda device: torch.bfloat16)
-    for module in (girl, girl.reward, girl.ppo, girl.evaluate):
+    for module in (girl, girl.sft, girl.reward, girl.ppo, girl.evaluate):
         monkeypatch.setattr(module, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
     common = ["--run", str(tmp_path / "run"), "--data", str(folder / "data")]
     assert girl.main(["sft", "--init", str(folder / "base"), "--lora-rank", "3", "--max-cv", "24", "--max-jd", "24", *common, *FAST["sft"]]) == 0
@@ -231,7 +232,7 @@ def test_a_failed_start_leaves_no_recipe_behind(tmp_path):
     """A run whose first `sft --init` failed is begun anew without it: with the recipe for random weights."""
     (tmp_path / "config.json").write_text(json.dumps({"sft": {"init": "/nowhere"}}))
     args = girl.parse(["sft", "--run", str(tmp_path)])
-    assert (args.lr, args.warm_steps, args.reading) == (girl.SFTFlags.lr, girl.SFTFlags.warm_steps, girl.SFTFlags.reading)
+    assert (args.lr, args.warm_steps, args.reading) == (sft.SFTFlags.lr, sft.SFTFlags.warm_steps, sft.SFTFlags.reading)
     with Stage(tmp_path, "sft") as stage:                   # a stage 1 that did begin with it, and came to its end
         stage.begin({"init": "/nowhere"}, {})
         stage.log(step=1)
@@ -265,7 +266,7 @@ def test_chatml_where_the_vocabulary_has_it(tmp_path):
 @pytest.mark.parametrize("kind", ["begin", "bare"])
 def test_the_plain_template_elsewhere_with_begin_of_text_once(kind, tmp_path):
     tokenizer = load_tokenizer(pretrained(tmp_path / "base", kind))
-    codec = girl.new_codec([], girl.SFTFlags(init=str(tmp_path / "base")))
+    codec = sft.new_codec([], sft.SFTFlags(init=str(tmp_path / "base")))
     decoded = tokenizer.decode(codec.prompt("Cook number 3") + codec.jd("Wanted: cook"), skip_special_tokens=False)
     assert decoded == ("<|begin|>" if kind == "begin" else "") + f"CV: Cook number 3\nJD: Wanted: cook{EOS}"
     assert codec.eos == tokenizer.token_to_id(EOS) and codec.text(codec.jd("Wanted: cook")) == "Wanted: cook"
@@ -274,7 +275,7 @@ def test_the_plain_template_elsewhere_with_begin_of_text_once(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["chatml", "begin", "bare"])
 def test_no_text_makes_a_special_token(kind, tmp_path):
     """What a CV says cannot end its turn, begin another, or end the JD; and no text holds the pad."""
-    codec = girl.new_codec([], girl.SFTFlags(init=str(pretrained(tmp_path / "base", kind))))
+    codec = sft.new_codec([], sft.SFTFlags(init=str(pretrained(tmp_path / "base", kind))))
     special = set(codec.tokenizer.get_added_tokens_decoder())
     text = f"{END_OF_TURN}\n{TURN}assistant\n{EOS}<|pad|><|begin|>"
     inside = codec.prompt(text)[len(codec.before):-len(codec.after)]
@@ -302,7 +303,7 @@ def test_what_ends_a_jd_may_be_one_of_several(tmp_path):
     folder = pretrained(tmp_path / "base", "bare")
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [1, 5]}
     (folder / "config.json").write_text(json.dumps(config))
-    assert girl.new_codec([], girl.SFTFlags(init=str(folder))).eos == 1
+    assert sft.new_codec([], sft.SFTFlags(init=str(folder))).eos == 1
 
 
 def test_a_tokenizer_that_puts_the_space_itself_gets_no_second_one():
@@ -330,21 +331,21 @@ def test_flags_that_do_not_fit_are_refused(changes, says, tmp_path, capsys):
 
 def test_folders_that_cannot_be_a_start_are_refused(run, tmp_path):
     folder, adapters = run
-    flags = girl.SFTFlags(init=str(folder / "run" / "sft"), max_cv=8, max_jd=8)
-    codec = girl.new_codec([], flags)
+    flags = sft.SFTFlags(init=str(folder / "run" / "sft"), max_cv=8, max_jd=8)
+    codec = sft.new_codec([], flags)
     if adapters:
         with pytest.raises(BadInput, match="holds adapters; merge them first"):
             girl.load_pretrained(flags, codec, 0, torch.device("cpu"))
     small = pretrained(tmp_path / "base", vocab_size=100, pad_token_id=0, eos_token_id=1)
     with pytest.raises(BadInput, match="its model has 100"):
-        girl.load_pretrained(girl.SFTFlags(init=str(small)), codec, 0, torch.device("cpu"))
+        girl.load_pretrained(sft.SFTFlags(init=str(small)), codec, 0, torch.device("cpu"))
     bare = pretrained(tmp_path / "bare", "bare")
     config = json.loads((bare / "config.json").read_text()) | {"eos_token_id": None}
     (bare / "config.json").write_text(json.dumps(config))
     tokenizer = tokenizer_of("bare").to_str().replace(EOS, "<unk>").replace("<|pad|>", "<s>")
     (bare / "tokenizer.json").write_text(tokenizer)
     with pytest.raises(BadInput, match="no end-of-text token"):
-        girl.new_codec([], girl.SFTFlags(init=str(bare)))
+        sft.new_codec([], sft.SFTFlags(init=str(bare)))
 
 
 def test_a_reward_model_of_another_tokenizer_is_refused(run, tmp_path, capsys):

@@ -419,7 +419,7 @@ def test_a_damaged_state_json_is_refused(whole, tmp_path, monkeypatch, capsys, c
 @pytest.mark.parametrize("name, where, step", [("sft", "sft_step", "step 3"), ("reward", "reward_step", "step 3"), ("ppo", "minibatch_loss", "step 1")])
 def test_a_loss_that_is_no_number_names_stage_step_and_records_and_saves_nothing_more(whole, tmp_path, monkeypatch, capsys, name, where, step):
     folder, command = begin(whole, tmp_path, name) / name, argv(name, tmp_path / "run", whole / "data", "--save-seconds", "0")
-    module, calls, states = {"sft": girl, "reward": girl.reward, "ppo": girl.ppo}[name], [], []
+    module, calls, states = getattr(girl, name), [], []
     real = getattr(module, where)
 
     def spoiled(*args):
@@ -440,7 +440,7 @@ def test_a_loss_that_is_no_number_names_stage_step_and_records_and_saves_nothing
 def test_a_validation_that_is_no_number_is_refused(whole, tmp_path, monkeypatch, capsys, nll):
     """Or one of which e^x is none."""
     begin(whole, tmp_path, "sft")
-    monkeypatch.setattr(girl, "mean_nll", lambda *args: nll)
+    monkeypatch.setattr(girl.sft, "mean_nll", lambda *args: nll)
     valid = [r.cv for r in girl.read_records(whole / "data" / "valid.jsonl") if r.accepted]
     refused(capsys, argv("sft", tmp_path / "run", whole / "data"), "sft: the loss or its gradient is not finite at step ", "lower --lr and --matrix-lr",
             repr(valid[0][:40]))

@@ -1,0 +1,228 @@
+"""Stage 1, SFT: the generator G learns to write the JD J of a job that the person behind the CV C was accepted for.
+
+    python girl.py sft --run RUN
+
+    L = -(1/|J|) sum_i log P(v_i | v_<i, C, T; G)    over the tokens v of the JD J and its end-of-text, where the CV C
+                                                     stands in the prompt template T; a batch is weighed by token
+
+(Zheng et al. 2023, arXiv 2307.02157.) Algorithm:
+1. Train the tokenizer on half A of the train split, and start a small model from random weights. Or take both from `--init`.
+2. Warm-up, because a small model is slow to find out that the two texts have to do with each other: it copies CVs (the CV
+   stands in the JD's place), and reads: a second head says for each token of a JD whether the CV holds it too.
+3. Epochs over the accepted pairs: L + `--reading` times the loss of reading.
+
+Left out: packing several pairs into one row (rows are bucketed by length instead), weight decay, dropout.
+
+Shapes: B rows, T tokens, C hidden size, V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import (Codec, bucketed, check_splits, load_tokenizer, pad_right, read_half, read_records, save_tokenizer,
+                  train_tokenizer)
+from model import Config, LanguageModel, generate, logits_size, rows_that_fit
+from reward import reading_loss
+from run import BadInput, Optimizer, autocast, flag, generator, save_tensors
+from weights import StartFlags, load_pretrained, read_config, save_model
+
+
+@dataclass
+class SFTFlags(StartFlags):
+    epochs: float = flag(1.4, "passes over the accepted pairs of half A", least=0.01)
+    batch: int = flag(16, "pairs in an optimizer step")
+    accumulate: int = flag(1, "micro-batches that a batch is cut into, to save memory")
+    lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
+    matrix_lr: float = flag(0.006, "peak learning rate of Muon, for the layers' matrices")
+    warmup: int = flag(100, "steps of linear warm-up", least=0)
+    max_grad_norm: float = flag(1.0, "largest norm of the gradient")
+    warm_steps: int = flag(900, "steps before all others in which the model learns to copy the CV, and to compare it with a JD",
+                           least=0)
+    reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
+    cv_loss: float = flag(0.0, "weight of the loss on the CV's own tokens")
+    hidden: int = flag(128, "C, the hidden size")
+    layers: int = flag(4, "transformer blocks", most=256)
+    heads: int = flag(4, "H, query heads")
+    kv_heads: int = flag(4, "K, key-value heads; H must be a multiple of K")
+    vocab: int = flag(3072, "largest size of the tokenizer's vocabulary", most=2 ** 20)
+    max_cv: int = flag(512, "longest CV in tokens; what is longer is cut, and counted")
+    max_jd: int = flag(512, "longest JD in tokens")
+
+
+# -------------------------------------------------------------------------------------------------------- the loss
+class Example(NamedTuple):
+    """One row, and what is learned from it."""
+    prompt: list        # token ids
+    jd: list            # token ids, with end-of-text
+    write: bool         # to write this JD for this prompt
+    read: bool          # to tell for each token of this JD whether the CV holds it too
+
+
+def sft_loss(model, reader, examples, cv_loss, device):
+    """Sum of -log P over the tokens to write (with end-of-text), their number, and the mean loss of reading.
+
+    With `cv_loss` the prompts' tokens of the rows to write count too, at that weight."""
+    ids, lengths = (x.to(device) for x in pad_right([e.prompt + e.jd for e in examples]))    # [B, T], [B]
+    starts, write, read = (torch.tensor(x, device=device)[:, None] for x in zip(             # [B, 1] each
+        *[(len(e.prompt), e.write, e.read) for e in examples]))
+    at = torch.arange(ids.shape[1], device=device)[None, :]                                  # [1, T]
+    in_jd = (at >= starts) & (at < lengths[:, None])                                         # [B, T]
+    # Position t predicts token t + 1: what stands one place before a JD token is asked for it.
+    to_write = (in_jd & write)[:, 1:]                                                        # [B, T-1]
+    with autocast(device):
+        hidden = model.model(ids)                                                            # [B, T, C]
+        before, targets = hidden[:, :-1], ids[:, 1:]                                         # [B, T-1, C], [B, T-1]
+        # The head is the most expensive layer of a small model: it is applied only where there is something to learn.
+        loss = F.cross_entropy(model.lm_head(before[to_write]).float(), targets[to_write], reduction="sum")
+        if cv_loss:
+            of_cv = ((at < starts) & write)[:, 1:]                                           # [B, T-1]
+            loss = loss + cv_loss * F.cross_entropy(model.lm_head(before[of_cv]).float(), targets[of_cv], reduction="sum")
+        to_read = [(e.prompt, e.jd) for e in examples if e.read]
+        reading = reading_loss(reader, hidden[in_jd & read], to_read) if to_read else torch.zeros(())
+    return loss, int(to_write.sum()), reading
+
+
+@torch.no_grad()
+def mean_nll(model, pairs, codec, device):
+    """Mean -log P of a JD token, in nats, over (cv, jd) texts."""
+    total, count, batch = 0.0, 0, rows_that_fit(64, logits_size(model.config))
+    for k in range(0, len(pairs), batch):
+        part = [Example(codec.prompt(cv), codec.jd(jd), True, False) for cv, jd in pairs[k:k + batch]]
+        loss, n, _ = sft_loss(model, None, part, 0.0, device)
+        total, count = total + float(loss), count + n
+    return total / count
+
+
+# ------------------------------------------------------------------------------------------------------ training
+def train(stage, folder, flags, seed, device):
+    """Stage 1 on the data set in this folder."""
+    check_splits(folder)
+    records = read_half(folder, "A")
+    valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
+    if not valid or not any(r.accepted for r in records):
+        raise BadInput(f"{folder}: stage 1 learns from accepted pairs, and there is none in "
+                       f"{'half A of train.jsonl' if valid else 'valid.jsonl'}")
+
+    # 1. The tokenizer, from the train split only; token rows; a model of the size that the data need. Or both from --init.
+    codec = new_codec(records, flags)
+    pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd), True, flags.reading > 0) for r in records if r.accepted]
+    tokens = sum(len(e.prompt) + len(e.jd) for e in pairs)
+    stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; cut: {len(codec.cut_cvs)} CVs at "
+              f"{codec.max_cv} tokens, {len(codec.cut_jds)} JDs at {codec.max_jd}")
+    codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
+    init_seed, before = generator(seed, "sft-init").initial_seed(), {}
+    if flags.init:
+        model = load_pretrained(flags, codec, init_seed, device)
+        before = {"valid_nll_before": mean_nll(model, valid, codec, device)}
+        stage.say(f"sft: valid NLL of the pretrained model {before['valid_nll_before']:.4f}")
+    else:
+        model = new_model(codec, pairs, flags, init_seed).to(device)
+    model.model.checkpointing = flags.checkpointing
+    reader = nn.Linear(model.config.hidden_size, 1).to(device)
+
+    # 2. The warm-up: a third of it copies, a third are decisions (written too if accepted), a third are random JDs.
+    draw, third = generator(seed, "sft-warm-up"), math.ceil(flags.warm_steps * flags.batch / 3)
+
+    def some(of):
+        return [of[i] for i in torch.randperm(len(of), generator=draw)[:third].tolist()]
+    cvs = some(sorted({r.cv for r in records}))
+    warm = [Example(codec.prompt(cv), codec.jd(cv), True, False) for cv in cvs]
+    warm += [Example(codec.prompt(r.cv), codec.jd(r.jd), r.accepted, True) for r in some(records)]
+    warm += [Example(codec.prompt(cv), codec.jd(r.jd), False, True) for cv, r in zip(cvs, some(records))]
+    warm_steps = min(flags.warm_steps, math.ceil(len(warm) / flags.batch))
+    steps = warm_steps + max(1, round(flags.epochs * math.ceil(len(pairs) / flags.batch)))
+    optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(steps))
+    stage.resume({"model": model, "reader": reader}, [part for part, _ in optimizer.parts])
+    step = sft_steps(model, reader, optimizer, warm, codec, 0, warm_steps, flags, seed, stage, device)
+
+    # 3. Epochs over the accepted pairs; after each, validation and one sample to look at.
+    look = codec.prompt(valid[0][0])
+    for epoch in range(math.ceil(flags.epochs)):
+        step = sft_steps(model, reader, optimizer, pairs, codec, step, steps, flags, seed, stage, device)
+        if step < stage.step:
+            continue                        # this epoch was over before an interruption
+        nll = mean_nll(model, valid, codec, device)
+        if not nll < 700:                   # its perplexity is no number
+            stage.not_finite(step, [cv for cv, _ in valid], "lower --lr and --matrix-lr")
+        with torch.no_grad(), autocast(device):
+            sample = generate(model, [look], codec.max_jd, generator=generator(seed, "sft-look", epoch, device=device))
+        stage.say(f"sft epoch {epoch + 1}: train loss {stage.mean('loss', 100):.4f}, valid NLL {nll:.4f}, "
+                  f"perplexity {math.exp(nll):.3f}\n--- a sample\n{valid[0][0]}\n->\n{codec.text(sample[0])}\n---")
+    save_model(stage.folder, model)
+    save_tokenizer(stage.folder, codec)
+    if not flags.init:
+        save_tensors(stage.folder / "reader.safetensors", {k: v.cpu() for k, v in reader.state_dict().items()})
+    stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=steps, **before)
+
+
+def new_codec(records, flags):
+    """The pretrained model's tokenizer, or one that is learned from these records."""
+    if not flags.init:
+        texts = sorted({t for r in records for t in (r.cv, r.jd)})
+        return Codec(train_tokenizer(texts, flags.vocab), flags.max_cv, flags.max_jd)
+    config, raw = read_config(flags.init)
+    ends = raw.get("eos_token_id") is not None
+    codec = Codec(load_tokenizer(flags.init), flags.max_cv, flags.max_jd, config.eos_token_id if ends else None)
+    if codec.eos is None or codec.pad is None:
+        raise BadInput(f"{flags.init}: its tokenizer has no end-of-text token, or no special token that is free to fill rows up")
+    return codec
+
+
+def new_model(codec, examples, flags, seed):
+    """A generator with random weights, large enough for these token rows."""
+    torch.manual_seed(seed)
+    model = LanguageModel(Config(
+        vocab_size=codec.tokenizer.get_vocab_size(), hidden_size=flags.hidden, num_hidden_layers=flags.layers,
+        intermediate_size=8 * round(flags.hidden * 8 / 3 / 8), num_attention_heads=flags.heads,
+        num_key_value_heads=flags.kv_heads, max_position_embeddings=codec.context(),
+        # 1/sqrt(C) instead of the usual 0.02: from so small a start a small model takes long until it copies anything.
+        initializer_range=flags.hidden ** -0.5, max_cv_tokens=codec.max_cv, max_jd_tokens=codec.max_jd))
+    # Tokens that none of these rows has (the halves of merges, mostly) start at zero: random ones would be drawn now and
+    # then, and spoil a JD.
+    unused = torch.ones(codec.tokenizer.get_vocab_size(), dtype=torch.bool)
+    unused[sorted({t for e in examples for t in e.prompt + e.jd})] = False
+    with torch.no_grad():
+        # The largest logit is |final state| |embedding|. Whatever cannot come next must stay far below it, or samples slip
+        # now and then; and norms grow slowly, so they start large.
+        model.model.norm.weight *= 8
+        model.model.embed_tokens.weight[unused] = 0
+        # Half of the heads start with equal queries and keys: a token then looks for its like, which is how one text is
+        # found in another (Trockman and Kolter 2023, arXiv 2305.09828).
+        for attention in (layer.self_attn for layer in model.model.layers):
+            rows = max(1, attention.K // 2) * attention.D
+            queries = attention.q_proj.weight.view(attention.K, -1, attention.D, flags.hidden)[:, 0]     # first of each group
+            attention.k_proj.weight[:rows] = queries.reshape(-1, flags.hidden)[:rows]
+    return model
+
+
+def sft_steps(model, reader, optimizer, examples, codec, first, last, flags, seed, stage, device):
+    """Steps first, first + 1, ... over one epoch of the examples, but not beyond `last`. Returns the next step."""
+    batches = bucketed([len(e.prompt) + len(e.jd) for e in examples], flags.batch, generator(seed, "sft", first))
+    for step, batch in enumerate(batches[:last - first], first):
+        if step >= stage.step:              # the others were done before an interruption
+            part = [examples[i] for i in batch]
+            loss, reading = sft_step(model, reader, part, flags, device)
+            if not math.isfinite(loss + reading + optimizer.clip()):
+                stage.not_finite(step + 1, [codec.cv(e.prompt) for e in part], "lower --lr and --matrix-lr")
+            optimizer.step(step)
+            stage.log(step=step + 1, loss=loss, reading=reading)
+            stage.safe(step + 1)
+    return min(first + len(batches), last)
+
+
+def sft_step(model, reader, batch, flags, device):
+    """Gradients of the objective; returns the mean loss of a written token, and the loss of reading."""
+    tokens, reads = sum(len(e.jd) for e in batch if e.write), sum(e.read for e in batch)
+    total = total_reading = 0.0
+    for k in range(min(flags.accumulate, len(batch))):
+        if part := batch[k::flags.accumulate]:
+            loss, _, reading = sft_loss(model, reader, part, flags.cv_loss, device)
+            share = sum(e.read for e in part) / max(reads, 1)
+            # by token, and by row: micro-batches add up to the gradient of the whole batch
+            (loss / max(tokens, 1) + flags.reading * share * reading).backward()
+            total, total_reading = total + float(loss.detach()), total_reading + share * float(reading.detach())
+    return total / max(tokens, 1), total_reading

@@ -1,0 +1,120 @@
+"""Stage 1: its loss by hand, its accumulation, its warm-up, what a small model starts from."""
+import json
+
+import pytest
+import torch
+
+import girl
+import reward
+import sft
+from conftest import tiny
+from data import half, load_codec
+from run import Stage
+
+CPU = torch.device("cpu")
+
+
+def nll_by_hand(lm, prompt, jd):
+    """-log P of each token but the first, from one full forward pass over the row alone: a list."""
+    logp = lm(torch.tensor([prompt + jd])).detach().log_softmax(-1)[0]
+    return [-float(logp[k - 1, token]) for k, token in enumerate(prompt + jd) if k > 0]
+
+
+def test_sft_loss_is_on_the_jd_and_its_end_only():
+    codec, lm = tiny()
+    rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a"))]
+    loss, count, _ = sft.sft_loss(lm, None, [sft.Example(p, j, True, False) for p, j in rows], 0.0, CPU)
+    by_hand = sum(sum(nll_by_hand(lm, p, j)[len(p) - 1:]) for p, j in rows)
+    assert count == len(rows[0][1]) + len(rows[1][1]) and rows[0][1][-1] == codec.eos
+    assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_sft_loss_learns_from_each_row_what_the_row_is_for():
+    """One row to write, one to read, one for both: the sums are those of the rows that are meant."""
+    codec, lm = tiny()
+    reader = torch.nn.Linear(32, 1)
+    rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a")),
+            (codec.prompt("skills"), codec.jd("knife skills"))]
+    examples = [sft.Example(*rows[0], True, False), sft.Example(*rows[1], False, True), sft.Example(*rows[2], True, True)]
+    loss, count, reading = sft.sft_loss(lm, reader, examples, 0.0, CPU)
+    assert count == len(rows[0][1]) + len(rows[2][1])
+    assert loss.item() == pytest.approx(sum(sum(nll_by_hand(lm, p, j)[len(p) - 1:]) for p, j in (rows[0], rows[2])), rel=1e-5)
+    states = torch.cat([lm.model(torch.tensor([p + j]))[0, len(p):] for p, j in rows[1:]])
+    assert reading.item() == pytest.approx(reward.reading_loss(reader, states, rows[1:]).item(), rel=1e-5)
+
+
+def test_sft_loss_counts_the_cv_tokens_at_their_weight():
+    codec, lm = tiny()
+    p, j = codec.prompt("a cook with skills"), codec.jd("a job")
+    examples = [sft.Example(p, j, True, False), sft.Example(codec.prompt("skills"), codec.jd("a cook for a"), False, False)]
+    plain, with_cv = (sft.sft_loss(lm, None, examples, weight, CPU)[0].item() for weight in (0.0, 0.5))
+    assert with_cv - plain == pytest.approx(0.5 * sum(nll_by_hand(lm, p, j)[:len(p) - 1]), rel=1e-4)
+
+
+def test_sft_gradient_accumulation_equals_the_big_batch():
+    codec, _ = tiny()
+    batch = [sft.Example(codec.prompt("a cook"), codec.jd("a job for a cook"), True, True),
+             sft.Example(codec.prompt("skills"), codec.jd("a"), True, False),
+             sft.Example(codec.prompt("a cook with knife skills"), codec.jd("a job"), False, True)]
+    after, logged = [], []
+    for accumulate in (1, 3):
+        _, lm = tiny()
+        reader = torch.nn.Linear(32, 1)
+        torch.nn.init.ones_(reader.weight)
+        torch.nn.init.zeros_(reader.bias)
+        logged.append(sft.sft_step(lm, reader, batch, sft.SFTFlags(accumulate=accumulate), CPU))
+        after.append(torch.cat([p.grad.flatten() for p in [*lm.parameters(), *reader.parameters()]]))
+    assert torch.allclose(after[0], after[1], atol=1e-6) and after[0].abs().sum() > 0
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5) and min(logged[0]) > 0
+
+
+def test_a_new_model_has_zeros_for_unused_tokens_and_large_final_states():
+    codec, _ = tiny()
+    example = sft.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
+    model = sft.new_model(codec, [example], sft.SFTFlags(hidden=64, layers=1), 0)
+    rows, used = model.model.embed_tokens.weight, set(example.prompt + example.jd)
+    assert [bool(row.any()) for row in rows] == [t in used for t in range(len(rows))]
+    assert rows[sorted(used)].std().item() == pytest.approx(64 ** -0.5, rel=0.1)
+    assert model.model.norm.weight.tolist() == [8.0] * 64
+
+
+def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_path, monkeypatch):
+    records = [{"cv": f"cook number {i}", "jd": f"job number {i % 7}", "accepted": i % 3 == 0} for i in range(60)]
+    for split in ("train", "valid", "test"):
+        own = [r if split == "train" else r | {"cv": f"{split} {r['cv']}", "jd": f"{split} {r['jd']}"} for r in records]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in own))
+    seen = []
+
+    def steps(model, reader, optimizer, examples, codec, first, last, flags, seed, stage, device):
+        seen.append((first, last, examples))
+        stage.log(loss=0.0)
+        return last
+    monkeypatch.setattr(sft, "sft_steps", steps)
+    flags = sft.SFTFlags(hidden=32, layers=1, batch=5, warm_steps=6, epochs=1)
+    with Stage(tmp_path / "run", "sft") as stage:
+        sft.train(stage, tmp_path, flags, 0, CPU)
+    (first, last, warm), (then, _, pairs) = seen
+    assert (first, last, then, len(warm)) == (0, 6, 6, 30)
+    codec = load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft").config)
+    of_a = [r for r in records if half(r["cv"]) == "A"]
+    decisions = {(tuple(codec.prompt(r["cv"])), tuple(codec.jd(r["jd"]))): r["accepted"] for r in of_a}
+    copies, natural, random_jds = warm[:10], warm[10:20], warm[20:]
+    assert all((e.write, e.read) == (True, False) and e.jd[:-1] == e.prompt[len(codec.before):-len(codec.after)] for e in copies)
+    assert all(e.read and e.write == decisions[tuple(e.prompt), tuple(e.jd)] for e in natural)
+    assert {e.write for e in natural} == {True, False}
+    assert all(e.read and not e.write and tuple(e.jd) in {jd for _, jd in decisions} for e in random_jds)
+    assert sum((tuple(e.prompt), tuple(e.jd)) not in decisions for e in random_jds) >= 5
+    assert len(pairs) == sum(decisions.values()) and all(e.write and e.read for e in pairs)
+
+
+def test_half_of_the_heads_start_with_equal_queries_and_keys():
+    """Also where several query heads share a key head: the first query head of the group is the one that is equal."""
+    codec, _ = tiny()
+    example = sft.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
+    for heads, kv_heads in ((4, 4), (4, 2), (2, 1)):
+        model = sft.new_model(codec, [example], sft.SFTFlags(hidden=32, layers=2, heads=heads, kv_heads=kv_heads), 0)
+        D = 32 // heads
+        for layer in model.model.layers:
+            q = layer.self_attn.q_proj.weight.view(kv_heads, heads // kv_heads, D, 32)[:, 0]
+            k = layer.self_attn.k_proj.weight.view(kv_heads, D, 32)
+            assert [bool((a == b).all()) for a, b in zip(q, k)] == [i < max(1, kv_heads // 2) for i in range(kv_heads)]

@@ -23,6 +23,7 @@ from run import BadInput, read_json, write_bytes, write_json
 PAD, EOS = "<|pad|>", "<|endoftext|>"      # ids 0 and 1 of our own tokenizer
 TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"        # ChatML, where a pretrained model's vocabulary has it
 SPLITS = ("train", "valid", "test")
+MADE_HERE = ("market.json", "import.json")              # one of them stands in a data set that `data` made
 
 
 # ------------------------------------------------------------------------------------------------------- records
@@ -120,16 +121,21 @@ def check_splits(folder):
 
 def clear_data(folder):
     """Take away the data set that is to be written anew, so that never two are mixed; refuse one that was not made here."""
-    folder, made = Path(folder), ("market.json", "import.json", "summary.json", "probes.jsonl")
-    splits = [folder / f"{split}.jsonl" for split in SPLITS if (folder / f"{split}.jsonl").exists()]
-    if splits and not any((folder / name).exists() for name in made):
-        raise BadInput(f"{splits[0]}: was not made by `data`, and is not written over; choose another --out, or use it as it is "
+    found = files_of(folder)
+    if found and not any(path.name in MADE_HERE for path in found):
+        raise BadInput(f"{found[0]}: was not made by `data`, and is not written over; choose another --out, or use it as it is "
                        f"with  --data {folder}")
-    for path in (*splits, *(folder / name for name in reversed(made))):     # what says that it was made here, last
+    for path in found:
         try:
-            path.unlink(missing_ok=True)
+            path.unlink()
         except OSError as e:
             raise BadInput(f"{path}: cannot be written over ({e.strerror}); choose another --out")
+
+
+def files_of(folder):
+    """The files of a data set; last those that say that it was made here."""
+    names = (*(f"{split}.jsonl" for split in SPLITS), "probes.jsonl", "summary.json", *MADE_HERE)
+    return [Path(folder) / name for name in names if (Path(folder) / name).exists()]
 
 
 def write_records(path, records):
@@ -258,10 +264,11 @@ class Codec:
             self.space = "" if (tokenizer.id_to_token(ids("a")[0]) or "").startswith("\u2581") else " "
             self.before, self.after = begin + ids("CV:"), ids("\nJD:")
         # To fill rows up: a token that no text has. Not end-of-text, or what reads a padded row would not find its end.
-        spare = [i for t, i in special.items() if i not in {self.eos, *self.before, *self.after}]
+        unknown = {"<unk>", getattr(tokenizer.model, "unk_token", None)} - {TURN, END_OF_TURN}
+        spare = [i for t, i in special.items() if i not in {self.eos, *self.before, *self.after} and t not in unknown]
+        spare += [special[t] for t in unknown if t in special and special[t] != self.eos]        # better than none
         self.pad = special.get(PAD, spare[0] if spare else tokenizer.token_to_id(PAD))
         # Some tokenizers find these in a plain text all the same (of the kinds Unigram and WordLevel): they are taken out of it.
-        unknown = {"<unk>", getattr(tokenizer.model, "unk_token", None)} - {TURN, END_OF_TURN}
         self.control = {self.eos} | {i for t, i in special.items() if t not in unknown}
         self.cut_cvs, self.cut_jds = set(), set()       # texts that were too long
         self.ids = {}                           # most texts come many times: each is encoded once

@@ -338,9 +338,9 @@ def covered(stages):
     return total
 
 
-def evaluate(run, folder, split, n_cvs, seed, device, market, init="", export=None, measured=""):
+def evaluate(run, folder, split, n_cvs, seed, device, market, init="", export=None, measured={}):
     """Write results.json of a run and print its tables. `init`: the folder of the pretrained model that the run began with, or
-    nothing; `measured`: a checksum of what all this depends on."""
+    nothing; `measured`: checksums of what all this depends on."""
     start = time.time()
     sft = load_model(run / "sft", LanguageModel, device).eval()
     policy = load_model(run / "ppo", LanguageModel, device, beside=sft).eval()
@@ -370,7 +370,7 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, init="", export=No
     responses |= {name: [codec.jd(jd) for jd in others[name]] for name in others if name != "oracle"}
 
     # 2. All are described by the same figures, and compared CV by CV.
-    results = {"seed": seed, "split": split, "cvs": len(cvs), "measured": {"evaluate": measured}, "device": str(device),
+    results = {"seed": seed, "split": split, "cvs": len(cvs), "measured": measured, "device": str(device),
                "torch": torch.__version__,
                "parameters": sum(p.numel() for p in sft.parameters()),
                "data": data_figures(records, rules, cvs, market),

@@ -28,7 +28,7 @@ import recommend
 import reward
 import sft
 import table
-from data import SPLITS, load_codec, load_tokenizer, read_half, read_records, save_tokenizer
+from data import SPLITS, files_of, load_codec, load_tokenizer, read_half, read_records, save_tokenizer
 from model import LanguageModel, RewardModel, generate, merge_lora, twin
 from run import (BadInput, Stage, alone, autocast, check_folder, check_same, checksum, checksums, finished, flag, generator,
                  load_tensors, peak_rss_mb, pick_device, read_json, read_summary, save_tensors, sha256, with_checksum,
@@ -48,7 +48,8 @@ class DataFlags:
 def need(run, stage):
     """The folder of a finished stage, which learned from the stages that stand before it in this run."""
     if not finished(run, stage):
-        raise BadInput(f"{run / stage}: stage {stage} is not finished; run  python girl.py {stage} --run {run}  first")
+        command = "reward --judge" if stage == "judge" else stage
+        raise BadInput(f"{run / stage}: stage {stage} is not finished; run  python girl.py {command} --run {run}  first")
     inputs = read_summary(run / stage)["inputs"]
     for name, digest in models_before(run, stage).items():
         if inputs.get(name) != digest:
@@ -85,6 +86,7 @@ def train_reward(stage, run, folder, flags, seed, device):
     valid = read_records(folder / "valid.jsonl")
     metrics = reward.pair_metrics(valid, reward.score_texts(model, codec, [(r.cv, r.jd) for r in valid]))
     stage.say(f"{name}: valid " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+    stage.check_lock()
     save_model(stage.folder, model)
     save_tokenizer(stage.folder, codec)
     stage.finish(**metrics, center=model.center, cut_cvs=len(codec.cut_cvs), cut_jds=len(codec.cut_jds))
@@ -116,6 +118,7 @@ def train_ppo(stage, run, folder, flags, seed, device):
     truth = market.true_match if (folder / "market.json").exists() else None
     cvs = sorted({r.cv for r in read_half(folder, "A")})
     ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, device, truth)
+    stage.check_lock()
     save_model(stage.folder, policy.lm)
     save_tokenizer(stage.folder, codec)
     save_tensors(stage.folder / "value_head.safetensors", {k: v.cpu() for k, v in policy.value_head.state_dict().items()})
@@ -206,7 +209,7 @@ def write_data(args, flags, start):
             raise BadInput("data: --from needs --cv and --jd, and at most one of --accepted, --rejected-cv, --rejected-jd")
         if len(set(named.values())) < len(named):
             raise BadInput("data: --cv, --jd and the others must name different columns")
-        if Path(args.source).resolve().parent == Path(args.out).resolve():
+        if os.path.dirname(os.path.realpath(args.source)) == os.path.realpath(args.out):
             raise BadInput(f"{args.source}: lies in the folder that is to be written anew; choose another --out")
         table.import_table(args.source, args.out, named, args.keep_contacts, args.seed)
     elif named:
@@ -215,7 +218,7 @@ def write_data(args, flags, start):
         market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
     write_json(Path(args.out) / "summary.json", with_checksum({
         "started": round(start, 1), "seconds": round(time.time() - start, 1), "peak_rss_mb": peak_rss_mb(),
-        "asked": data_asked(args), "inputs": {}, "sha256": checksums(args.out)}))
+        "asked": data_asked(args), "inputs": {}, "sha256": checksums(files_of(args.out))}))
 
 
 def folders(args):
@@ -268,10 +271,12 @@ def what_it_learns_from(run, folder, name, init=""):
     for stage in BEFORE[name]:
         if adapters := read_lora(need(run, stage)):
             bases[stage] = adapters.base_model_name_or_path
-    for of, base in bases.items():
+    digests = {}
+    for base in set(bases.values()):
         check_links(base)
-        found |= {f"{path.name} that {of} began with": sha256(path) for path in sorted(Path(base).glob("*"))
-                  if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json")}
+        digests[base] = checksums(path for path in Path(base).glob("*")
+                                  if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"))
+    found |= {f"{file} that {of} began with": digest for of, base in bases.items() for file, digest in digests[base].items()}
     return found | models_before(run, name)
 
 
@@ -303,6 +308,8 @@ def run_all(args, device):
         command = ["data", "--out", args.data] + common
         if finished(run, "data"):
             check_same(run / "data", "made", read_summary(run / "data"), data_asked(parse(command)), {})
+        elif all((run / "data" / f"{split}.jsonl").exists() for split in SPLITS):
+            print(f"data: nothing vouches for those in {run / 'data'}; they are used as they are")
         else:
             run_apart(run, {"data": command}, device)
     common += ["--run", args.run, "--data", args.data]
@@ -350,15 +357,17 @@ def run_apart(run, commands, device):
 
 
 def what_is_measured(args):
-    """A checksum of all that `evaluate` or `recommend` depends on: flags, data, and models."""
+    """Checksums of the models, and of all that `evaluate` or `recommend` depends on: flags, data, and models. (With --full it
+    measures more, but the same.)"""
     run, folder, _ = folders(args)
-    flags = {k: v for k, v in vars(args).items() if k not in ("run", "data")}
-    return checksum(flags | what_it_learns_from(run, folder, args.command) | {"split": sha256(folder / f"{args.split}.jsonl")})
+    flags = {k: v for k, v in vars(args).items() if k not in ("run", "data", "export_pairs", "verdicts", "full")}
+    inputs = what_it_learns_from(run, folder, args.command) | {"split": sha256(folder / f"{args.split}.jsonl")}
+    return {"models": checksum(models_before(run, "evaluate")), args.command: checksum(flags | inputs)}
 
 
 def is_measured(run, args):
     try:
-        return evaluate.read_results(run)["measured"].get(args.command) == what_is_measured(args)
+        return evaluate.read_results(run)["measured"].items() >= what_is_measured(args).items()
     except BadInput:                    # not there, or damaged: it is measured anew
         return False
 
@@ -366,12 +375,13 @@ def is_measured(run, args):
 def evaluate_run(args, device):
     run, folder, truth = folders(args)
     if args.verdicts:
-        with alone(run):
+        evaluate.read_results(run)          # or there is no run to lock
+        with alone(run / "evaluate"):
             return evaluate.add_verdicts(run, args.verdicts)
     if args.export_pairs and Path(args.export_pairs).exists():
         raise BadInput(f"{args.export_pairs}: exists already; choose another file")
     measured = what_is_measured(args)
-    with alone(run):
+    with alone(run / "evaluate"):
         evaluate.evaluate(run, folder, args.split, args.cvs, args.seed, device, truth, init_of(run), args.export_pairs, measured)
 
 
@@ -387,7 +397,7 @@ def recommend_run(args, device):
         recommend.find_jobs(models, read_text(args.cv), recommend.read_pool(args.pool), args.top, train, truth)
     else:
         flags, measured = from_args(recommend.RecommendFlags, args), what_is_measured(args)
-        with alone(run):
+        with alone(run / "evaluate"):
             recommend.measure(run, models, train, read_half(folder, "B"), read_records(folder / f"{args.split}.jsonl"),
                               args.split, flags, args.full, truth, measured)
 
@@ -568,6 +578,7 @@ def main(argv=None):
         else:
             {"generate": write_for, "score": score_one, "export": export, "evaluate": evaluate_run,
              "recommend": recommend_run, "train": run_all}[args.command](args, device)
+        sys.stdout.flush()
         return 0
     except BadInput as e:
         print(f"girl.py: {one_line(e)}", file=sys.stderr)

@@ -576,16 +576,16 @@ def draw_split(rng, people, jobs, n_applications, taken=frozenset()):
 
 def write_market(out, people, held_out, jobs, n_applications, seed):
     """Write train/valid/test.jsonl, probes.jsonl (of train) and market.json into the folder `out`."""
-    out, taken = Path(out), set()
+    out, taken, splits, probes = Path(out), set(), {}, {}
     for split, n in (("train", people), ("valid", held_out), ("test", held_out)):
         rng = random.Random(f"{seed} {split}")
-        decisions, probes = draw_split(rng, n, jobs, n_applications, taken)
-        taken |= {text for r in decisions for text in (r.cv, r.jd)}
-        if split == "train":
-            clear_data(out)
-            write_json(out / "market.json", {"seed": seed, "people": people, "held_out": held_out, "jobs": jobs,
-                                             "applications": n_applications, "degrees": DEGREES, "cities": list(CITIES),
-                                             "occupations": {t: vars(o) for t, o in BY_TITLE.items()}})
-            write_records(out / "probes.jsonl", probes)
+        splits[split], probes[split] = draw_split(rng, n, jobs, n_applications, taken)
+        taken |= {text for r in splits[split] for text in (r.cv, r.jd)}
+        print(f"data: {split}: {len(splits[split])} decisions, {sum(r.accepted for r in splits[split])} accepted")
+    clear_data(out)
+    write_json(out / "market.json", {"seed": seed, "people": people, "held_out": held_out, "jobs": jobs,
+                                     "applications": n_applications, "degrees": DEGREES, "cities": list(CITIES),
+                                     "occupations": {t: vars(o) for t, o in BY_TITLE.items()}})
+    write_records(out / "probes.jsonl", probes["train"])
+    for split, decisions in splits.items():
         write_records(out / f"{split}.jsonl", decisions)
-        print(f"data: {split}: {len(decisions)} decisions, {sum(r.accepted for r in decisions)} accepted")

@@ -274,14 +274,14 @@ def rollout(policy, reference, reward_model, prompts, codec, flags, beta, genera
     old = {"logp": logp, "values": values * e.mask, "returns": returns,
            # Whitened over the rollout, not per minibatch: a minibatch's own mean would shift its advantages.
            "advantages": whiten(advantages, e.mask)}
-    if not returns.isfinite().all():
-        raise NotFinite("values or log-probabilities")
     per_text = kl.sum(1)                                                                     # [B]
     log = {"reward": float(scores.mean()), "kl": float(per_text.mean()), "total": float(rewards.sum(1).mean()),
            "kl_k3": float((k3(logp, ref_logp) * e.mask).sum(1).mean()), "beta": beta,
            "kl_error": float(per_text.std(unbiased=False) / math.sqrt(len(prompts))),
            "length": float(e.mask.sum(1).float().mean()), "eos_rate": float(ended.float().mean()),
            "explained_variance": float(explained_variance(values, returns, e.mask))}
+    if not math.isfinite(sum(log.values())):
+        raise NotFinite("the policy's log-probabilities or values are not finite")
     return e, old, responses, log
 
 
@@ -315,6 +315,8 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
                 e, old, _, log = rollout(policy, reference, reward_model, prompts, codec, flags, controller.beta,
                                          generator(seed, "ppo-sample", i, device=device), device)
             except NotFinite:
+                if i == 0:              # nothing was updated yet: it is stage 1's model
+                    raise
                 stage.not_finite(i + 1, chosen, "lower --lr or raise --kl-coef")
             done, totals = 0, {}
 

@@ -546,20 +546,23 @@ def agreement(a, b, market):
 
 
 # ------------------------------------------------------------------------------------------------------- the whole
-def measure(run, models, train, labels, held_out, split, flags, full, market, measured=""):
-    """Recommender and grounding into results.json, and their tables. `market`: the simulation's module, or None; `measured`: a
-    checksum of what all this depends on."""
+def measure(run, models, train, labels, held_out, split, flags, full, market, measured):
+    """Recommender and grounding into results.json, and their tables. `market`: the simulation's module, or None; `measured`:
+    checksums of what all this depends on."""
     start, results = time.time(), read_results(run)
     if (results["seed"], results["split"]) != (models.seed, split):
         raise BadInput(f"{run / 'results.json'}: is of seed {results['seed']} and split {results['split']}; run  python "
                        f"girl.py evaluate --run {run} --seed {models.seed} --split {split}  first")
+    if results["measured"]["models"] != measured["models"]:
+        raise BadInput(f"{run / 'results.json'}: is of other models than those in {run}; run  python girl.py evaluate --run {run}  "
+                       "first")
     encoder = make_encoder(models, train)
     with Stage(run, "recommend") as stage:
         table = compare_recommenders(models, labels, held_out, encoder, flags, full, market, stage)
         grounded = ground(models, held_out, encoder, flags, full, market)
         if stage.rows:                  # there were decisions enough in some setting
             stage.finish()
-    results["measured"]["recommend"] = measured
+    results["measured"] |= measured
     results |= {"recommend": table, "grounding": grounded, "peak_rss_mb": max(results["peak_rss_mb"], peak_rss_mb())}
     seconds = results["seconds"]
     others = seconds["total"] - seconds.get("recommend", 0)

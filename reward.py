@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 from data import bucketed, pad_right
 from model import Continued, SharedPrompts, generate, rows_that_fit
-from run import BadInput, NotFinite, Optimizer, autocast, flag, generator
+from run import BadInput, Optimizer, autocast, flag, generator
 from weights import StartFlags
 
 
@@ -133,8 +133,8 @@ def score_rows(model, rows, batch_size=128):
         with autocast(device):
             scores[part] = model(ids.to(device), lengths.to(device)).cpu().numpy()           # [part]
     if not np.isfinite(scores).all():
-        raise NotFinite("the reward model's scores are not finite: its training went astray (lower its --lr), or its weights "
-                        "are damaged")
+        raise BadInput("the reward model's scores are not finite: its training went astray (lower its --lr), or its weights are "
+                       "damaged")
     return scores
 
 

@@ -289,7 +289,7 @@ class Stage:
         if not state:
             return {}
         path, remedy = self.folder / state["tensors"], f"delete {self.folder} to begin the stage anew"
-        if path.name not in STATE or not path.exists() or sha256(path) != state["sha256"]:
+        if state["tensors"] not in STATE or not path.exists() or sha256(path) != state["sha256"]:
             raise BadInput(f"{path}: missing or damaged (it does not match its checksum); {remedy}")
         found, trained = load_tensors(path), self.trained()
         if odd := [name for name, p in trained.items() if name not in found or found[name].shape != p.shape]:
@@ -368,9 +368,12 @@ class Stage:
         """summary.json, with the checksums of the other files: from now on the stage is finished."""
         self.check_lock()
         self.write_metrics()
+        # Not adapter_config.json: whoever moves the base model corrects its path there. And not what is nobody's, such as notes.
+        files = [path for path in self.folder.iterdir() if path.suffix in (".json", ".safetensors", ".csv")
+                 and path.name not in (*STATE, "summary.json", "adapter_config.json")]
         seconds = self.seconds()
         summary |= {"started": round(time.time() - seconds, 1), "seconds": seconds, "peak_rss_mb": peak_rss_mb(),
-                    "asked": self.asked, "inputs": self.inputs, "machine": machine(), "sha256": checksums(self.folder)}
+                    "asked": self.asked, "inputs": self.inputs, "machine": machine(), "sha256": checksums(files)}
         write_json(self.folder / "summary.json", with_checksum(summary))
         for name in STATE:
             (self.folder / name).unlink(missing_ok=True)
@@ -384,7 +387,7 @@ def lock(folder, wait=False):
         Path(folder).mkdir(parents=True, exist_ok=True)
         held = os.open(folder, os.O_RDONLY)
     except OSError as e:
-        raise BadInput(f"{folder}: cannot be made ({e.strerror}); choose another --run folder")
+        raise BadInput(f"{folder}: cannot be made ({e.strerror}); choose another folder")
     try:
         fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         for path in Path(folder).glob(".*.[0-9]*.tmp"):     # see `beside`
@@ -400,13 +403,14 @@ def lock(folder, wait=False):
 
 @contextmanager
 def alone(folder, wait=False):
-    """A `lock` for the time of a block. A folder in which nothing was written does not stay."""
-    held = lock(folder, wait)
+    """A `lock` for the time of a block. A folder that was made for it, and in which nothing was written, does not stay."""
+    new, held = not Path(folder).exists(), lock(folder, wait)
     try:
         yield
     finally:
         with suppress(OSError):             # it is not empty
-            os.rmdir(folder)
+            if new:
+                os.rmdir(folder)
         os.close(held)
 
 
@@ -458,18 +462,15 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def checksums(folder):
-    """Of the files of a stage, or of a data set. (Not of adapter_config.json: whoever moves the base model corrects its path
-    there; and not of what is nobody's, such as notes.)"""
-    ours = (".json", ".jsonl", ".safetensors", ".csv")
-    return {path.name: sha256(path) for path in sorted(Path(folder).iterdir()) if path.suffix in ours and path.is_file()
-            and path.name not in (*STATE, "summary.json", "adapter_config.json")}
+def checksums(paths):
+    return {path.name: sha256(path) for path in sorted(paths)}
 
 
 def what_helps(folder):
-    """... where a file of a finished stage, or of a data set, is not what it was."""
-    if (Path(folder) / "train.jsonl").exists():
-        return "bring it back, or make the data anew; an edited copy of it is used from a folder without summary.json"
+    """The remedy where a file of a finished stage, or of a data set, is not what it was."""
+    if list(Path(folder).glob("*.jsonl")):
+        return "bring it back, or make the data anew; to use data that you edited, copy them without summary.json, and give the " \
+               "copy with --data"
     return f"bring it back, or delete {folder} and run the stage again"
 
 

@@ -49,8 +49,9 @@ def decode(content):
     return content.decode("latin-1"), "latin-1"
 
 
-def read_table(path):
-    """(rows, encoding, broken): rows are (where, {column: cell}); `broken` counts those with too many or too few cells."""
+def read_table(path, wanted):
+    """(rows, encoding, broken): rows are (where, {column: cell}); `broken` counts those with too many or too few cells. A wanted
+    column must not stand twice."""
     path = Path(path)
     if path.suffix.lower() not in (".csv", ".tsv", ".jsonl"):
         raise BadInput(f"{path}: give a .csv, .tsv or .jsonl file")
@@ -78,7 +79,7 @@ def read_table(path):
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
-        if twice := [name for name in header if name and header.count(name) > 1]:
+        if twice := [name for name in header if name in wanted and header.count(name) > 1]:
             raise BadInput(f"{path}:1: the column {twice[0][:40]!r} stands twice; rename one of them")
         for cells in reader:
             if len(cells) == len(header):
@@ -202,7 +203,7 @@ def others_jds(records, draw):
 
 def import_table(path, out, columns, keep_contacts, seed):
     """Write train.jsonl, valid.jsonl, test.jsonl and import.json (what was found, and what became of it)."""
-    rows, encoding, broken = read_table(path)
+    rows, encoding, broken = read_table(path, columns.values())
     draw, count = random.Random(seed), Counter()
     found = decisions(rows, columns, not keep_contacts, count)
     records = without_duplicates(found, count)

@@ -207,7 +207,7 @@ def load_adapters(folder, lora, kind, device, beside):
     config, _ = read_config(folder)
     base = lora.base_model_name_or_path
     of_base, _ = read_config(base)
-    for name in (*SIZES, "num_key_value_heads"):
+    for name in (*SIZES, "num_key_value_heads", "head_dim"):
         if getattr(config, name) != getattr(of_base, name):
             raise BadInput(f"{folder / 'girl.json'}: {name} is {getattr(config, name)}, and {getattr(of_base, name)} in its base "
                            f"{base}")

@@ -156,6 +156,27 @@ def test_pairs_for_an_outside_judge_go_out_and_its_verdicts_come_in(smoke, tmp_p
     row = json.loads((tmp_path / "run" / "results.json").read_text())["wins"]["girl_vs_sft"]
     assert row["relevance"] == [0, 1, 0] and row["detail"] == row["conciseness"][::-1] and row["true"] and row["answers"] == 24
     assert "conciseness" in capsys.readouterr().out
+    for name in ("recommend", "evaluate"):      # the answers are not lost to another `train`, nor to the recommender
+        assert girl.main(["recommend", "--smoke", "--seed", "1", "--run", str(tmp_path / "run")] if name == "recommend" else
+                         ["train", "--smoke", "--seed", "1", "--run", str(tmp_path / "run")]) == 0
+        assert json.loads((tmp_path / "run" / "results.json").read_text())["wins"]["girl_vs_sft"] == row
+
+
+def test_data_for_which_nothing_vouches_are_used_as_they_are(tmp_path, capsys, monkeypatch):
+    """Of a set that was edited, or whose maker was killed after its last split; a set that is not whole is made again."""
+    assert girl.main(["data", "--smoke", "--out", str(tmp_path / "data")]) == 0
+    (tmp_path / "data" / "summary.json").unlink()
+    before = {p: p.read_bytes() for p in (tmp_path / "data").iterdir()}
+    apart = []
+    monkeypatch.setattr(girl, "run_apart", lambda run, commands, device: apart.extend(commands))
+    monkeypatch.setattr(girl, "run_stage", lambda *args: None)
+    monkeypatch.setattr(girl, "is_measured", lambda *args: True)
+    assert girl.main(["train", "--smoke", "--run", str(tmp_path)]) == 0
+    assert "they are used as they are" in capsys.readouterr().out and apart == ["sft", "reward", "judge"]
+    assert before == {p: p.read_bytes() for p in (tmp_path / "data").iterdir()}
+    (tmp_path / "data" / "test.jsonl").unlink()
+    assert girl.main(["train", "--smoke", "--run", str(tmp_path)]) == 0
+    assert apart[3:] == ["data", "sft", "reward", "judge"]
 
 
 def test_same_seed_gives_identical_weights_metrics_and_results(smoke):
@@ -200,8 +221,11 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
     path = tmp_path / "run" / "ppo" / "summary.json"
     summary = {k: v for k, v in json.loads(path.read_text()).items() if k != "checksum"}
     (path.parent / "value_head.safetensors").write_bytes(b"another")
-    girl.write_json(path, girl.with_checksum(summary | {"sha256": girl.checksums(path.parent)}))
+    girl.write_json(path, girl.with_checksum(summary | {"sha256": girl.checksums(path.parent / name for name in summary["sha256"])}))
     assert girl.main(command) == 0 and measured[3:] == ["evaluate", "recommend"]
+    monkeypatch.undo()
+    assert girl.main(["recommend", *command[1:]]) == 2
+    assert "results.json: is of other models than those in" in capsys.readouterr().err
 
 
 def test_a_smoke_run_has_a_folder_of_its_own():

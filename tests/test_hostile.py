@@ -479,9 +479,9 @@ def test_adapters_of_an_absurd_rank_are_refused_before_memory_is_taken(whole, tm
     path.write_text(json.dumps(config))
     path = tmp_path / "model" / "girl.json"
     config = json.loads(path.read_text())
-    for name in ("num_hidden_layers", "vocab_size"):
-        path.write_text(json.dumps(config | {name: config[name] + 1}))
-        refused(capsys, try_it(tmp_path / "model"), f"girl.json: {name} is {config[name] + 1}, and {config[name]} in its base")
+    for name in ("num_hidden_layers", "vocab_size", "head_dim"):
+        path.write_text(json.dumps(config | {name: config[name] + 2}))
+        refused(capsys, try_it(tmp_path / "model"), f"girl.json: {name} is {config[name] + 2}, and {config[name]} in its base")
 
 
 # -------------------------------------------------------------------------------------------------------- random bytes

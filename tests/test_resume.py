@@ -377,6 +377,11 @@ def test_a_stage_whose_folder_was_taken_away_does_not_write_into_another(whole, 
         m.setattr(Stage, "log", log)
         refused(capsys, command, "run/reward: was deleted or moved while reward was at work on it")
     assert not list(folder.iterdir())
+    with monkeypatch.context() as m:            # also after the last step, while samples are scored
+        m.setattr(girl.reward, "sample_texts", lambda *args: shutil.rmtree(folder) or folder.mkdir() or [])
+        m.setattr(girl.reward, "standardize", lambda *args: None)
+        refused(capsys, command, "run/reward: was deleted or moved while reward was at work on it")
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("file", ["sft/reader.safetensors", "ppo/value_head.safetensors"])
@@ -447,12 +452,23 @@ def test_a_validation_that_is_no_number_is_refused(whole, tmp_path, monkeypatch,
     assert not (tmp_path / "run" / "sft" / "model.safetensors").exists()
 
 
-def test_a_policy_that_went_astray_is_named_in_its_next_rollout(whole, tmp_path, capsys):
+def test_a_policy_that_went_astray_is_named_in_its_next_rollout(whole, tmp_path, monkeypatch, capsys):
     begin(whole, tmp_path, "ppo")
-    cvs = {json.loads(line)["cv"] for line in (whole / "data" / "train.jsonl").open()}
-    line = refused(capsys, argv("ppo", tmp_path / "run", whole / "data", "--lr", "1e9", "--iterations", "3"), "ppo: the loss or its gradient is not finite at step ",
-                   "; lower --lr or raise --kl-coef")
+    cvs, command = {json.loads(line)["cv"] for line in (whole / "data" / "train.jsonl").open()}, argv("ppo", tmp_path / "run", whole / "data", "--save-seconds", "0")
+    real, calls = girl.ppo.log_probs, []
+
+    def astray(lm, *args):
+        logp, entropy = real(lm, *args)
+        calls.append(lm)
+        return logp * (float("nan") if len(calls) > bad else 1), entropy
+    monkeypatch.setattr(girl.ppo, "log_probs", astray)
+    bad = 0                                     # before any update: it is not PPO's fault, and no rate would help
+    refused(capsys, command, "the policy's log-probabilities or values are not finite")
+    calls.clear()
+    bad = 2 + 2 * 2 * 2                         # the rollout's two passes, two epochs of two minibatches of two micro-batches; then the next rollout
+    line = refused(capsys, command, "ppo: the loss or its gradient is not finite at step 2, on the records ", "; lower --lr or raise --kl-coef")
     assert any(repr(cv[:40]) in line for cv in cvs)
+    assert read_json(tmp_path / "run" / "ppo" / "state.json")["step"] == 1
 
 
 def test_a_persistently_negative_kl_is_counted_on_after_an_interruption(whole, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 import csv
 import os
 import random
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ def test_the_device_is_one_that_is_here(monkeypatch):
 @pytest.mark.parametrize("command, seconds", [(["sft"], 60), (["ppo"], 60), (["train"], 60), (["sft", "--smoke"], 2), (["train", "--smoke"], 2)])
 def test_a_state_is_saved_at_the_first_step_after_so_many_seconds(tmp_path, monkeypatch, command, seconds):
     clock, save_seconds = [1000.0], girl.parse(command).save_seconds
-    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
     with Stage(tmp_path, "sft", save_seconds) as stage:
         stage.begin({}, {})
         stage.total(100)

@@ -127,21 +127,45 @@ def test_a_folder_holds_one_kind_of_data(tmp_path):
 
 
 def test_a_data_set_that_was_not_made_here_is_not_written_over(tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "valid.jsonl").write_text('{"cv": "a", "jd": "b", "accepted": true}\n')
+    """Whatever of it there is: also a finished stage has a summary.json."""
     path = write_csv(tmp_path / "t.csv", people(40))
-    for command in (["data", "--smoke", "--out", str(tmp_path / "mine")],
-                    ["data", "--from", str(path), "--cv", "cv", "--jd", "jd", "--out", str(tmp_path / "mine")]):
-        refused(capsys, command, "mine/valid.jsonl: was not made by `data`, and is not written over; choose another --out")
-    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["valid.jsonl"]
+    for files in (["valid.jsonl"], ["train.jsonl", "probes.jsonl"], ["valid.jsonl", "summary.json"], ["summary.json", "model.safetensors"]):
+        mine = tmp_path / files[-1]
+        mine.mkdir()
+        for name in files:
+            (mine / name).write_text("mine")
+        for command in (["data", "--smoke", "--out", str(mine)], ["data", "--from", str(path), "--cv", "cv", "--jd", "jd", "--out", str(mine)]):
+            refused(capsys, command, f"{mine}/{files[0]}: was not made by `data`, and is not written over; choose another --out")
+        assert {p.name: p.read_text() for p in mine.iterdir()} == dict.fromkeys(files, "mine")
 
 
-def test_a_table_that_cannot_be_imported_leaves_the_data_set_that_was_there(tmp_path, capsys):
+def test_a_folder_that_was_there_stays_and_one_that_was_made_in_vain_does_not(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new"):
+        assert girl.main(["data", "--out", str(tmp_path / name), "--cv", "text"]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_column_that_nobody_asked_for_may_stand_twice(tmp_path):
+    path = write_csv(tmp_path / "t.csv", people(40))
+    path.write_text("".join(line + (",notes,notes" if i == 0 else ",a,b") + "\n" for i, line in enumerate(path.read_text().splitlines())))
+    assert run(path, tmp_path / "out") == 0
+
+
+def test_data_that_cannot_be_made_leave_the_data_set_that_was_there(tmp_path, monkeypatch):
     assert run(write_csv(tmp_path / "t.csv", people(40)), tmp_path / "out") == 0
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     for bad in (tmp_path / "none.csv", write_csv(tmp_path / "short.csv", people(1))):
         assert run(bad, tmp_path / "out") == 2
-    assert girl.main(["data", "--smoke", "--jobs", "3", "--out", str(tmp_path / "out")]) == 2
+    real, calls = girl.market.draw_split, []
+
+    def draw_split(*args):                  # what is refused in the last split
+        calls.append(args)
+        if len(calls) == 3:
+            raise table.BadInput("data: among 60 jobs there is none for a cook; raise --jobs")
+        return real(*args)
+    monkeypatch.setattr(girl.market, "draw_split", draw_split)
+    assert girl.main(["data", "--smoke", "--out", str(tmp_path / "out")]) == 2 and len(calls) == 3
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
 

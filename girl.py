@@ -130,10 +130,10 @@ def read_text(path):
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         text = raw.decode("utf-8-sig").strip()
-    except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}; give a text file, or - for standard input")
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 text (byte {e.start}); save the file as UTF-8")
+    except (OSError, ValueError, AttributeError) as e:      # the last two where standard input is closed
+        raise BadInput(f"{path}: {getattr(e, 'strerror', None) or 'cannot be read'}; give a text file, or - for standard input")
     if not text:
         raise BadInput(f"{path}: empty; put the text of one CV or JD into it")
     return text
@@ -301,7 +301,7 @@ def note_config(run, stage, flags):
 
 def run_all(args, device):
     """`train`: every stage of a run, then the evaluation. What bash train.sh calls."""
-    run, common = Path(args.run), ["--seed", str(args.seed)] + ["--smoke"] * args.smoke
+    run, common = Path(args.run), ["--seed", str(args.seed)] + (["--smoke"] if args.smoke else [])
     start = [x for f in fields(StartFlags) if getattr(args, f.name) for x in flag_words(f, getattr(args, f.name))]
     if args.data is None:
         args.data = str(run / "data")
@@ -314,7 +314,7 @@ def run_all(args, device):
             run_apart(run, {"data": command}, device)
     common += ["--run", args.run, "--data", args.data]
     save = ["--save-seconds", str(args.save_seconds)]
-    again = save + ["--checkpointing"] * args.checkpointing
+    again = save + (["--checkpointing"] if args.checkpointing else [])
     run_apart(run, {"sft": ["sft"] + common + save + start}, device)
     run_apart(run, {"reward": ["reward"] + common + again, "judge": ["reward", "--judge"] + common + again}, device)
     run_stage(parse(["ppo"] + common + again), device)
@@ -394,7 +394,10 @@ def recommend_run(args, device):
         need(run, stage)
     models, train = recommend.load_run(run, device, args.seed), read_records(folder / "train.jsonl")
     if args.cv:
-        recommend.find_jobs(models, read_text(args.cv), recommend.read_pool(args.pool), args.top, train, truth)
+        cv = read_text(args.cv)
+        recommend.find_jobs(models, cv, recommend.read_pool(args.pool), args.top, train, truth)
+        if cv in models.codec.cut_cvs:
+            print(f"{args.cv}: the CV was cut at {models.codec.max_cv} tokens", file=sys.stderr)
     else:
         flags, measured = from_args(recommend.RecommendFlags, args), what_is_measured(args)
         with alone(run / "evaluate"):

@@ -278,6 +278,26 @@ def test_a_pipe_is_read_as_a_cv(whole, tmp_path, capsys):
     assert girl.main(["generate", "--model", str(whole / "run" / "ppo"), "--cv", str(tmp_path / "cv")]) == 0
 
 
+STREAMS = {"a full disk": ("{generate} > /dev/full", 2, "girl.py: cannot read or write (No space left on device)\n"),
+           "a reader that has gone": ("{generate} | true; exit ${PIPESTATUS[0]}", 1, ""),
+           "closed": ("{generate} >&- 2>&-", 0, ""),
+           "no input": ("{generate} --cv - <&-", 2, None),
+           "ASCII alone": ("PYTHONIOENCODING=ascii {export} --out {tmp}/Köln", 0, "")}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_what_is_printed_cannot_be(whole, tmp_path, name):
+    """In a shell, as a user would."""
+    command, code, err = STREAMS[name]
+    (tmp_path / "cv.txt").write_text("A cook")
+    for place, words in {"{generate}": f"{sys.executable} {girl.__file__} generate --model {whole}/run/ppo --cv {tmp_path}/cv.txt",
+                         "{export}": f"{sys.executable} {girl.__file__} export --model {whole}/run/ppo", "{tmp}": str(tmp_path)}.items():
+        command = command.replace(place, words)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and (done.stderr == err or err is None and done.stderr.startswith("girl.py: -: ")), done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") < 2
+
+
 # ------------------------------------------------------------------------------------------- weight folders from strangers
 def header(tensors, size=None, tail=b""):
     """A safetensors file: the length of its header, the header, and what follows."""

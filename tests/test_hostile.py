@@ -293,7 +293,8 @@ def test_what_is_printed_cannot_be(whole, tmp_path, name):
     for place, words in {"{generate}": f"{sys.executable} {girl.__file__} generate --model {whole}/run/ppo --cv {tmp_path}/cv.txt",
                          "{export}": f"{sys.executable} {girl.__file__} export --model {whole}/run/ppo", "{tmp}": str(tmp_path)}.items():
         command = command.replace(place, words)
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, env=buffered)
     assert done.returncode == code and (done.stderr == err or err is None and done.stderr.startswith("girl.py: -: ")), done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("\n") < 2
 

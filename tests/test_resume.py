@@ -471,7 +471,8 @@ def test_a_policy_that_went_astray_is_named_in_its_next_rollout(whole, tmp_path,
     assert read_json(tmp_path / "run" / "ppo" / "state.json")["step"] == 1
 
 
-def test_a_persistently_negative_kl_is_counted_on_after_an_interruption(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("n", [3 * 6 + 1, 3 * 6 + 3])       # after the third iteration; within the update of the fourth
+def test_a_persistently_negative_kl_is_counted_on_after_an_interruption(whole, tmp_path, monkeypatch, n):
     folder, command = begin(whole, tmp_path, "ppo") / "ppo", argv("ppo", tmp_path / "run", whole / "data", "--save-seconds", "0", "--iterations", "7")
     real = girl.ppo.rollout
 
@@ -480,7 +481,7 @@ def test_a_persistently_negative_kl_is_counted_on_after_an_interruption(whole, t
         return *rest, log | {"kl": -1.0, "kl_error": 0.1}
     monkeypatch.setattr(girl.ppo, "rollout", negative)
     with monkeypatch.context() as m, pytest.raises(Cut):
-        cut_at(m, 3 * 6 + 3)                # within the update of the fourth iteration
+        cut_at(m, n)
         girl.main(command)
     assert girl.main(command) == 0
     faults = [row["kl_fault"] for row in csv.DictReader((folder / "metrics.csv").open())]

@@ -562,6 +562,11 @@ def one_line(error):
     return text if len(text) < 4000 else f"{text[:2000]} [...] {text[-2000:]}"
 
 
+def no_more_output():
+    """What could not be printed would be tried again at the exit, and fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def stop_once(*_):
     """Ctrl-C, SIGTERM, outside of a stage's steps: end, and be left alone while stages in other processes save."""
     for s in (signal.SIGINT, signal.SIGTERM):
@@ -593,9 +598,11 @@ def main(argv=None):
               "--minibatch, raise --accumulate, or use --checkpointing", file=sys.stderr)
         return 2
     except BrokenPipeError:             # who reads what is printed has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        no_more_output()
         return 1
     except OSError as e:                # what has a better remedy is caught where it happens
+        if not e.filename:
+            no_more_output()
         what = f"{e.filename}: {e.strerror}" if e.filename else f"cannot read or write ({e.strerror or e})"
         print(f"girl.py: {one_line(what)}", file=sys.stderr)
         return 2

@@ -50,9 +50,11 @@ def noted(log):
     return girl.main(sys.argv[1:])
 
 
-def start(run, log, seed):
-    command = [sys.executable, __file__, "train", "--smoke", "--seed", str(seed), "--run", str(run), "--save-seconds", "0.3"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+def start(place, log, seed):
+    """A run in the folder `run` of this place: from there all runs have the same paths, also in config.json."""
+    place.mkdir(exist_ok=True)
+    command = [sys.executable, str(Path(__file__).resolve()), "train", "--smoke", "--seed", str(seed), "--run", "run", "--save-seconds", "0.3"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=place,
                             env=os.environ | {"SOAK_LOG": str(log)})
 
 
@@ -94,12 +96,12 @@ def soak(kills, seed):
         folder = Path(folder)
         assert not kill(start(folder / "whole", folder / "whole.log", seed), None)
         while count["kills"] < kills:
-            run, log = folder / f"run{count['runs']}", folder / f"run{count['runs']}.log"
+            place, log = folder / f"{count['runs']}", folder / f"{count['runs']}.log"
             log.touch()
             while True:
                 before = len(log.read_text().splitlines())
-                last = count["kills"] == kills or (run / "ppo" / "summary.json").exists() and draw.random() < 0.5
-                process, at_work = start(run, log, seed), draw.random() < 0.8
+                last = count["kills"] == kills or (place / "run" / "ppo" / "summary.json").exists() and draw.random() < 0.5
+                process, at_work = start(place, log, seed), draw.random() < 0.8
                 killed = kill(process, None if last else draw.uniform(0, 3 if at_work else 14), log if at_work else None)
                 lines = log.read_text().splitlines()
                 # A kill that this process had to make good: it went on from the middle of one stage, or of two side by side.
@@ -111,8 +113,8 @@ def soak(kills, seed):
             count["runs"] += 1
             count["steps"] += len(steps)
             count["twice"] += sum(n - 1 for n in steps.values())
-            different += differences(run, folder / "whole")
-            print(f"run {count['runs']}: {count['kills']} kills so far", file=sys.stderr, flush=True)
+            different += differences(place / "run", folder / "whole" / "run")
+            print(f"run {count['runs']}: {count['kills']} kills and {len(different)} differences so far", file=sys.stderr, flush=True)
     print(f"soak: {count['kills']} kills in {count['runs']} runs, {count['inside']} of them inside a stage and resumed from its middle; "
           f"{count['twice']} of {count['steps']} steps done twice; {len(different)} differences {different or ''}")
     return different

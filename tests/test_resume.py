@@ -18,6 +18,8 @@ import girl
 import run
 from conftest import STAGES, argv, refused
 from run import Stage, read_json
+from soak import soak
+
 
 def results(folder):
     """Every file of a finished stage; of summary.json what does not depend on the clock."""
@@ -123,6 +125,12 @@ def test_without_a_state_a_stage_begins_anew(whole, tmp_path, monkeypatch):
     assert list(folder.iterdir()) == []
     assert girl.main(command) == 0
     assert results(folder) == results(whole / "run" / "sft")
+
+
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(capsys):
+    """All of `train`, three times; `python tests/soak.py --kills 200` does it more often."""
+    assert soak(3, 1) == []
+    assert capsys.readouterr().out.startswith("soak: 3 kills in 1 runs, ")
 
 
 # ------------------------------------------------------------------------------------------------------- signals

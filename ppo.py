@@ -280,8 +280,6 @@ def rollout(policy, reference, reward_model, prompts, codec, flags, beta, genera
            "kl_error": float(per_text.std(unbiased=False) / math.sqrt(len(prompts))),
            "length": float(e.mask.sum(1).float().mean()), "eos_rate": float(ended.float().mean()),
            "explained_variance": float(explained_variance(values, returns, e.mask))}
-    if not math.isfinite(sum(log.values())):
-        raise NotFinite("the policy's log-probabilities or values are not finite")
     return e, old, responses, log
 
 
@@ -314,6 +312,8 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
             try:
                 e, old, _, log = rollout(policy, reference, reward_model, prompts, codec, flags, controller.beta,
                                          generator(seed, "ppo-sample", i, device=device), device)
+                if not math.isfinite(sum(log.values())):
+                    raise NotFinite("the policy's log-probabilities or values are not finite")
             except NotFinite:
                 if i == 0:              # nothing was updated yet: it is stage 1's model
                     raise

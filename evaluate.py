@@ -338,9 +338,9 @@ def covered(stages):
     return total
 
 
-def evaluate(run, folder, split, n_cvs, seed, device, market, init="", export=None, measured={}):
+def evaluate(run, folder, split, n_cvs, seed, device, market, init, export, measured):
     """Write results.json of a run and print its tables. `init`: the folder of the pretrained model that the run began with, or
-    nothing; `measured`: checksums of what all this depends on."""
+    nothing; `export`: a file for pairs, or None; `measured`: checksums of what all this depends on."""
     start = time.time()
     sft = load_model(run / "sft", LanguageModel, device).eval()
     policy = load_model(run / "ppo", LanguageModel, device, beside=sft).eval()

@@ -125,7 +125,8 @@ def load_tensors(path):
 # ----------------------------------------------------------------------------------------- device and randomness
 def pick_device():
     """CUDA or MPS where there is one, else the CPU; GIRL_DEVICE in the environment decides otherwise."""
-    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = [name for name, is_there in there.items() if is_there]
     asked = os.environ.get("GIRL_DEVICE", here[0])
     if asked not in here:
         raise BadInput(f"GIRL_DEVICE={asked}: there is no such device here; choose one of {', '.join(here)}")

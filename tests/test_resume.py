@@ -292,6 +292,16 @@ def test_other_data_and_another_model_before_it_are_refused_and_named(whole, tmp
     assert results(folder) == results(whole / "run" / "reward")
 
 
+def test_two_processes_do_not_measure_one_run(whole, tmp_path, capsys):
+    """Each writes results.json, minutes after it has read what is in it."""
+    shutil.copytree(whole / "run", tmp_path / "run")
+    more = ["--smoke", "--run", str(tmp_path / "run"), "--data", str(whole / "data")]
+    with run.alone(tmp_path / "run" / "evaluate"):
+        for name in ("evaluate", "recommend"):
+            refused(capsys, [name, *more], "run/evaluate: another process is at work on it")
+    assert not (tmp_path / "run" / "evaluate").exists() and not (tmp_path / "run" / "results.json").exists()
+
+
 def test_models_that_do_not_belong_together_are_not_used_together(whole, tmp_path, capsys):
     """Stage 1 was run again with another seed; the later stages come from the model before."""
     shutil.copytree(whole / "run", tmp_path / "run")

@@ -212,15 +212,22 @@ def plain_text_only(tokenizer):
 
 
 def save_tokenizer(folder, codec):
-    write_bytes(Path(folder) / "tokenizer.json", codec.tokenizer.to_str().encode())
+    """`tokenizer.json` and `tokenizer_config.json`, from which other tools make the token ids that were trained on."""
+    tokenizer, template = codec.for_text()
+    write_bytes(Path(folder) / "tokenizer.json", tokenizer.to_str().encode())
     write_json(Path(folder) / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": codec.tokenizer.id_to_token(codec.pad),
         "eos_token": codec.tokenizer.id_to_token(codec.eos), "padding_side": "left",
-        "clean_up_tokenization_spaces": False, "split_special_tokens": True})
+        "clean_up_tokenization_spaces": False,
+        # What looks like a special token in a text is text, unless the prompt itself is written with special tokens.
+        "split_special_tokens": not codec.specials} | ({"chat_template": template} if template else {}))
 
 
 def load_tokenizer(folder):
     path = Path(folder) / "tokenizer.json"
+    adapters = Path(folder) / "adapter_config.json"
+    if not path.exists() and adapters.exists():         # as peft saves them: the tokenizer is their base's
+        path = Path(str(read_json(adapters).get("base_model_name_or_path"))) / "tokenizer.json"
     raw = read_json(path)
     if '"Precompiled"' in json.dumps(raw.get("normalizer")):        # a broken one ends the process; our families have none
         raise BadInput(f"{path}: a Precompiled normalizer is not supported")
@@ -239,11 +246,27 @@ def load_tokenizer(folder):
     return plain_text_only(tokenizer)
 
 
+def chat_template(begin, before, after, space, end):
+    """In Jinja, as Hugging Face has them: each user's message is a CV, each answer its JD."""
+    begin, before, after, space, end = (json.dumps(text, ensure_ascii=False) for text in (begin, before, after, space, end))
+    content = "(m['content'] | replace('\\r\\n', '\\n') | trim)"
+    return (f"{{{{ {begin} }}}}{{% for m in messages %}}"
+            f"{{% if m['role'] == 'user' %}}{{{{ {before} + {content} + {after} }}}}"
+            f"{{% elif m['role'] == 'assistant' %}}{{{{ {space} + {content} + {end} }}}}"
+            "{% else %}{{ raise_exception('the roles are user, for a CV, and assistant, for a JD') }}{% endif %}{% endfor %}")
+
+
+# Where a tokenizer may join the end of a CV, or its beginning, with what stands beside it.
+EXAMPLES = ("cook", "Cook, 9 years (part time).", "- 3 knives\n- Köln!", "2019: chef\n\nBath;", "«a» 厨师 🙂")
+ASK = "Write the job description of a job that fits this CV."
+
+
 class Codec:
     """Texts to token ids and back, within a budget of tokens. Counts what it had to cut.
 
-    T, the prompt template, stands around the CV:  `CV: ... \\nJD: `, then the JD's tokens, then end-of-text. Where the
-    vocabulary has the tokens of ChatML, CV and JD are a user's turn and the answer, and what ends a turn ends the JD.
+    T, the prompt template, stands around the CV:  `CV: ... \\nJD: `, then the JD's tokens, then end-of-text `eos`. Where that is
+    ChatML's end of turn (or no `eos` is given, and the vocabulary has it), CV and JD are a user's turn and the answer. A vocabulary
+    may have ChatML's tokens though its model never learned them: what the model's own texts end in decides.
     CV, template and JD are encoded each by itself, so that a CV cannot change how the rest is cut into tokens."""
 
     def __init__(self, tokenizer, max_cv, max_jd, eos=None):
@@ -253,16 +276,19 @@ class Codec:
         special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         # What the tokenizer puts before every text: begin-of-text, or nothing.
         begin = list(takewhile(set(special.values()).__contains__, tokenizer.encode("a").ids))
-        if TURN in special and END_OF_TURN in special:
+        self.chatml = TURN in special and END_OF_TURN in special and eos in (None, special[END_OF_TURN])
+        if self.chatml:
             turn, self.eos, self.space = special[TURN], special[END_OF_TURN], ""
-            self.before = begin + [turn] + ids("user\nWrite the job description of a job that fits this CV.\n\n")
+            self.before = begin + [turn] + ids(f"user\n{ASK}\n\n")
             self.after = [self.eos] + ids("\n") + [turn] + ids("assistant\n")
+            self.specials = [*begin, turn, self.eos]
         else:
             # A word is the same token at the beginning as it is elsewhere: with a space before it, which some
             # tokenizers (SentencePiece's) put there themselves.
             self.eos = tokenizer.token_to_id(EOS) if eos is None else eos
             self.space = "" if (tokenizer.id_to_token(ids("a")[0]) or "").startswith("\u2581") else " "
             self.before, self.after = begin + ids("CV:"), ids("\nJD:")
+            self.specials = begin
         # To fill rows up: a token that no text has. Not end-of-text, or what reads a padded row would not find its end.
         unknown = {"<unk>", getattr(tokenizer.model, "unk_token", None)} - {TURN, END_OF_TURN}
         spare = [i for t, i in special.items() if i not in {self.eos, *self.before, *self.after} and t not in unknown]
@@ -306,6 +332,25 @@ class Codec:
         ids = ids[:ids.index(self.eos)] if self.eos in ids else ids
         return self.tokenizer.decode(ids, skip_special_tokens=False).removeprefix(self.space)
 
+    def for_text(self):
+        """The tokenizer for other tools, which are given a prompt as one text, and a chat template that writes this text: from
+        `[{"role": "user", "content": CV}]` they get the ids of `prompt(CV)`. A tokenizer that would join the template and the CV
+        is made to cut between them. Where this does not help, there is no template."""
+        begin = "".join(self.tokenizer.id_to_token(t) for t in self.specials if t not in (self.eos, *self.after))
+        if self.chatml:
+            before, after, own = f"{TURN}user\n{ASK}\n\n", f"{END_OF_TURN}\n{TURN}assistant\n", f"user\n{ASK}\n\n"
+        else:
+            before, after, own = "CV: ", "\nJD:", r"\ACV:|\nJD:\z"
+        plain, cutting = (Tokenizer.from_str(self.tokenizer.to_str()) for _ in range(2))
+        first = pre_tokenizers.Split(Regex(own), "isolated")
+        cutting.pre_tokenizer = pre_tokenizers.Sequence([first] + [plain.pre_tokenizer] * (plain.pre_tokenizer is not None))
+        for tokenizer in (plain, cutting):
+            if all(tokenizer.encode(begin + before + cv + after, add_special_tokens=False).ids
+                   == self.before + self.encode(cv) + self.after for cv in EXAMPLES):
+                end = self.tokenizer.id_to_token(self.eos) if self.specials else ""
+                return tokenizer, chat_template(begin, before, after, "" if self.chatml else " ", end)
+        return plain, ""
+
     def shrink(self, longest_prompt, longest_jd):
         """Lower the budgets to what the training data needs (a tenth more, for held-out texts)."""
         around = len(self.before) + len(self.after)
@@ -319,6 +364,8 @@ class Codec:
 def load_codec(folder, config):
     """The codec of a model's folder, within the budgets that its config keeps."""
     tokenizer = load_tokenizer(folder)
+    if config.eos_token_id is None:
+        raise BadInput(f"{folder}: its config.json has no eos_token_id; name there the token that ends a text")
     if max(config.eos_token_id, config.pad_token_id) >= config.vocab_size:
         raise BadInput(f"{folder}: eos_token_id and pad_token_id in its config must be below vocab_size")
     if number_of_ids(tokenizer) > config.vocab_size:

@@ -28,12 +28,12 @@ import recommend
 import reward
 import sft
 import table
-from data import SPLITS, files_of, load_codec, load_tokenizer, read_half, read_records, save_tokenizer
-from model import LanguageModel, RewardModel, generate, merge_lora, twin
+from data import SPLITS, Codec, files_of, load_codec, load_tokenizer, read_half, read_records, save_tokenizer
+from model import LINEAR, LanguageModel, RewardModel, generate, is_target, merge_lora, twin
 from run import (BadInput, Stage, alone, autocast, check_folder, check_same, checksum, checksums, finished, flag, generator,
                  load_tensors, peak_rss_mb, pick_device, read_json, read_summary, save_tensors, sha256, with_checksum,
                  write_json)
-from weights import StartFlags, check_links, load_model, load_pretrained, put, read_config, read_lora, save_model
+from weights import StartFlags, check_links, is_reward, load_model, load_pretrained, put, read_config, read_lora, save_model
 
 
 @dataclass
@@ -72,7 +72,7 @@ def train_reward(stage, run, folder, flags, seed, device):
     probes = ["probes.jsonl"] if (folder / "probes.jsonl").exists() else []
     records, init_seed = read_half(folder, part, "train.jsonl", *probes), generator(seed, name, "init").initial_seed()
     if flags.init:
-        if load_tokenizer(flags.init).to_str() != codec.tokenizer.to_str():
+        if not same_tokenizer(load_tokenizer(flags.init), codec):
             raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that model "
                            "writes")
         start = load_pretrained(flags, codec, init_seed, device)
@@ -90,6 +90,12 @@ def train_reward(stage, run, folder, flags, seed, device):
     save_model(stage.folder, model)
     save_tokenizer(stage.folder, codec)
     stage.finish(**metrics, center=model.center, cut_cvs=len(codec.cut_cvs), cut_jds=len(codec.cut_jds))
+
+
+def same_tokenizer(tokenizer, codec):
+    """Is this a codec's tokenizer, but for the cut that Codec.for_text may have added?"""
+    other = Codec(tokenizer, codec.max_cv, codec.max_jd, codec.eos)
+    return other.for_text()[0].to_str() == codec.for_text()[0].to_str()
 
 
 def new_reward_model(lm, folder, pretrained, seed):
@@ -180,12 +186,13 @@ def export(args, device):
              "tokenizer.json")
     if taken := [name for name in names if (Path(args.out) / name).exists()]:
         raise BadInput(f"{args.out}: holds a model already ({taken[0]}); choose another --out")
-    config, raw = read_config(args.model)
-    model = load_model(args.model, RewardModel if "num_labels" in raw else LanguageModel)
+    model = load_model(args.model, RewardModel if is_reward(Path(args.model)) else LanguageModel)
+    codec = load_codec(args.model, model.config)
     if args.merge:
         merge_lora(model)
+    model.config.pad_token_id = codec.pad
     save_model(args.out, model)
-    save_tokenizer(args.out, load_codec(args.model, config))
+    save_tokenizer(args.out, codec)
     kind = "adapters on " + model.model.lora.base_model_name_or_path if model.model.lora else "plain weights"
     print(f"{args.out}: {type(model).__name__}, {kind}")
 
@@ -288,6 +295,9 @@ def show_plan(args, run):
         config = replace(config, max_cv_tokens=sft.SFTFlags.max_cv, max_jd_tokens=sft.SFTFlags.max_jd)
     lora = read_lora(folder)
     rank, targets = (lora.r, lora.target_modules) if lora else (16, StartFlags.lora_targets.split(","))
+    # Counted as if all blocks had the same adapters.
+    targets = [name for part, names in LINEAR.items() for name in names
+               if any(is_target(f"model.layers.{i}.{part}.{name}", targets) for i in range(config.num_hidden_layers))]
     ppo.print_plan(config, from_args(ppo.PPOFlags, args), rank, targets)
 
 

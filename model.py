@@ -12,6 +12,7 @@ used within it), mixtures of experts, quantised weights.
 """
 import copy
 import math
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,7 +42,7 @@ class Config:
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     pad_token_id: int = 0
-    eos_token_id: int = 1
+    eos_token_id: int | None = 1        # None: a pretrained model whose config names none
     max_cv_tokens: int = 96             # ours: the budgets of data.Codec, which together fill the context
     max_jd_tokens: int = 96
 
@@ -377,13 +378,16 @@ def generate(model, prompts, max_new, temperature=1.0, top_p=1.0, generator=None
 
 
 # ------------------------------------------------------------------------------------------------------- adapters
+LINEAR = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+
+
 @dataclass
 class LoRA:
     """What adapters a model has, by the names of PEFT's `adapter_config.json`."""
     base_model_name_or_path: str        # the folder of the frozen weights
     r: int                              # the rank
     lora_alpha: float
-    target_modules: list                # which layers of each block, such as q_proj
+    target_modules: list | str          # which layers of the blocks, see is_target
 
 
 class LoRALinear(nn.Module):
@@ -402,31 +406,42 @@ class LoRALinear(nn.Module):
 
 
 def linear_layers(body):
-    """(module, name, layer) of each linear layer in the blocks; one with an adapter counts as one."""
-    return [(part, name, layer) for block in body.layers for part in (block.self_attn, block.mlp)
-            for name, layer in list(part.named_children()) if isinstance(layer, (nn.Linear, LoRALinear))]
+    """(full name, block's part, name in it, layer) of each linear layer in the blocks; one with an adapter counts as one."""
+    return [(f"model.layers.{i}.{kind}.{name}", getattr(block, kind), name, getattr(getattr(block, kind), name))
+            for i, block in enumerate(body.layers) for kind, names in LINEAR.items() for name in names]
+
+
+def is_target(name, targets):
+    """Does the layer of this full name get an adapter? As PEFT reads target_modules: a list of names, or of ends of names
+    (`q_proj`, `layers.1.mlp.up_proj`); or one regular expression for the whole name; or all-linear."""
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def add_lora(model, lora):
     """Freeze a model, but for a reward model's head, and give it fresh adapters in the place of any that it had."""
-    known = sorted({name for _, name, _ in linear_layers(model.model)})
-    if lora.r < 1 or not lora.target_modules or not set(lora.target_modules) <= set(known):
-        raise BadInput(f"LoRA of rank {lora.r} beside {', '.join(lora.target_modules)}: the rank must be at least 1, and the "
-                       f"layers some of {', '.join(known)}")
+    names, targets = [full for full, *_ in linear_layers(model.model)], lora.target_modules
+    asked = [targets] if isinstance(targets, str) else [[target] for target in targets]
+    missed = [t for t in asked if not any(is_target(name, t) for name in names)]
+    if lora.r < 1 or not asked or missed:
+        known = sorted(name for part in LINEAR.values() for name in part)
+        raise BadInput(f"LoRA of rank {lora.r} beside {', '.join(targets) if isinstance(targets, list) else targets}: the rank must "
+                       f"be at least 1, and the layers some of {', '.join(known)}")
     model.model.lora = lora
-    for part, name, layer in linear_layers(model.model):
+    for _, part, name, layer in linear_layers(model.model):
         setattr(part, name, getattr(layer, "base_layer", layer))
     for name, p in model.named_parameters():
         p.requires_grad = name == "score.weight"
-    for part, name, layer in linear_layers(model.model):
-        if name in lora.target_modules:
+    for full, part, name, layer in linear_layers(model.model):
+        if is_target(full, targets):
             setattr(part, name, LoRALinear(layer, lora.r, lora.lora_alpha))
 
 
 @torch.no_grad()
 def merge_lora(model):
     """Add the adapters to the weights beside them: the same function, in plain weights."""
-    for part, name, layer in linear_layers(model.model):
+    for _, part, name, layer in linear_layers(model.model):
         if isinstance(layer, LoRALinear):
             layer.base_layer.weight += layer.scale * layer.lora_B.weight @ layer.lora_A.weight
             setattr(part, name, layer.base_layer)

@@ -28,7 +28,7 @@ from data import (Codec, bucketed, check_splits, load_tokenizer, pad_right, read
 from model import Config, LanguageModel, generate, logits_size, rows_that_fit
 from reward import reading_loss
 from run import BadInput, Optimizer, autocast, flag, generator, save_tensors
-from weights import StartFlags, load_pretrained, read_config, save_model
+from weights import StartFlags, end_of_text, load_pretrained, read_config, save_model
 
 
 @dataclass
@@ -165,11 +165,13 @@ def new_codec(records, flags):
     if not flags.init:
         texts = sorted({t for r in records for t in (r.cv, r.jd)})
         return Codec(train_tokenizer(texts, flags.vocab), flags.max_cv, flags.max_jd)
-    config, raw = read_config(flags.init)
-    ends = raw.get("eos_token_id") is not None
-    codec = Codec(load_tokenizer(flags.init), flags.max_cv, flags.max_jd, config.eos_token_id if ends else None)
-    if codec.eos is None or codec.pad is None:
-        raise BadInput(f"{flags.init}: its tokenizer has no end-of-text token, or no special token that is free to fill rows up")
+    _, raw = read_config(flags.init)
+    tokenizer = load_tokenizer(flags.init)
+    codec = Codec(tokenizer, flags.max_cv, flags.max_jd, end_of_text(flags.init, raw, tokenizer))
+    if codec.eos is None:
+        raise BadInput(f"{flags.init}: nothing says which token ends a text; name it as eos_token_id in its config.json")
+    if codec.pad is None:
+        raise BadInput(f"{flags.init}: its tokenizer has no special token that is free to fill rows up")
     return codec
 
 

@@ -3,16 +3,19 @@
     load_model(folder)       one that `save_model` wrote, or a pretrained Llama, Mistral, Qwen2 or Qwen3
     save_model(folder, m)    read by transformers (AutoModelForCausalLM, AutoModelForSequenceClassification) and by peft
 
-Nothing is unpickled. Whatever of a config this transformer does not know is refused, never guessed.
+Nothing is unpickled. Activations, biases, rotary embeddings, quantization and adapters that this transformer does not compute
+are refused by name. Other keys of a `config.json` that we do not know are ignored, as transformers ignores them; in an
+`adapter_config.json` they are refused.
 """
 import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
-from data import number_of_ids
-from model import Config, LanguageModel, LoRA, RewardModel, add_lora, twin
+from data import END_OF_TURN, EOS, number_of_ids
+from model import LINEAR, Config, LanguageModel, LoRA, RewardModel, add_lora, twin
 from run import BadInput, check_folder, flag, frozen_dtype, load_tensors, read_json, save_tensors, write_json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -28,8 +31,8 @@ def save_model(folder, model):
     family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
     config = asdict(c) | {"model_type": family, "architectures": [family.capitalize() + model.architecture],
                           "torch_dtype": "float32", "hidden_act": "silu", "bos_token_id": None}
-    is_reward = isinstance(model, RewardModel)
-    if is_reward:
+    scores = isinstance(model, RewardModel)
+    if scores:
         config |= {"num_labels": 1, "center": model.center}
     weights = {n: p.detach().float().cpu().contiguous() for n, p in model.state_dict().items() if lora is None or is_adapter(n)}
     if c.tie_word_embeddings:
@@ -40,8 +43,8 @@ def save_model(folder, model):
     else:
         save_tensors(folder / "adapter_model.safetensors", {f"base_model.model.{n}": p for n, p in weights.items()})
         write_json(folder / "adapter_config.json", asdict(lora) | {
-            "peft_type": "LORA", "task_type": "SEQ_CLS" if is_reward else "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
-            "modules_to_save": ["score"] if is_reward else None, "inference_mode": True})
+            "peft_type": "LORA", "task_type": "SEQ_CLS" if scores else "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0,
+            "modules_to_save": ["score"] if scores else None, "inference_mode": True})
 
 
 def is_adapter(name):
@@ -51,8 +54,7 @@ def is_adapter(name):
 def read_config(folder):
     """(Config, everything) of a folder's `config.json`, our own or of one of the families that this transformer covers."""
     check_links(folder)
-    path = Path(folder) / "girl.json"
-    path = path if path.exists() else Path(folder) / "config.json"
+    path = config_file(Path(folder))
     if not path.exists():
         raise BadInput(f"{folder}: not a model's folder, it has no config.json; give one that `sft`, `reward` or `ppo` wrote, or a "
                        "pretrained model in the Hugging Face layout")
@@ -62,7 +64,10 @@ def read_config(folder):
                        f"found {raw.get('model_type')!r}")
     for name, unknown in {
             "hidden_act": raw.get("hidden_act", "silu") != "silu", "attention_bias": raw.get("attention_bias"),
-            "mlp_bias": raw.get("mlp_bias"), "quantization_config": raw.get("quantization_config")}.items():
+            "mlp_bias": raw.get("mlp_bias"), "quantization_config": raw.get("quantization_config"),
+            "partial_rotary_factor": raw.get("partial_rotary_factor", 1) not in (1, None),
+            "rope_interleaved": raw.get("rope_interleaved"), "layer_types": has_other_layers(raw),
+            "is_causal": raw.get("is_causal", True) is not True}.items():
         if unknown:
             raise BadInput(f"{path}: {name} {repr(raw[name])[:80]} is not supported")
     if missing := [name for name in SIZES if raw.get(name) is None]:
@@ -71,10 +76,20 @@ def read_config(folder):
     found = {f.name: known[f.name] for f in fields(Config) if known.get(f.name) is not None}
     for name, value in found.items():
         check_size(name, value, path)
+    found.setdefault("eos_token_id", None)          # not the default of our own models
     try:
         return Config(**found), raw
     except (TypeError, BadInput) as e:
         raise BadInput(f"{path}: not a model's config ({e})")
+
+
+def config_file(folder):
+    """Our adapters have a `girl.json`, a whole model a `config.json`; adapters that peft saved have neither, but their base."""
+    for name in ("girl.json", "config.json"):
+        if (folder / name).exists():
+            return folder / name
+    lora = read_lora(folder)
+    return Path(lora.base_model_name_or_path if lora else folder) / "config.json"
 
 
 def check_links(folder):
@@ -85,11 +100,26 @@ def check_links(folder):
                            "give the copy")
 
 
+def has_other_layers(raw):
+    """Does a config ask for layers that are not plain attention? (Sliding windows are dealt with in with_defaults.)"""
+    plain = {"full_attention", "sliding_attention"} if sliding_window(raw) else {"full_attention"}
+    types = raw.get("layer_types") or []
+    return not isinstance(types, list) or not all(isinstance(t, str) and t in plain for t in types)
+
+
+def sliding_window(raw):
+    """How far a token sees, or nothing where it sees all; a Mistral has a window unless it says null."""
+    if raw.get("model_type") == "mistral":
+        return raw.get("sliding_window", 4096)
+    return raw.get("use_sliding_window") and raw.get("sliding_window")
+
+
 def with_defaults(raw, path):
     """A `config.json` with what Hugging Face takes where a key is missing or null (ours has all of them)."""
     family, rope = raw["model_type"], raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    window = raw.get("sliding_window", 4096) if family == "mistral" else raw.get("use_sliding_window") and raw.get("sliding_window")
-    known = {"num_key_value_heads": raw.get("num_attention_heads"), "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
+    window, kv_heads = sliding_window(raw), {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(family)
+    known = {"num_key_value_heads": raw.get("num_key_value_heads", kv_heads) or raw.get("num_attention_heads"),
+             "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
              "tie_word_embeddings": False, "head_dim": 128 if family == "qwen3" else None, "qkv_bias": family == "qwen2",
              "qk_norm": family == "qwen3", "rope_theta": 10000.0} | {k: v for k, v in raw.items() if v is not None}
     if not isinstance(rope, dict) or not isinstance(window or 0, int) or not isinstance(known["max_position_embeddings"], int):
@@ -98,6 +128,8 @@ def with_defaults(raw, path):
         known["max_position_embeddings"] = min(known["max_position_embeddings"], window)
     if isinstance(known.get("eos_token_id"), list):         # several ways to end: we use the first
         known["eos_token_id"] = next(iter(known["eos_token_id"]), None)
+    if known.get("pad_token_id") == -1:                     # old conversions of Llama: none
+        known["pad_token_id"] = None
     known["rope_theta"], kind = rope.get("rope_theta", known["rope_theta"]), rope.get("rope_type", rope.get("type", "default"))
     stretch = {k: rope.get(k) for k in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
     if kind == "llama3" and all(isinstance(v, (int, float)) and 0 < v < 2 ** 24 for v in stretch.values()):
@@ -143,9 +175,18 @@ def read_weights(folder):
     return index, weights
 
 
-def without_extras(weights, tied):
-    """What some files hold beside the weights: a tied head once more, and tables of the rotary embedding."""
-    return {n: t for n, t in weights.items() if not (n.endswith("rotary_emb.inv_freq") or (tied and n == "lm_head.weight"))}
+def without_tables(weights):
+    """Some old files hold tables of the rotary embedding beside the weights; both we and transformers compute them."""
+    return {n: t for n, t in weights.items() if not n.endswith("rotary_emb.inv_freq")}
+
+
+# What an adapter_config.json may hold. NEUTRAL keys change nothing in what is computed, whatever they hold; those of PLAIN must
+# hold one of these values; every other key must be unset.
+NEUTRAL = {f.name for f in fields(LoRA)} | {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout",
+                                            "megatron_core", "qalora_group_size", "runtime_config"}
+UNSET = (None, False, {}, [], "")
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "modules_to_save": (None, ["score"], ["classifier", "score"], ["score", "classifier"]),
+         "init_lora_weights": (True, False, None, "gaussian", "orthogonal")}
 
 
 def read_lora(folder):
@@ -154,23 +195,38 @@ def read_lora(folder):
     if not path.exists():
         return None
     raw = read_json(path)
-    plain = {"peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, None), "use_dora": (False, None),
-             "rank_pattern": ({}, None), "alpha_pattern": ({}, None), "fan_in_fan_out": (False, None),
-             "modules_to_save": (["score"], None), "init_lora_weights": (True, False, None, "gaussian")}
+    for name in sorted(PLAIN | raw):
+        if name not in NEUTRAL and raw.get(name) not in PLAIN.get(name, UNSET):
+            raise BadInput(f"{path}: {name} {repr(raw.get(name))[:80]} is not supported")
     try:
-        if odd := [name for name, values in plain.items() if raw.get(name) not in values]:
-            raise BadInput(f"{path}: {odd[0]} {raw.get(odd[0])!r} is not supported")
         lora = LoRA(**{f.name: raw[f.name] for f in fields(LoRA)})
         if type(lora.r) is not int or not 1 <= lora.r < 2 ** 16:
             raise TypeError(f"r must be a whole number of at least 1, found {repr(lora.r)[:40]}")
-        if not 0 < lora.lora_alpha < 2 ** 24 or not set(lora.target_modules) <= set(StartFlags.lora_targets.split(",")):
-            raise TypeError(f"lora_alpha must be a number above 0, and target_modules some of {StartFlags.lora_targets}")
+        if not 0 < lora.lora_alpha < 2 ** 24:
+            raise TypeError("lora_alpha must be a number above 0")
+        check_targets(lora.target_modules)
         base = Path(lora.base_model_name_or_path)
         if not (base / "config.json").exists() or (base / "adapter_config.json").exists():
             raise BadInput(f"{path}: its base model {base} is not there, or no whole model; correct base_model_name_or_path")
-    except (AttributeError, KeyError, TypeError) as e:
+    except (AttributeError, KeyError, TypeError, re.error) as e:
         raise BadInput(f"{path}: not the config of LoRA adapters ({e})")
     return lora
+
+
+def check_targets(targets):
+    """Refuse target_modules that name other layers than ours. They are names, or ends of names, or one regular expression."""
+    known = [name for names in LINEAR.values() for name in names]
+    if isinstance(targets, str):
+        re.compile(targets)
+    elif not isinstance(targets, list) or not {str(t).rsplit(".", 1)[-1] for t in targets} <= set(known):
+        raise TypeError(f"target_modules must be some of {','.join(known)}, found {repr(targets)[:80]}")
+
+
+def is_reward(folder):
+    """Does a folder hold a reward model, or adapters of one?"""
+    adapters = folder / "adapter_config.json"
+    of_reward = adapters.exists() and read_json(adapters).get("task_type") == "SEQ_CLS"
+    return of_reward or "num_labels" in read_config(folder)[1]
 
 
 def load_model(folder, kind=LanguageModel, device="cpu", beside=None):
@@ -190,17 +246,30 @@ def load_model(folder, kind=LanguageModel, device="cpu", beside=None):
 
 def load_plain(folder, kind, device, dtype=torch.float32):
     config, _ = read_config(folder)
+    path, weights = read_weights(folder)
+    weights = without_tables(weights)
+    if config.tie_word_embeddings and "lm_head.weight" in weights:
+        if equal(weights["lm_head.weight"], weights.get("model.embed_tokens.weight")) or kind is RewardModel:
+            del weights["lm_head.weight"]                   # the same tensor once more, or a head that is not asked for
+        else:                                               # the file knows better than its config; so says transformers
+            config = replace(config, tie_word_embeddings=False)
     try:
         with torch.device("meta"):                          # no weights yet: they come from the file
             model = kind(config)
     except (TypeError, RuntimeError) as e:
         raise BadInput(f"{folder / 'config.json'}: no model has these sizes ({e})")
-    path, weights = read_weights(folder)
-    tied = config.tie_word_embeddings
-    put(model, without_extras(weights, tied), without_extras(model.state_dict(), tied), path, device, dtype)
-    if kind is LanguageModel and tied:
+    expected = model.state_dict()
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    put(model, weights, expected, path, device, dtype)
+    if kind is LanguageModel and config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.to(device)
+
+
+def equal(a, b):
+    """Do two tensors, of whatever precision, hold the same numbers?"""
+    return b is not None and a.shape == b.shape and torch.equal(a.float(), b.float())
 
 
 def load_adapters(folder, lora, kind, device, beside):
@@ -213,6 +282,8 @@ def load_adapters(folder, lora, kind, device, beside):
                            f"{base}")
     shared = beside and beside.model.lora and beside.model.lora.base_model_name_or_path == base
     model = twin(beside) if shared else load_plain(Path(base), LanguageModel, device, frozen_dtype(device))
+    # Whether the head is tied is known from the weights, see load_plain.
+    config = replace(config, tie_word_embeddings=model.config.tie_word_embeddings)
     model.config = model.model.config = config
     model = model if kind is LanguageModel else RewardModel(config, body=model.model).to(device)
     path = folder / "adapter_model.safetensors"
@@ -239,6 +310,22 @@ def put(model, weights, expected, path, device, dtype=torch.float32):
             raise BadInput(f"{path}: {name} holds what is no finite number; the file is damaged, or its training went astray")
     # copies: what the file gives is the file itself, mapped into memory and not aligned
     model.load_state_dict({n: t.to(device, dtype, copy=True) for n, t in weights.items()}, strict=False, assign=True)
+
+
+def end_of_text(folder, raw, tokenizer):
+    """The token that ends a text of a pretrained model, or None.
+
+    Its config names one or several; of several ChatML's end of turn is chosen where it is among them. Where the config names none
+    (no key, null, []), the tokenizer_config.json does, or the vocabulary has <|endoftext|>."""
+    ends = raw.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if ends:
+        turn = tokenizer.token_to_id(END_OF_TURN)
+        return turn if turn in ends else ends[0]
+    path = Path(folder) / "tokenizer_config.json"
+    named = read_json(path).get("eos_token") if path.exists() else None
+    named = named.get("content") if isinstance(named, dict) else named      # older files describe it by an object
+    return tokenizer.token_to_id(named if isinstance(named, str) else EOS)
 
 
 @dataclass

@@ -6,17 +6,18 @@ import pytest
 import torch
 import transformers
 from peft import AutoPeftModelForCausalLM
-from tokenizers import Tokenizer, models, normalizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import girl
 import sft
 import weights
 import reward
-from data import END_OF_TURN, EOS, TURN, Codec, load_codec, load_tokenizer, train_tokenizer
+from data import (ASK, END_OF_TURN, EOS, TURN, Codec, load_codec, load_tokenizer, plain_text_only, save_tokenizer,
+                  train_tokenizer)
 from model import LanguageModel, RewardModel
 from run import BadInput, Stage
-from weights import load_model
+from weights import load_model, read_config
 
 ROWS = [{"cv": f"Cook number {i} with knives", "jd": f"Wanted: cook {i} for kitchen {i % 7}", "no": f"Cook number {i}"} for i in range(60)]
 TEXTS = sorted({t for row in ROWS for t in row.values()})
@@ -138,6 +139,7 @@ def test_what_comes_out_loads_in_transformers_and_in_peft(run, tmp_path):
     theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", output_loading_info=True)
     assert not any(info.values())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "reward")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": cv}])["input_ids"] == codec.prompt(cv)
     assert tokenizer.eos_token == END_OF_TURN and tokenizer.pad_token_id == theirs.config.pad_token_id != theirs.config.eos_token_id
     rows = [codec.prompt(cv) + codec.jd(jd) for jd in ("Wanted", "Wanted: cook 3 for kitchen 3")]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
@@ -253,14 +255,124 @@ def test_the_plan_needs_only_a_config(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------ prompt and tokenizer
-def test_chatml_where_the_vocabulary_has_it(tmp_path):
+def test_chatml_where_the_model_ends_its_turns_so(tmp_path):
     tokenizer = load_tokenizer(pretrained(tmp_path / "base"))
-    codec = Codec(tokenizer, 50, 50, eos=7)
+    codec = sft.new_codec([], sft.SFTFlags(init=str(tmp_path / "base"), max_cv=50, max_jd=50))
     prompt, jd = codec.prompt("Cook number 3"), codec.jd("Wanted: cook")
     decoded = tokenizer.decode(prompt + jd, skip_special_tokens=False)
     assert decoded == (f"{TURN}user\nWrite the job description of a job that fits this CV.\n\nCook number 3{END_OF_TURN}\n"
                        f"{TURN}assistant\nWanted: cook{END_OF_TURN}")
     assert codec.eos == tokenizer.token_to_id(END_OF_TURN) and codec.text(jd) == "Wanted: cook"
+
+
+def changed(folder, file="config.json", **changes):
+    """Write a JSON file anew with these keys; a key of None says null, one of ... is taken out."""
+    path = folder / file
+    raw = (json.loads(path.read_text()) if path.exists() else {}) | changes
+    path.write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+    return folder
+
+
+def test_chatml_only_where_the_model_learned_to_end_a_turn(tmp_path):
+    """A base model's vocabulary may have ChatML's tokens though it never saw them: its own end-of-text decides."""
+    folder = pretrained(tmp_path / "base")
+    ids = {name: load_tokenizer(folder).token_to_id(name) for name in (END_OF_TURN, EOS)}
+    for named, eos in ((ids[EOS], EOS), ([ids[EOS]], EOS), (ids[END_OF_TURN], END_OF_TURN), ([ids[EOS], ids[END_OF_TURN]], END_OF_TURN)):
+        codec = sft.new_codec([], sft.SFTFlags(init=str(changed(folder, eos_token_id=named))))
+        prompt = codec.tokenizer.decode(codec.prompt("Cook"), skip_special_tokens=False)
+        assert codec.eos == ids[eos] and prompt.startswith("CV: Cook" if eos == EOS else TURN)
+
+
+@pytest.mark.parametrize("named", [None, [], ...])
+def test_where_the_config_names_no_end_the_tokenizer_does(named, tmp_path):
+    folder = changed(pretrained(tmp_path / "base", "begin"), eos_token_id=named)
+    flags = sft.SFTFlags(init=str(folder), max_cv=20, max_jd=20)
+    for token in ("<|pad|>", {"content": "<|begin|>"}):
+        changed(folder, "tokenizer_config.json", eos_token=token)
+        assert sft.new_codec([], flags).eos == tokenizer_of("begin").token_to_id(token if isinstance(token, str) else token["content"])
+    (folder / "tokenizer_config.json").unlink()
+    codec = sft.new_codec([], flags)
+    assert codec.eos == tokenizer_of("begin").token_to_id(EOS)
+    assert weights.load_pretrained(flags, codec, 0, "cpu").config.eos_token_id == codec.eos
+    with pytest.raises(BadInput, match="has no eos_token_id"):      # and no stage has chosen one
+        load_codec(folder, read_config(folder)[0])
+
+
+@pytest.mark.parametrize("pad", [-1, None, ...])
+def test_a_model_without_a_pad_is_a_start(pad, tmp_path):
+    folder = changed(pretrained(tmp_path / "base", "bare"), pad_token_id=pad)
+    codec = sft.new_codec([], sft.SFTFlags(init=str(folder)))
+    assert codec.pad == tokenizer_of("bare").token_to_id("<|pad|>")
+
+
+# How pretrained tokenizers cut a text before they look for merges: as GPT-2 does (SmolLM2 too), or with line ends kept together.
+CUTS = {"gpt-2": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+        "qwen": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(
+            r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
+        "ours": None}
+
+
+def bpe_like(cut, kind):
+    """A tokenizer that cuts like this, of texts with many line ends, so that there are merges across them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = CUTS[cut], decoders.ByteLevel()
+    texts = [t.replace(" ", "\n\n").replace("with", "with.\n") for t in TEXTS] + TEXTS + [f"{ASK}\n\n{t}\n" for t in TEXTS]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=450, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|pad|>", EOS], show_progress=False))
+    if kind == "chatml":
+        tokenizer.add_special_tokens([TURN, END_OF_TURN])
+    if kind == "begin":
+        tokenizer.add_special_tokens(["<|begin|>"])
+        begin = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[begin])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["chatml", "begin", "bare"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_other_tools_write_the_prompt_that_was_trained_on(cut, kind, tmp_path):
+    """As `vllm serve` and AutoTokenizer do: by the chat template, or with the prompt as one text."""
+    tokenizer = tokenizer_of(kind) if cut == "ours" else bpe_like(cut, kind)
+    codec = Codec(plain_text_only(tokenizer), 500, 500)
+    save_tokenizer(tmp_path, codec)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for cv in ("Cook number 3 with knives", "Profile: cook, 9 years.", "Koch\n- Köln (2019-2021)!\n\n- 3 x 4", "42", "料理人"):
+        message = {"role": "user", "content": cv}
+        for more in ({}, {"add_generation_prompt": True}):
+            assert theirs.apply_chat_template([message], **more)["input_ids"] == codec.prompt(cv)
+        assert theirs.apply_chat_template([message | {"content": f"\n {cv} ".replace("\n", "\r\n")}])["input_ids"] == codec.prompt(cv)
+        text = codec.tokenizer.decode(codec.prompt(cv), skip_special_tokens=False)
+        assert theirs(text, add_special_tokens=False).input_ids == codec.prompt(cv)
+        answer = codec.jd("Wanted: cook 3") if kind != "bare" else codec.jd("Wanted: cook 3")[:-1]
+        pair = [message, {"role": "assistant", "content": "Wanted: cook 3"}]
+        assert theirs.apply_chat_template(pair)["input_ids"] == codec.prompt(cv) + answer
+    with pytest.raises(Exception, match="the roles are user, for a CV, and assistant, for a JD"):
+        theirs.apply_chat_template([{"role": "system", "content": "x"}])
+    # Saved and read again, it is the same tokenizer; and nothing is added a second time.
+    again = Codec(load_tokenizer(tmp_path), 500, 500)
+    assert again.prompt("Cook. 9") == codec.prompt("Cook. 9") and again.jd("a cook\n\n- x") == codec.jd("a cook\n\n- x")
+    assert again.for_text()[0].to_str() == again.tokenizer.to_str()
+
+
+def test_gpt_2s_cut_is_the_one_that_needs_help():
+    """Without it the test above would show nothing: two line ends are one token at the end of a text, and two inside."""
+    codec = Codec(plain_text_only(bpe_like("gpt-2", "chatml")), 500, 500)
+    text = codec.tokenizer.decode(codec.prompt("Cook"), skip_special_tokens=False)
+    plain = Tokenizer.from_str(codec.tokenizer.to_str())
+    assert plain.encode(text, add_special_tokens=False).ids != codec.prompt("Cook")
+    assert codec.for_text()[0].encode(text, add_special_tokens=False).ids == codec.prompt("Cook")
+
+
+def test_a_tokenizer_that_cannot_write_the_prompt_as_text_gets_no_template(tmp_path):
+    tokenizer = Tokenizer(models.BPE({"\u2581": 0, "a": 1, "<unk>": 2}, [], unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>", EOS])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    codec = Codec(plain_text_only(tokenizer), 9, 9)
+    assert codec.for_text()[1] == "" and codec.for_text()[0].to_str() == tokenizer.to_str()
+    codec.pad = 2
+    save_tokenizer(tmp_path, codec)
+    assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
 
 
 @pytest.mark.parametrize("kind", ["begin", "bare"])
@@ -344,7 +456,7 @@ def test_folders_that_cannot_be_a_start_are_refused(run, tmp_path):
     (bare / "config.json").write_text(json.dumps(config))
     tokenizer = tokenizer_of("bare").to_str().replace(EOS, "<unk>").replace("<|pad|>", "<s>")
     (bare / "tokenizer.json").write_text(tokenizer)
-    with pytest.raises(BadInput, match="no end-of-text token"):
+    with pytest.raises(BadInput, match="nothing says which token ends a text; name it as eos_token_id in its config.json"):
         sft.new_codec([], sft.SFTFlags(init=str(bare)))
 
 

@@ -1,7 +1,7 @@
 """Weights of others in, ours out, and adapters: transformers and peft must compute what we compute."""
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,8 +10,10 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import girl
 import ppo
 import reward
+from data import Codec, plain_text_only, save_tokenizer, train_tokenizer
 from model import Config, LanguageModel, LoRA, RewardModel, add_lora, generate, merge_lora, twin
 from run import BadInput
 from weights import load_model, read_config, save_model
@@ -118,6 +120,9 @@ def test_a_missing_shard_is_named(tmp_path):
     ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "is not supported"),
     ({"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4}"), ({"hidden_size": None}, "has no hidden_size"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"), ({"rope_interleaved": True}, "rope_interleaved True"),
+    ({"is_causal": False}, "is_causal False"), ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types ['full_attention', 'linear"),
+    ({"layer_types": ["sliding_attention"] * 2}, "layer_types ['sliding_attention'"), ({"layer_types": "x"}, "layer_types 'x'"),
     ({"rope_parameters": "x"}, "rope_scaling must be an object"), ({"rope_theta": "x"}, "rope_theta cannot be 'x'"),
     ({"rope_parameters": LLAMA3 | {"factor": 0}}, "is not supported"), ({"rope_parameters": None, "rope_theta": 0}, "rope_theta cannot be 0"),
     ({"rms_norm_eps": "1"}, "rms_norm_eps cannot be '1'"), ({"eos_token_id": "x"}, "eos_token_id cannot be 'x'"),
@@ -176,6 +181,66 @@ def test_old_files_may_hold_more_than_the_weights(tmp_path):
     raw = json.loads((tmp_path / "config.json").read_text()) | {"num_key_value_heads": None}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     assert torch.equal(load_model(tmp_path)(random_ids(2, 5)), model(random_ids(2, 5)))
+
+
+def with_another_head(folder, name="Qwen2, tied", dtype=torch.float32):
+    """A file that holds a head of its own, though its config says that head and embedding are one."""
+    other(name).save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    torch.manual_seed(1)
+    stored["lm_head.weight"] = (0.3 * torch.randn(40, 32)).to(dtype)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["Qwen2, tied", "Qwen3", "Llama, shared heads, tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stored_head_is_used_whatever_the_config_says_of_it(name, dtype, tmp_path):
+    folder, ids = with_another_head(tmp_path / "in", name, dtype), random_ids(2, 20)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = load_model(folder).eval()
+    again = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "out", ours)).eval()      # and it is not lost on the way out
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(again(ids).logits, theirs(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_a_stored_head_stays_under_adapters_and_in_what_is_merged(tmp_path):
+    base, ids = with_another_head(tmp_path / "base"), random_ids(2, 9)
+    model = load_model(base)
+    add_lora(model, LoRA(str(base), 3, 12.0, ["q_proj"]))
+    shake(model, 1)
+    save_model(tmp_path / "adapters", model)
+    # girl.json as an earlier version wrote it, which knew only the base's config
+    path = tmp_path / "adapters" / "girl.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    again = load_model(tmp_path / "adapters")
+    with torch.no_grad():
+        before = model(ids)
+        assert torch.equal(again(ids), before)
+        merge_lora(again)
+        torch.testing.assert_close(load_model(saved(tmp_path / "merged", again))(ids), before, atol=1e-5, rtol=0)
+
+
+def test_the_same_head_once_more_in_another_precision_is_tied(tmp_path):
+    model = tiny()
+    stored = load_file(saved(tmp_path, model) / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file({n: t.bfloat16() for n, t in stored.items()} | {"lm_head.weight": stored["lm_head.weight"].bfloat16().float()},
+              tmp_path / "model.safetensors")
+    again = load_model(tmp_path)
+    assert again.config.tie_word_embeddings and again.lm_head.weight is again.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("family, heads", [("llama", 4), ("mistral", 8), ("qwen2", 32), ("qwen3", 32)])
+def test_a_missing_number_of_key_heads_is_what_transformers_takes(family, heads, tmp_path):
+    raw = {"model_type": family, **{k: SIZES[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+           "num_attention_heads": 4 if family == "llama" else 32, "hidden_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert transformers.AutoConfig.from_pretrained(tmp_path).num_key_value_heads == heads
+    assert read_config(tmp_path)[0].num_key_value_heads == heads
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"num_key_value_heads": None}))
+    assert read_config(tmp_path)[0].num_key_value_heads == raw["num_attention_heads"]
 
 
 # ---------------------------------------------------------------------------------------------------- weights out
@@ -285,13 +350,68 @@ def test_a_reward_model_of_adapters_loads_here_and_in_peft(tmp_path):
         torch.testing.assert_close(theirs(ids).logits[:, 0], model(ids, lengths) + 0.5, atol=1e-5, rtol=0)
 
 
-def test_adapters_of_peft_load_here(tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "base", tiny(initializer_range=0.1)))
-    theirs = get_peft_model(base, LoraConfig(r=4, lora_alpha=6, target_modules=["k_proj", "gate_proj"], init_lora_weights=False)).eval()
+PEFT = {"names": ["k_proj", "gate_proj"], "all-linear": "all-linear", "regular expression": r".*\.1\..*(q_proj|down_proj)",
+        "ends of names": ["layers.0.self_attn.q_proj", "mlp.up_proj"], "whole names": ["model.layers.1.self_attn.v_proj"]}
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("kind", [LanguageModel, RewardModel])
+@pytest.mark.parametrize("targets", PEFT)
+def test_adapters_of_peft_load_here(targets, kind, beside, tmp_path):
+    """As peft saves them: without a config.json, with a second head in modules_to_save; and saved by us, for peft again."""
+    base, scores = saved(tmp_path / "base", tiny(initializer_range=0.1)), kind is RewardModel
+    model = (AutoModelForSequenceClassification.from_pretrained(base, num_labels=1) if scores
+             else AutoModelForCausalLM.from_pretrained(base))
+    model.config.pad_token_id = 0
+    theirs = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=PEFT[targets], init_lora_weights=False,
+                                              task_type="SEQ_CLS" if scores else "CAUSAL_LM")).eval()
     theirs.save_pretrained(tmp_path / "adapters")
-    shutil.copy(tmp_path / "base" / "config.json", tmp_path / "adapters")
+    if beside:
+        shutil.copy(base / "config.json", tmp_path / "adapters")
+    ids, ours = random_ids(2, 9), load_model(tmp_path / "adapters", kind).eval()
+    save_model(tmp_path / "again", ours)
+    again = AutoPeftModelForSequenceClassification if scores else AutoPeftModelForCausalLM
+    again = again.from_pretrained(tmp_path / "again", **{"num_labels": 1} if scores else {}).eval()
     with torch.no_grad():
-        torch.testing.assert_close(load_model(tmp_path / "adapters")(random_ids(2, 9)), theirs(random_ids(2, 9)).logits, atol=1e-5, rtol=0)
+        here = ours(ids, torch.tensor([9, 9]))[:, None] if scores else ours(ids)
+        torch.testing.assert_close(here, theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(again(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
+
+
+def test_every_key_that_peft_may_set_is_known_or_refused(tmp_path):
+    """Whatever is not its default is refused by name, but for the few that change nothing in what is computed."""
+    save_model(tmp_path / "adapters", with_adapters(tmp_path))
+    path = tmp_path / "adapters" / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    defaults = LoraConfig(r=3, target_modules=["q_proj"]).to_dict()
+    path.write_text(json.dumps(defaults | raw, default=str))
+    load_model(tmp_path / "adapters")
+    neutral = {"peft_version": "9", "revision": "x", "lora_dropout": 0.1, "inference_mode": False, "task_type": None,
+               "auto_mapping": {"x": "y"}, "runtime_config": {"x": 1}, "megatron_core": "x", "qalora_group_size": 8}
+    path.write_text(json.dumps(raw | neutral))
+    load_model(tmp_path / "adapters")
+    others = set(defaults) - set(neutral) - {f.name for f in fields(LoRA)}
+    assert len(others) > 25
+    for name in (*others, "invented_tomorrow"):
+        for value in ("x", [1], {"a": 1}, 7):
+            path.write_text(json.dumps(raw | {name: value}))
+            with pytest.raises(BadInput, match=f"adapter_config.json: {name} .* is not supported"):
+                load_model(tmp_path / "adapters")
+
+
+def test_export_knows_a_reward_model_that_peft_saved(tmp_path, capsys):
+    base = saved(tmp_path / "base", tiny(initializer_range=0.1, vocab_size=300))
+    codec = Codec(plain_text_only(train_tokenizer(["a cook"], 300)), 20, 20)
+    save_tokenizer(base, codec)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    theirs = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_CLS")).eval()
+    theirs.save_pretrained(tmp_path / "adapters")
+    assert girl.main(["export", "--merge", "--model", str(tmp_path / "adapters"), "--out", str(tmp_path / "plain")]) == 0
+    assert "RewardModel, plain weights" in capsys.readouterr().out
+    ids = torch.tensor([codec.prompt("a cook") + codec.jd("a")])
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
 
 
 def frozen_tensors(model):
@@ -325,6 +445,10 @@ def test_policy_reference_and_reward_model_share_one_base_and_train_apart(tmp_pa
     ({"r": 0}, "r must be a whole number of at least 1, found 0"), ({"target_modules": ["c_attn"]}, "some of q_proj,k_proj"), ({"target_modules": []}, "LoRA of rank"),
     ({"r": "3"}, "not the config of LoRA adapters"), ({"r": 4}, "expected"), ({"use_dora": True}, "use_dora True is not supported"),
     ({"bias": "all"}, "bias 'all'"), ({"peft_type": "IA3"}, "peft_type 'IA3'"), ({"target_modules": ["q_proj"]}, "unexpected"),
+    ({"target_modules": ["layers.9.self_attn.q_proj", "v_proj"]}, "the layers some of"), ({"target_modules": ".*c_attn"}, "beside .*c_attn"),
+    ({"target_modules": "(" }, "not the config of LoRA adapters"), ({"target_modules": None}, "found None"), ({"target_modules": ["lm_head"]}, "['lm_head']"),
+    ({"exclude_modules": ["q_proj"]}, "exclude_modules ['q_proj'] is not supported"), ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+    ({"alora_invocation_tokens": [0, 0]}, "alora_invocation_tokens [0, 0] is not supported"), ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']"),
     ({"base_model_name_or_path": "/nowhere"}, "its base model /nowhere is not there"), ({"base_model_name_or_path": "{self}"}, "or no whole model"), ({"lora_alpha": None}, "not the config")])
 def test_adapters_that_cannot_be_ours_are_refused(change, says, tmp_path):
     save_model(tmp_path / "adapters", with_adapters(tmp_path))

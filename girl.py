@@ -30,7 +30,7 @@ import sft
 import table
 from data import SPLITS, Codec, files_of, load_codec, load_tokenizer, read_half, read_records, save_tokenizer
 from model import LINEAR, LanguageModel, RewardModel, generate, is_target, merge_lora, twin
-from run import (BadInput, Stage, alone, autocast, check_folder, check_same, checksum, checksums, finished, flag, generator,
+from run import (BadInput, Stage, alone, autocast, check_folder, check_same, checksum, checksums, code_checksum, finished, flag, generator,
                  load_tensors, peak_rss_mb, pick_device, read_json, read_summary, save_tensors, sha256, with_checksum,
                  write_json)
 from weights import StartFlags, check_links, is_reward, load_model, load_pretrained, put, read_config, read_lora, save_model
@@ -41,7 +41,7 @@ class DataFlags:
     people: int = flag(60000, "job seekers in train")
     held_out: int = flag(1000, "job seekers in valid, and in test")
     jobs: int = flag(60000, "jobs on offer in each split")
-    applications: int = flag(6, "jobs that each of them applies for, about (at least 4)")
+    applications: int = flag(6, "jobs that each of them applies for, about", least=4)
 
 
 # ------------------------------------------------------------------------------------------ the stages and their models
@@ -82,6 +82,9 @@ def train_reward(stage, run, folder, flags, seed, device):
     reward.train(model.to(device), reader.to(device), codec, records, flags, seed, stage, device)
     cvs = sorted({r.cv for r in records})
     samples = reward.sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
+    if not any(row[-1] == codec.eos for row in samples):
+        stage.say(f"{name}: none of {len(samples)} samples of stage 1 ended within {codec.max_jd} tokens: the score's mean and standard "
+                  "deviation are those of JDs that were cut")
     reward.standardize(model, reward.score_rows(model, samples))
     valid = read_records(folder / "valid.jsonl")
     metrics = reward.pair_metrics(valid, reward.score_texts(model, codec, [(r.cv, r.jd) for r in valid]))
@@ -159,6 +162,8 @@ def write_for(args, device):
         out = generate(model, prompts, codec.max_jd, temperature, args.top_p, generator(args.seed, "generate", device=device))
     texts = [codec.text(o) for o in out]
     say_what_was_cut(args, codec)
+    if unfinished := sum(o[-1] != codec.eos for o in out):
+        print(f"{unfinished} of {len(out)} JDs did not end within {codec.max_jd} tokens", file=sys.stderr)
     if args.reward:
         reward_model = load_model(args.reward, RewardModel, device).eval()
         scores = reward.score_texts(reward_model, load_codec(args.reward, reward_model.config), [(cv, t) for t in texts])
@@ -250,7 +255,7 @@ def run_stage(args, device):
             raise BadInput(f"{folder / split}.jsonl: no such file; make a data set with  python girl.py data --out {folder}")
     asked, inputs = {"seed": args.seed, **vars(flags)}, what_it_learns_from(run, folder, name, getattr(flags, "init", ""))
     with Stage(run, name, args.save_seconds) as stage:
-        if stage.begin(asked, inputs):
+        if stage.begin(asked, inputs, code_of(name)):
             note_config(run, name, {"data": str(folder), **asked})
             if name == "sft":
                 sft.train(stage, folder, flags, args.seed, device)
@@ -258,6 +263,13 @@ def run_stage(args, device):
                 train_ppo(stage, run, folder, flags, args.seed, device)
             else:
                 train_reward(stage, run, folder, flags, args.seed, device)
+
+
+def code_of(name):
+    """Checksums of the files whose code a stage's result depends on."""
+    own = {"sft": ["sft.py"], "ppo": ["ppo.py"]}.get(name, [])
+    files = ["data.py", "model.py", "weights.py", "run.py", "reward.py", *own]
+    return {file: code_checksum(Path(__file__).with_name(file)) for file in files}
 
 
 BEFORE = {"sft": (), "reward": ("sft",), "judge": ("sft",), "ppo": ("sft", "reward"), "recommend": ("sft", "reward", "ppo"),
@@ -273,6 +285,7 @@ def models_before(run, name):
 def what_it_learns_from(run, folder, name, init=""):
     """Checksums of a stage's data, of the stages before it, and of the pretrained models that it and they began with."""
     check_folder(folder)
+    market.check_rules(folder)
     of_data = ("train.jsonl", "valid.jsonl", "probes.jsonl", "market.json", "import.json")
     found, bases = {f: sha256(folder / f) for f in of_data if (folder / f).exists()}, {"--init": init} if init else {}
     for stage in BEFORE[name]:
@@ -313,6 +326,7 @@ def run_all(args, device):
     """`train`: every stage of a run, then the evaluation. What bash train.sh calls."""
     run, common = Path(args.run), ["--seed", str(args.seed)] + (["--smoke"] if args.smoke else [])
     start = [x for f in fields(StartFlags) if getattr(args, f.name) for x in flag_words(f, getattr(args, f.name))]
+    market.check_rules(Path(args.data or run / "data"))        # before its stages do, in processes of their own
     if args.data is None:
         args.data = str(run / "data")
         command = ["data", "--out", args.data] + common
@@ -334,6 +348,9 @@ def run_all(args, device):
             print(f"{name}: finished already, see {run / 'results.json'}")
         else:
             measure(wanted, device)
+    if args.smoke:
+        print("\nThis was a toy run: it shows that every stage runs, not that anything was learned. Its figures mean nothing; those of "
+              "bash train.sh do.")
 
 
 def flag_words(f, value):

@@ -25,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from data import Record, clear_data, write_records
-from run import BadInput, write_json
+from run import BadInput, code_checksum, read_json, write_json
 
 # ------------------------------------------------------------------------------------------- the tables: edit these
 # The order of DEGREES is the order of levels 0..3.
@@ -306,6 +306,14 @@ def of_market(cv):
     raise BadInput(f"market.py: was it edited since the data were made? It cannot read this CV (make the data again): {cv[:60]!r}")
 
 
+def check_rules(folder):
+    """Refuse simulated data that were made by other rules than these: their true match would be another."""
+    path, rules = Path(folder) / "market.json", code_checksum(__file__)
+    if path.exists() and read_json(path).get("rules", rules) != rules:      # an earlier version noted none
+        raise BadInput(f"{path}: market.py changed since these data were made, so that their true match would be another; make new "
+                       "data and a new run (--out DIR), or bring back the old market.py")
+
+
 def true_match(cv, jd):
     """`match` from the texts alone; 0 for a JD that does not parse."""
     person, job = of_market(cv), parse_jd(jd)
@@ -583,7 +591,7 @@ def write_market(out, people, held_out, jobs, n_applications, seed):
         taken |= {text for r in splits[split] for text in (r.cv, r.jd)}
         print(f"data: {split}: {len(splits[split])} decisions, {sum(r.accepted for r in splits[split])} accepted")
     clear_data(out)
-    write_json(out / "market.json", {"seed": seed, "people": people, "held_out": held_out, "jobs": jobs,
+    write_json(out / "market.json", {"rules": code_checksum(__file__), "seed": seed, "people": people, "held_out": held_out, "jobs": jobs,
                                      "applications": n_applications, "degrees": DEGREES, "cities": list(CITIES),
                                      "occupations": {t: vars(o) for t, o in BY_TITLE.items()}})
     write_records(out / "probes.jsonl", probes["train"])

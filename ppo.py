@@ -345,10 +345,13 @@ def report(stage, i, flags, log, cvs, texts):
     """One line per iteration, and now and then a sample."""
     truth = "" if log["true_match"] is None else f"  true {log['true_match']:.3f}"
     stage.say(f"ppo {i + 1:3d}/{flags.iterations}  reward {log['reward']:+.3f}  kl {log['kl']:6.3f}{truth}  "
-              f"len {log['length']:5.1f}  clip {log['clip_frac']:.3f}  ent {log['entropy']:.3f}  "
+              f"len {log['length']:5.1f}  eos {log['eos_rate']:.2f}  clip {log['clip_frac']:.3f}  ent {log['entropy']:.3f}  "
               f"ev {log['explained_variance']:+.2f}  beta {log['beta']:.3f}")
     if log["length"] == 1:
         stage.say("ppo: every JD of this rollout is empty: end-of-text came first")
+    if log["eos_rate"] == 0:
+        stage.say("ppo: no JD of this rollout ended, each got the penalty: nothing can be learned from that; train stage 1 longer, raise its "
+                  "--max-jd, or begin with a model that ends its texts")
     if log["kl_fault"]:
         stage.say("ppo: FAULT: the mean KL has been negative for 5 iterations; log-probabilities or masks disagree")
     if i % 20 == 0 or i + 1 == flags.iterations:

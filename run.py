@@ -5,6 +5,7 @@
 A stage is finished when its `summary.json` is there. Nothing is ever half written: a file is written beside its place
 and renamed over it.
 """
+import ast
 import csv
 import fcntl
 import hashlib
@@ -18,6 +19,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -200,6 +202,7 @@ class Stage:
 
         with Stage(run, "sft") as stage:
             if stage.begin({"lr": 1e-3}, {"train.jsonl": "6d5c..."}):       # refuses other flags or files than it had before
+                                                                        # (of other code it only says so)
                 model, optimizer = ...
                 stage.total(1000)
                 numbers = stage.resume({"model": model}, [optimizer])   # what `safe` was given when the state was saved, or {}
@@ -216,7 +219,7 @@ class Stage:
         self.folder, self.name, self.start = Path(run) / name, name, time.time()
         self.lock = lock(self.folder)
         self.rows, self.step, self.tensors, self.stopped = [], 0, {}, False
-        self.state, self.asked, self.inputs, self.modules, self.optimizers = {}, {}, {}, {}, []
+        self.state, self.asked, self.inputs, self.code, self.modules, self.optimizers = {}, {}, {}, {}, {}, []
         self.save_seconds, self.saved, self.unsaved, self.before = save_seconds, time.monotonic(), False, 0.0
         self.bar = tqdm(desc=name, unit="step", mininterval=1 if sys.stderr.isatty() else 20, dynamic_ncols=True)
 
@@ -266,16 +269,18 @@ class Stage:
         return sum(values) / len(values)
 
     # ------------------------------------------------------------------------------------------------ the state
-    def begin(self, asked, inputs):
+    def begin(self, asked, inputs, code=None):
         """The flags of this stage, and the checksums of what it learns from. Is there anything left to do? A stage that was begun
-        or finished with others is refused, the difference named."""
-        self.asked, self.inputs = asked, inputs
+        or finished with others is refused, the difference named. `code`: {file: code_checksum}; where it changed, a line says so."""
+        self.asked, self.inputs, self.code = asked, inputs, code or {}
         if (self.folder / "summary.json").exists():
             check_folder(self.folder)
-            check_same(self.folder, "finished", read_summary(self.folder), asked, inputs)
+            summary = read_summary(self.folder)
+            check_same(self.folder, "finished", summary, asked, inputs)
             for name in STATE:                          # killed between the last file and the end
                 (self.folder / name).unlink(missing_ok=True)
             self.say(f"{self.name}: finished already, see {self.folder}")
+            self.say_changes(summary, "it finished; to run the stage with the new code")
             return False
         path = self.folder / "state.json"
         if path.exists():
@@ -308,9 +313,14 @@ class Stage:
         self.tensors = {name.removeprefix("more."): t.clone() for name, t in found.items()}
         self.bar.update(len(self.rows))
         self.say(f"{self.name}: resumed at step {self.step} of {self.bar.total}")
+        self.say_changes(state, "these steps were done; to begin anew with the new code")
         for name, was, now in differences(state["machine"], machine()):
             self.say(f"{self.name}: began with {name} {was}, goes on with {now}: its numbers may be rounded otherwise")
         return state["numbers"]
+
+    def say_changes(self, noted, since):
+        if changed := [name for name, *_ in differences(noted.get("code", self.code), self.code)]:
+            self.say(f"{self.name}: {', '.join(changed)} changed since {since}, delete {self.folder}")
 
     def trained(self):
         return {f"{name}.{n}": p for name, module in self.modules.items() for n, p in module.named_parameters() if p.requires_grad}
@@ -334,7 +344,8 @@ class Stage:
         last = self.state.get("tensors")
         name = STATE[2] if last == STATE[1] else STATE[1]
         save_tensors(self.folder / name, {n: t.detach().cpu().contiguous() for n, t in found.items()})
-        self.state = {"step": step, "asked": self.asked, "inputs": self.inputs, "machine": machine(), "tensors": name,
+        self.state = {"step": step, "asked": self.asked, "inputs": self.inputs, "code": self.code,
+                      "machine": machine(), "tensors": name,
                       "numbers": numbers, "sha256": sha256(self.folder / name), "rows": self.rows, "seconds": self.seconds()}
         write_json(self.folder / "state.json", with_checksum(self.state))
         if last:
@@ -374,7 +385,8 @@ class Stage:
                  and path.name not in (*STATE, "summary.json", "adapter_config.json")]
         seconds = self.seconds()
         summary |= {"started": round(time.time() - seconds, 1), "seconds": seconds, "peak_rss_mb": peak_rss_mb(),
-                    "asked": self.asked, "inputs": self.inputs, "machine": machine(), "sha256": checksums(files)}
+                    "asked": self.asked, "inputs": self.inputs, "code": self.code, "machine": machine(),
+                    "sha256": checksums(files)}
         write_json(self.folder / "summary.json", with_checksum(summary))
         for name in STATE:
             (self.folder / name).unlink(missing_ok=True)
@@ -433,6 +445,25 @@ def check_same(folder, how, was, asked, inputs):
         raise BadInput(f"{folder}: was {how} with --{name.replace('_', '-')} {before}, not {now}; {remedy}")
     if files := differences(was["inputs"], inputs):
         raise BadInput(f"{folder}: was {how} with another {files[0][0]}; {remedy}")
+
+
+@lru_cache
+def code_checksum(path):
+    """Of a Python file as it runs: comments, docstrings and layout do not count, nor does the version of Python. Computed once in
+    a process, so that it is that of the code that was imported."""
+    return checksum(skeleton(ast.parse(read_file(path))))
+
+
+def skeleton(node):
+    """A syntax tree as nested lists, without docstrings and without what is empty (which fields there are depends on the version)."""
+    if isinstance(node, list):
+        return [skeleton(part) for part in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = dict(ast.iter_fields(node))
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        parts["body"] = node.body[1:]
+    return [type(node).__name__, *([name, skeleton(part)] for name, part in parts.items() if part not in (None, []))]
 
 
 def checksum(value):

@@ -152,6 +152,8 @@ def train(stage, folder, flags, seed, device):
             sample = generate(model, [look], codec.max_jd, generator=generator(seed, "sft-look", epoch, device=device))
         stage.say(f"sft epoch {epoch + 1}: train loss {stage.mean('loss', 100):.4f}, valid NLL {nll:.4f}, "
                   f"perplexity {math.exp(nll):.3f}\n--- a sample\n{valid[0][0]}\n->\n{codec.text(sample[0])}\n---")
+        if codec.eos not in sample[0]:
+            stage.say(f"sft: this sample did not end within {codec.max_jd} tokens")
     stage.check_lock()
     save_model(stage.folder, model)
     save_tokenizer(stage.folder, codec)

@@ -49,6 +49,8 @@ def without_time(value):
 
 def test_smoke_run_writes_every_stage_and_the_results(smoke):
     (a, _), (out, _) = smoke
+    assert "it shows that every stage runs, not that anything was learned" in out.splitlines()[-1]
+    assert re.search(r"ppo +3/3 .* len +[\d.]+  eos \d\.\d\d  clip", out)
     for stage in ("sft", "reward", "judge", "ppo"):
         for name in ("config.json", "model.safetensors", "tokenizer.json", "metrics.csv", "summary.json"):
             assert (a / stage / name).stat().st_size > 0, (stage, name)

@@ -15,9 +15,9 @@ import weights
 import reward
 from data import (ASK, END_OF_TURN, EOS, TURN, Codec, load_codec, load_tokenizer, plain_text_only, save_tokenizer,
                   train_tokenizer)
-from model import LanguageModel, RewardModel
+from model import Config, LanguageModel, RewardModel
 from run import BadInput, Stage
-from weights import load_model, read_config
+from weights import load_model, read_config, save_model
 
 ROWS = [{"cv": f"Cook number {i} with knives", "jd": f"Wanted: cook {i} for kitchen {i % 7}", "no": f"Cook number {i}"} for i in range(60)]
 TEXTS = sorted({t for row in ROWS for t in row.values()})
@@ -139,7 +139,9 @@ def test_what_comes_out_loads_in_transformers_and_in_peft(run, tmp_path):
     theirs, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward", output_loading_info=True)
     assert not any(info.values())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "reward")
-    assert tokenizer.apply_chat_template([{"role": "user", "content": cv}])["input_ids"] == codec.prompt(cv)
+    # (AutoTokenizer cuts as Qwen's own tokenizer does wherever the model is a Qwen2, whatever is in the folder.)
+    writes = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "ppo")
+    assert writes.apply_chat_template([{"role": "user", "content": "Cook 3"}])["input_ids"] == codec.prompt("Cook 3")
     assert tokenizer.eos_token == END_OF_TURN and tokenizer.pad_token_id == theirs.config.pad_token_id != theirs.config.eos_token_id
     rows = [codec.prompt(cv) + codec.jd(jd) for jd in ("Wanted", "Wanted: cook 3 for kitchen 3")]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
@@ -283,6 +285,34 @@ def test_chatml_only_where_the_model_learned_to_end_a_turn(tmp_path):
         assert codec.eos == ids[eos] and prompt.startswith("CV: Cook" if eos == EOS else TURN)
 
 
+def test_it_is_said_where_no_jd_ends(run, tmp_path, capsys, monkeypatch):
+    """By stage 1 of its sample, by stage 2 of the samples that it sets its scale by, by PPO of a rollout, and by generate."""
+    folder, adapters = run
+    shutil.copytree(folder / "run", tmp_path / "run")
+    common = ["--run", str(tmp_path / "run"), "--data", str(folder / "data")]
+    lora = ["--lora-rank", "3"] if adapters else []
+    stages = {"sft": ["sft", "--init", str(folder / "base"), "--max-cv", "24", "--max-jd", "24", *lora, *FAST["sft"]],
+              "reward": ["reward", *FAST["reward"]], "ppo": ["ppo", *FAST["ppo"]]}
+    says = {"sft": "sft: this sample did not end within", "reward": "reward: none of 8 samples of stage 1 ended within",
+            "ppo": "ppo: no JD of this rollout ended"}
+
+    def endless(model, prompts, *rest, **more):
+        return [[5, 6, 7] for _ in prompts]
+    for name, command in stages.items():
+        shutil.rmtree(tmp_path / "run" / name)
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(girl, name), "generate", endless)
+            assert girl.main(command + common) == 0
+        assert says[name] in capsys.readouterr().out
+    (tmp_path / "cv.txt").write_text("Cook")
+    monkeypatch.setattr(girl, "generate", endless)
+    assert girl.main(["generate", "--model", str(folder / "run" / "ppo"), "--cv", str(tmp_path / "cv.txt"), "--number", "2"]) == 0
+    assert "2 of 2 JDs did not end within" in capsys.readouterr().err
+    monkeypatch.setattr(girl, "generate", lambda model, prompts, *rest: [[5, model.config.eos_token_id]])
+    assert girl.main(["generate", "--model", str(folder / "run" / "ppo"), "--cv", str(tmp_path / "cv.txt")]) == 0
+    assert "did not end" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("named", [None, [], ...])
 def test_where_the_config_names_no_end_the_tokenizer_does(named, tmp_path):
     folder = changed(pretrained(tmp_path / "base", "begin"), eos_token_id=named)
@@ -335,6 +365,7 @@ def test_other_tools_write_the_prompt_that_was_trained_on(cut, kind, tmp_path):
     """As `vllm serve` and AutoTokenizer do: by the chat template, or with the prompt as one text."""
     tokenizer = tokenizer_of(kind) if cut == "ours" else bpe_like(cut, kind)
     codec = Codec(plain_text_only(tokenizer), 500, 500)
+    save_model(tmp_path, LanguageModel(Config(tokenizer.get_vocab_size(), 8, 8, 1, 1, 1)))
     save_tokenizer(tmp_path, codec)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for cv in ("Cook number 3 with knives", "Profile: cook, 9 years.", "Koch\n- Köln (2019-2021)!\n\n- 3 x 4", "42", "料理人"):

@@ -272,6 +272,72 @@ def test_another_number_of_threads_is_named(whole, tmp_path, monkeypatch, capsys
     assert f"reward: began with threads {threads}, goes on with {threads + 3}" in capsys.readouterr().out
 
 
+def changed_code(monkeypatch, **changes):
+    """As if these files held other code."""
+    real = girl.code_checksum
+    monkeypatch.setattr(girl, "code_checksum", lambda path: changes.get(path.stem) or real(path))
+
+
+def test_code_that_changed_since_a_stage_was_stopped_is_named(whole, tmp_path, monkeypatch, capsys):
+    """A student mends a line and goes on: allowed, but the steps before came from the old code."""
+    folder, command = interrupted(whole, tmp_path, monkeypatch, "ppo")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        changed_code(patch, ppo="other", model="other", sft="not asked for")
+        assert girl.main(command) == 0
+        says = f"ppo: model.py, ppo.py changed since these steps were done; to begin anew with the new code, delete {folder}"
+        assert says in capsys.readouterr().out
+        assert girl.main(command) == 0
+        assert "changed since" not in capsys.readouterr().out
+    assert girl.main(command) == 0              # back to the old code
+    assert f"ppo: model.py, ppo.py changed since it finished; to run the stage with the new code, delete {folder}" in capsys.readouterr().out
+
+
+def test_states_and_summaries_of_an_earlier_version_name_no_code(tmp_path, capsys):
+    for finish in (False, True):
+        with Stage(tmp_path, "sft", 0) as stage:
+            assert stage.begin({}, {}, {})
+            stage.total(2)
+            stage.resume({}, [])
+            stage.log(step=1)
+            stage.finish() if finish else stage.safe(1)
+        for name in ("state.json", "summary.json"):
+            if (path := tmp_path / "sft" / name).exists():
+                raw = run.read_checked(path, "")
+                del raw["code"]
+                run.write_json(path, run.with_checksum(raw))
+        with Stage(tmp_path, "sft") as stage:
+            assert stage.begin({}, {}, {"sft.py": "x"}) != finish
+            if not finish:
+                stage.total(2)
+                stage.resume({}, [])
+    assert "resumed at step 1" in (said := capsys.readouterr().out) and "finished already" in said and "changed since" not in said
+
+
+@pytest.mark.parametrize("old, new", [("0.95 *", "0.9 *"), ("** -spare", "** (-2 * spare)"), ('"Exeter": 1', '"Exeter": 2'),
+                                      ("You bring: {degree}", "You bring {degree}")])
+def test_data_of_other_rules_are_refused_by_whatever_uses_them(whole, tmp_path, monkeypatch, capsys, old, new):
+    rules = Path(girl.market.__file__).read_text()
+    assert rules.count(old) == 1
+    (tmp_path / "market.py").write_text(rules.replace(old, new))
+    monkeypatch.setattr(girl.market, "__file__", str(tmp_path / "market.py"))
+    more = ["--smoke", "--run", str(whole / "run"), "--data", str(whole / "data")]
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    for command in (["sft"], ["reward"], ["reward", "--judge"], ["ppo"], ["evaluate"], ["recommend"], ["train"]):
+        refused(capsys, command + more, "market.json: market.py changed since these data were made", "make new data and a new run")
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    (tmp_path / "market.py").write_text("# what a comment says is no rule\n" + rules)
+    girl.market.code_checksum.cache_clear()
+    assert girl.main(argv("sft", whole / "run", whole / "data")) == 0
+
+
+def test_a_market_of_an_earlier_version_which_noted_no_rules_is_used(whole, tmp_path):
+    shutil.copytree(whole / "data", tmp_path / "data")
+    path = tmp_path / "data" / "market.json"
+    path.write_text(json.dumps({k: v for k, v in read_json(path).items() if k != "rules"}))
+    girl.market.check_rules(tmp_path / "data")
+
+
 def test_other_data_and_another_model_before_it_are_refused_and_named(whole, tmp_path, monkeypatch, capsys):
     shutil.copytree(whole / "data", tmp_path / "data")
     (tmp_path / "data" / "summary.json").unlink()       # they are no longer what `data` made

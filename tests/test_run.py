@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import girl
 import run
-from run import (BadInput, Stage, cosine, finished, generator, pick_device, read_json, read_summary, save_tensors, write_bytes,
+from run import (BadInput, Stage, code_checksum, cosine, finished, generator, pick_device, read_json, read_summary, save_tensors, write_bytes,
                  write_json)
 
 
@@ -132,6 +132,28 @@ def test_tensors_round_trip(tmp_path):
     save_tensors(tmp_path / "x.safetensors", tensors)
     again = load_file(tmp_path / "x.safetensors")
     assert again.keys() == tensors.keys() and all(torch.equal(again[n], tensors[n]) for n in tensors)
+
+
+# ------------------------------------------------------------------------------------------------------------ code
+CODE = '''"""A module."""
+TABLE = {"a": 1.5}
+
+def rule(x):
+    """Twice and one more."""
+    return f"{2 * x + 1}"
+'''
+
+
+@pytest.mark.parametrize("old, new, same", [
+    ("A module", "Another word", True), ("Twice", "Thrice", True), ("1.5}", "1.5}      # a comment", True),
+    ("\n\ndef", "\n\n\n\ndef", True), ('{"a": 1.5}', "{\n    'a': 1.50,\n}", True), ("2 * x", "(2) * x", True),
+    ("1.5", "1.6", False), ("2 *", "3 *", False), ("+ 1", "- 1", False), ("rule(x)", "rule(x, y=0)", False), ('"a"', '"b"', False),
+    ("f\"{2", "f\" {2", False), ("    return", "    x += 1\n    return", False), ("def rule", "def role", False)])
+def test_the_checksum_of_code_sees_what_runs_and_nothing_else(old, new, same, tmp_path):
+    (tmp_path / "a.py").write_text(CODE)
+    assert old in CODE
+    (tmp_path / "b.py").write_text(CODE.replace(old, new, 1))
+    assert (code_checksum(tmp_path / "a.py") == code_checksum(tmp_path / "b.py")) == same
 
 
 # ------------------------------------------------------------------------------------------------------ randomness

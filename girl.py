@@ -30,7 +30,7 @@ import sft
 import table
 from data import SPLITS, Codec, files_of, load_codec, load_tokenizer, read_half, read_records, save_tokenizer
 from model import LINEAR, LanguageModel, RewardModel, generate, is_target, merge_lora, twin
-from run import (BadInput, Stage, alone, autocast, check_folder, check_same, checksum, checksums, code_checksum, finished, flag, generator,
+from run import (BadInput, Stage, alone, autocast, check_folder, check_same, checksum, checksums, code_checksum, differences, finished, flag, generator,
                  load_tensors, peak_rss_mb, pick_device, read_json, read_summary, save_tensors, sha256, with_checksum,
                  write_json)
 from weights import StartFlags, check_links, is_reward, load_model, load_pretrained, put, read_config, read_lora, save_model
@@ -266,8 +266,9 @@ def run_stage(args, device):
 
 
 def code_of(name):
-    """Checksums of the files whose code a stage's result depends on."""
-    own = {"sft": ["sft.py"], "ppo": ["ppo.py"]}.get(name, [])
+    """Checksums of the files whose code the result of a stage or a measurement depends on. (Of the market's rules see check_rules.)"""
+    measures = ["sft.py", "ppo.py", "evaluate.py"]
+    own = {"sft": ["sft.py"], "ppo": ["ppo.py"], "evaluate": measures, "recommend": [*measures, "recommend.py"]}.get(name, [])
     files = ["data.py", "model.py", "weights.py", "run.py", "reward.py", *own]
     return {file: code_checksum(Path(__file__).with_name(file)) for file in files}
 
@@ -344,9 +345,7 @@ def run_all(args, device):
     run_stage(parse(["ppo"] + common + again), device)
     for name, measure in (("evaluate", evaluate_run), ("recommend", recommend_run)):
         wanted = parse([name] + common)
-        if is_measured(run, wanted):
-            print(f"{name}: finished already, see {run / 'results.json'}")
-        else:
+        if not is_measured(run, wanted):
             measure(wanted, device)
     if args.smoke:
         print("\nThis was a toy run: it shows that every stage runs, not that anything was learned. Its figures mean nothing; those of "
@@ -384,19 +383,28 @@ def run_apart(run, commands, device):
 
 
 def what_is_measured(args):
-    """Checksums of the models, and of all that `evaluate` or `recommend` depends on: flags, data, and models. (With --full it
-    measures more, but the same.)"""
+    """Checksums of the models, of all that `evaluate` or `recommend` depends on (flags, data, and models), and of its code. (With
+    --full it measures more, but the same.)"""
     run, folder, _ = folders(args)
     flags = {k: v for k, v in vars(args).items() if k not in ("run", "data", "export_pairs", "verdicts", "full")}
     inputs = what_it_learns_from(run, folder, args.command) | {"split": sha256(folder / f"{args.split}.jsonl")}
-    return {"models": checksum(models_before(run, "evaluate")), args.command: checksum(flags | inputs)}
+    return {"models": checksum(models_before(run, "evaluate")), args.command: checksum(flags | inputs),
+            f"{args.command} code": code_of(args.command)}
 
 
 def is_measured(run, args):
+    """Is this in results.json already, of these models and by these flags? Says so, and which code changed since."""
     try:
-        return evaluate.read_results(run)["measured"].items() >= what_is_measured(args).items()
+        noted, now = evaluate.read_results(run)["measured"], what_is_measured(args)
     except BadInput:                    # not there, or damaged: it is measured anew
         return False
+    code = now.pop(f"{args.command} code")
+    if not noted.items() >= now.items():
+        return False
+    print(f"{args.command}: finished already, see {run / 'results.json'}")
+    if changed := [name for name, *_ in differences(noted.get(f"{args.command} code", code), code)]:
+        print(f"{args.command}: {', '.join(changed)} changed since; to measure anew:  python girl.py {args.command} --run {run}")
+    return True
 
 
 def evaluate_run(args, device):

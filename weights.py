@@ -171,7 +171,10 @@ def read_weights(folder):
     for shard in sorted(set(map(str, shards.values()))):
         if Path(shard).name != shard or "\\" in shard or not shard.isprintable() or not shard.endswith(".safetensors"):
             raise BadInput(f"{index}: a shard must be a .safetensors file of the same folder, found {shard!r}")
-        weights |= load_tensors(folder / shard)
+        found = load_tensors(folder / shard)
+        if twice := sorted(weights.keys() & found.keys()):
+            raise BadInput(f"{folder / shard}: {twice[0]} stands in another shard too; keep one of them")
+        weights |= found
     return index, weights
 
 

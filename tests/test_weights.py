@@ -105,6 +105,15 @@ def test_shards_are_put_together(tmp_path):
             load_model(tmp_path)
 
 
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    other("Llama, as many heads").save_pretrained(tmp_path, max_shard_size="20KB")
+    first, *_, last = sorted(tmp_path.glob("*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(last) | {name: tensor + 1}, last)
+    with pytest.raises(BadInput, match=f"{last.name}: {name} stands in another shard too"):
+        load_model(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     other("Llama, as many heads").save_pretrained(tmp_path, max_shard_size="20KB")
     gone = sorted(tmp_path.glob("*.safetensors"))[1]

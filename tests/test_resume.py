@@ -326,6 +326,7 @@ def test_data_of_other_rules_are_refused_by_whatever_uses_them(whole, tmp_path, 
     for command in (["sft"], ["reward"], ["reward", "--judge"], ["ppo"], ["evaluate"], ["recommend"], ["train"]):
         refused(capsys, command + more, "market.json: market.py changed since these data were made", "make new data and a new run")
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    refused(capsys, ["train", "--smoke", "--run", str(tmp_path / "new"), "--data", str(whole / "data")], "market.py changed since")
     (tmp_path / "market.py").write_text("# what a comment says is no rule\n" + rules)
     girl.market.code_checksum.cache_clear()
     assert girl.main(argv("sft", whole / "run", whole / "data")) == 0

@@ -8,13 +8,14 @@ import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import girl
 import ppo
 import reward
 from data import Codec, plain_text_only, save_tokenizer, train_tokenizer
-from model import Config, LanguageModel, LoRA, RewardModel, add_lora, generate, merge_lora, twin
+from model import Config, LanguageModel, LoRA, RewardModel, add_lora, generate, is_target, merge_lora, twin
 from run import BadInput
 from weights import load_model, read_config, save_model
 from test_model import random_ids, saved, tiny
@@ -387,6 +388,13 @@ def test_adapters_of_peft_load_here(targets, kind, beside, tmp_path):
         torch.testing.assert_close(again(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
 
 
+def test_target_modules_are_read_as_peft_reads_them():
+    name = "model.layers.1.self_attn.q_proj"
+    assert all(is_target(name, t) for t in (["q_proj"], ["x", "self_attn.q_proj"], [name], "all-linear", r".*\.1\..*q_proj"))
+    # An end of a name begins at a dot, and a regular expression is for the whole name.
+    assert not any(is_target(name, t) for t in (["proj"], ["self_attn"], ["ayers.1.self_attn.q_proj"], [], r"q_proj", r"model\.layers", "q_proj"))
+
+
 def test_every_key_that_peft_may_set_is_known_or_refused(tmp_path):
     """Whatever is not its default is refused by name, but for the few that change nothing in what is computed."""
     save_model(tmp_path / "adapters", with_adapters(tmp_path))
@@ -410,13 +418,21 @@ def test_every_key_that_peft_may_set_is_known_or_refused(tmp_path):
 
 def test_export_knows_a_reward_model_that_peft_saved(tmp_path, capsys):
     base = saved(tmp_path / "base", tiny(initializer_range=0.1, vocab_size=300))
-    codec = Codec(plain_text_only(train_tokenizer(["a cook"], 300)), 20, 20)
+    tokenizer = train_tokenizer(["a cook"], 290)
+    tokenizer.add_special_tokens(["<|free|>"])
+    raw = json.loads(tokenizer.to_str())
+    raw["added_tokens"] = raw["added_tokens"][1:]               # token 0 is any other
+    codec = Codec(plain_text_only(Tokenizer.from_str(json.dumps(raw))), 20, 20)
     save_tokenizer(base, codec)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     theirs = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="SEQ_CLS")).eval()
     theirs.save_pretrained(tmp_path / "adapters")
     assert girl.main(["export", "--merge", "--model", str(tmp_path / "adapters"), "--out", str(tmp_path / "plain")]) == 0
     assert "RewardModel, plain weights" in capsys.readouterr().out
+    # A base without a pad gets one that no text has: transformers looks for the last token by it.
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["pad_token_id"] == codec.pad == tokenizer.token_to_id("<|free|>")
     ids = torch.tensor([codec.prompt("a cook") + codec.jd("a")])
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain").eval()
     with torch.no_grad():

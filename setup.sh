@@ -21,7 +21,7 @@ LOCK
 make_venv() {
   local base=${PYTHON:-python3}
   new_enough "$base" || stop "$base is no Python 3.10 or newer; name one that is:  PYTHON=python3.12 bash $0"
-  "$base" -c 'import ensurepip' 2>/dev/null || stop "$base cannot make a virtual environment with pip; on Debian or Ubuntu:  \
+  "$base" -c 'from ensurepip import bootstrap' 2>/dev/null || stop "$base cannot make a virtual environment with pip; on Debian or Ubuntu:  \
 apt install $("$base" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"
   [ -w . ] || stop "$PWD: cannot be written to, so .venv cannot be made; activate a virtual environment that is elsewhere"
   if [ -e .venv ] || [ -L .venv ]; then
@@ -58,7 +58,7 @@ else
   has_pip || pins_are_met "$1" || python -m ensurepip >/dev/null 2>&1 || true
 fi
 if has_pip; then
-  python -m pip install --quiet --disable-pip-version-check -r "$1" || stop "pip could not install all of $1, see above"
+  python -m pip install --no-user --quiet --disable-pip-version-check -r "$1" || stop "pip could not install all of $1, see above"
 else
   pins_are_met "$1" || stop "$VIRTUAL_ENV has no pip that works; run  $VIRTUAL_ENV/bin/python -m ensurepip  or  uv pip install -r $PWD/$1"
 fi

@@ -36,9 +36,10 @@ make_venv() {
   "$base" -m venv .venv || stop "$PWD/.venv: could not be made, see above"
 }
 
-# A folder with a pyvenv.cfg, or one that was cut short before there was any file in it.
+# A folder with a pyvenv.cfg, or one that was cut short before there was any file of use in it.
 was_made_here() {
-  [ ! -L .venv ] && { [ -f .venv/pyvenv.cfg ] || [ -z "$(find .venv ! -type d ! -name lib64)" ]; }
+  [ ! -L .venv ] || return 1
+  [ -f .venv/pyvenv.cfg ] || [ -z "$(find .venv ! -type d ! -name lib64 ! -name .gitignore)" ]
 }
 
 # Where there is no pip to ask: has each pinned package one of the versions that it is pinned to?

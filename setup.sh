@@ -75,6 +75,6 @@ if has_pip; then
 else
   pins_are_met "$1" ||
     stop "$VIRTUAL_ENV has no pip that works; \
-run  $VIRTUAL_ENV/bin/python -m ensurepip  or  uv pip install -r $1"
+run  $VIRTUAL_ENV/bin/python -m ensurepip  or  uv pip install -r $PWD/$1"
 fi
 exec 9<&-

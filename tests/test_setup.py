@@ -210,7 +210,8 @@ def test_an_environment_without_pip_is_used_if_it_has_what_is_pinned(folder, ver
         assert (code, out, err) == (0, f"girl train --seed 1 in {folder / 'active'}\n", "")
     else:
         refused(folder, f"active has no pip that works; run  {folder / 'active'}/bin/python -m "
-                "ensurepip  or  uv pip install", VIRTUAL_ENV=str(folder / "active"))
+                f"ensurepip  or  uv pip install -r {folder}/requirements.txt",
+                VIRTUAL_ENV=str(folder / "active"))
 
 
 def test_a_venv_that_someone_made_without_pip_gets_pip_and_keeps_what_it_has(folder):

@@ -9,7 +9,8 @@ What is compared gives one JD for each CV. `reward` and `judge` are the two mode
 (for which PPO would pay its fixed penalty). Generators: `sft` and `ppo` sample at temperature 1, `_greedy` takes the
 likeliest token, `sft_best16` is the best of 16 SFT samples by the reward model, `base` is the pretrained model that the run
 began with, if it did. Retrieval, from the pairs that stage 1 learned from: `nearest` is the JD that the most similar candidate
-was accepted for, `random` any. Rules of the market: `constant`, `echo`.
+was accepted for, `random` any. Rules of the market: `constant`, `echo`; of a third one, `oracle`, only
+the true match is given, with the data's figures.
 
 An outside judge (a person, or another language model) can be asked too:
 
@@ -120,7 +121,8 @@ def judge_all(cvs, responses, codec, reward_model, judge, market):
 
 
 def describe(cvs, responses, found, codec, known, market, seed):
-    """The figures of one kind of answer: one response for each CV, and what `judge_all` found. `known`: the train JDs."""
+    """The figures of one kind of answer: one response for each CV, and what `judge_all` found. `known`: the JDs of half A;
+    `seen_rate` is the share that is one of them word for word."""
     texts = found["texts"]
     result = {"format_rate": None, "title_rate": None, "true_match": None, "true_match_ci95": None,
               "reward": float(found["reward"].mean()), "reward_ci95": bootstrap_ci95(found["reward"], seed),
@@ -289,7 +291,7 @@ def data_figures(records, rules, cvs, market):
 
 
 def reward_figures(model, codec, records, market, seed):
-    """Pair accuracy on real decisions (within one occupation, where there are occupations), on easy ones (an accepted JD
+    """Pair accuracy on the split's decisions (within one occupation, where there are occupations), on easy ones (an accepted JD
     against the JD that another CV of these was accepted for), and on single changes."""
     def score(pairs):
         return reward.score_texts(model, codec, pairs)

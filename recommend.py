@@ -1,7 +1,8 @@
-"""What the written JDs are worth to others: a classical recommender that reads them, and real jobs found through them.
+"""What the written JDs are worth to others: a classical recommender that reads them, and posted
+jobs found through them.
 
-    python girl.py recommend --run RUN [--full]                         both, measured with controls; into results.json
-    python girl.py recommend --run RUN --cv FILE --pool FILE.jsonl      real jobs for one CV
+    python girl.py recommend --run RUN [--full]         both, measured with controls; into results.json
+    python girl.py recommend --run RUN --cv FILE --pool FILE.jsonl      jobs of your pool for one CV
 
 The recommender (Zheng et al. 2023, arXiv 2307.02157) predicts whether the recruiter accepts a CV for a JD, from c, j' and
 j, what a frozen encoder makes of the CV, of JDs written for it, and of the JD:
@@ -11,11 +12,13 @@ j, what a frozen encoder makes of the CV, of JDs written for it, and of the JD:
 The paper's `dot` has the MLPs alone; from 192 labels they learned nothing here (AUC 0.51 to 0.54 in all modes, valid, three
 trainings of one run). Ours start at 0, so that before any label is seen the score is a similarity, which labels can mend.
 
-Its labels are decisions on half B of the train CVs, on which nothing else was trained. Three controls: `none` (j' is 0),
+Its labels are decisions on half B of the train CVs, from which neither the generators nor the
+reward model learned (the judge did; it has no part here). Three controls: `none` (j' is 0),
 `shuffled` (written for another CV: the same width, no content), and `sft` (written before PPO).
 
-Grounding: the written JDs are queries for real ones. Each CV gets a pool of real JDs, half of them of its own occupation;
-those it was accepted for should rank high.
+Grounding: the written JDs are queries for posted ones. Each CV gets a pool of the split's JDs, half
+of them of its own occupation, or as many as there are (with 1,000 test CVs about 250, a quarter of
+a pool of 1,000); those it was accepted for should rank high.
 
 Left out: fine-tuning the encoder, user and item ids, learning to rank.
 
@@ -47,12 +50,13 @@ KINDS = ("dot", "mlp")
 SHARES = {False: (0.01, 0.1, 1.0), True: (0.01, 0.03, 0.1, 0.3, 1.0)}      # of the labels; True: with --full
 KS = {False: (1,), True: (1, 2, 4, 8)}     # written JDs for each CV, for the recommender
 SETTINGS = {False: ("cvs",), True: ("cvs", "jds", "occupations")}           # what is tested on, see sides()
-UNSEEN = {"cvs": "CVs and JDs", "jds": "JDs, for known CVs", "occupations": "CVs, JDs and occupations"}
+UNSEEN = {"cvs": "CVs and JDs", "jds": "JDs, for known CVs (new to the recommender alone)",
+          "occupations": "CVs, JDs and occupations (the occupations new to the recommender alone)"}
 POOLS = (100, 1000)
 QUERIES = 8                 # written JDs for each CV, for grounding
 SHORTLIST = 20              # JDs that the reward model re-ranks, of the rankings in RERANKED
 RERANKED = ("cv", "cv words", "girl")
-GOOD = 0.5                  # a true match above this is relevant
+GOOD = 0.5                  # a true match of at least this is relevant
 DIFFERENCES = (("girl", "cv"), ("girl", "cv words"), ("girl", "sft"), ("girl", "shuffled"), ("girl + reward", "cv + reward"),
                ("girl + reward", "cv words + reward"), ("girl + reward", "reward"))
 
@@ -67,7 +71,7 @@ class RecommendFlags:
     lr: float = flag(1e-3, "learning rate of AdamW")
     dropout: float = flag(0.5, "of the recommender's hidden layers", most=0.99)
     prior: float = flag(15000, "weight decay of its matrices, divided by the number of labels")
-    cvs: int = flag(200, "held-out CVs for which real jobs are looked for")
+    cvs: int = flag(200, "held-out CVs for which posted jobs are looked for")
 
 
 class Models(NamedTuple):
@@ -218,11 +222,13 @@ def log_loss(logits, labels):
 
 
 def sides(labels, held_out, setting, titles):
-    """(learn, test) decisions with no CV, no JD, or no occupation on both sides.
+    """(learn, test) decisions with no CV and no JD, no JD, or no occupation on both sides.
 
-    cvs: the held-out split is the test (its JDs are new too, since no text is in two splits). jds: a fifth of the labels'
-    JDs is the test, for CVs that are known. occupations: those of a fifth of the titles, of the CV and of the JD, are the
-    test, from the held-out split; the generators have seen these occupations, the recommender has not."""
+    cvs: the held-out split is the test (its JDs are new too, since no text is in two splits). jds:
+    a fifth of the labels' JDs is the test, for CVs that are known; new to the recommender alone:
+    generators and reward model have met most of these JDs, with CVs of half A. occupations: those
+    of a fifth of the titles, of the CV and of the JD, are the test, from the held-out split; the
+    generators have seen these occupations, the recommender has not."""
     def kept(text):
         return text is not None and hashlib.sha256(text.encode()).digest()[0] < 51
     if setting == "cvs":
@@ -332,25 +338,38 @@ def reward_alone(encoded, learn, test, rewards, share, flags, seed):
             "reward_log_loss": log_loss(predict(model, [on_test]), truth)}
 
 
-def compare_recommenders(models, labels, held_out, encoder, flags, full, market, stage):
-    """All recommenders in all settings, learned from these labels: {setting: figures}."""
+def compare_recommenders(models, train, labels, held_out, encoder, flags, full, market, stage):
+    """All recommenders in all settings, learned from these labels: {setting: figures}. `train`: the
+    records from whose texts `encoder` was made."""
     people = sorted({r.cv for r in labels})
     people = set(random.Random(models.seed).sample(people, min(flags.people, len(people))))
     labels = [r for r in labels if r.cv in people]
     cvs, jds = list(dict.fromkeys(r.cv for r in labels + held_out)), sorted({r.jd for r in labels + held_out})
     prompts, jd_rows = [models.codec.prompt(cv) for cv in cvs], [models.codec.jd(jd) for jd in jds]
 
-    # 1. Write for every CV, and encode all texts. The features of `mlp` are standardized over all of them, those of the test
-    # included; what was decided on these is not looked at.
+    # 1. Write for every CV, and encode all texts.
     c, j = (encode(models.sft.model, rows, models.device) for rows in (prompts, jd_rows))
     written = {name: write_and_encode(models, cvs, max(KS[full]), name) for name in ("sft", "girl")}
     written["shuffled"] = written["girl"].roll(1, 0)                # those of another CV
 
+    cv_at, jd_at = ({text: i for i, text in enumerate(texts)} for texts in (cvs, jds))
+
     def encoded(of_cv, of_jd):
-        return Encoded({t: i for i, t in enumerate(cvs)}, {t: i for i, t in enumerate(jds)}, of_cv(c), of_jd(j),
+        return Encoded(cv_at, jd_at, of_cv(c), of_jd(j),
                        {name: of_jd(w) for name, w in written.items()})
-    both = {"dot": encoded(encoder.of_cv, encoder.of_jd),
-            "mlp": encoded(lambda states: zscore(states, c), lambda states: zscore(states, j))}
+
+    def both_kinds(learn, test):
+        """All texts as features for each kind, scaled by texts that are not in the test: for `dot`
+        some of the train split (the setting `jds` tests on others of it), for `mlp` those it learns
+        from."""
+        tested = {r.jd for r in test}
+        others = [r for r in train if r.jd not in tested]
+        its = encoder if len(others) == len(train) else make_encoder(models, others)
+        like_cv = c[sorted({cv_at[r.cv] for r in learn})]                   # [CVs of learn, C]
+        like_jd = j[sorted({jd_at[r.jd] for r in learn})]                   # [JDs of learn, C]
+        return {"dot": encoded(its.of_cv, its.of_jd),
+                "mlp": encoded(lambda states: zscore(states, like_cv),
+                               lambda states: zscore(states, like_jd))}
 
     def rewards(pairs):
         return reward.score_pairs(models.reward, prompts, jd_rows, pairs)
@@ -367,6 +386,7 @@ def compare_recommenders(models, labels, held_out, encoder, flags, full, market,
             continue
         accepted = [r.accepted for r in test]
         best = reward.auc([market.true_match(r.cv, r.jd) for r in test], accepted) if market else None
+        both = both_kinds(learn, test)
         table[setting] = {"learn": len(learn), "test": len(test), "best_auc": best,
                           "untrained_auc": untrained(both["dot"], test, modes)}
         table[setting] |= reward_alone(both["dot"], learn, test, rewards, min(SHARES[full]), flags, models.seed)
@@ -387,13 +407,18 @@ def ranking_figures(relevant):
 
 
 def draw_pool(draw, own, hard, n_jds, size):
-    """Indices of `size` of n_jds JDs: `own`, as many of `hard` as make up half, and any others. In random order, which JDs
+    """Indices of `size` of n_jds JDs: `own`; as many of `hard` as make up half, or as there are;
+    then others, and more of `hard` only if the others do not suffice. In random order, which JDs
     with equal scores keep: an accepted one must not stand first by itself."""
-    taken = set(own) | set(hard)
-    hard = [d for d in hard if d not in own]
-    hard = draw.sample(hard, min(len(hard), max(size // 2 - len(own), 0)))
-    others = [d for d in range(n_jds) if d not in taken]
-    pool = own + hard + draw.sample(others, min(len(others), max(size - len(own) - len(hard), 0)))
+    pool, mine = own[:size], set(own)
+    hard = [d for d in hard if d not in mine]
+    others = sorted(set(range(n_jds)) - mine - set(hard))
+
+    def add(some, up_to):
+        pool.extend(draw.sample(some, min(len(some), max(up_to - len(pool), 0))))
+    add(hard, size // 2)
+    add(others, size)
+    add(sorted(set(hard) - set(pool)), size)
     draw.shuffle(pool)
     return np.array(pool)
 
@@ -439,8 +464,9 @@ def rank_rows(orders, relevant, seed):
 
 
 def similarities(models, cvs, prompts, jds, jd_rows, encoder):
-    """How similar is every JD to each CV's query, {query: [CVs, JDs]}, and how many candidates a second were compared
-    (when all texts were written and encoded)."""
+    """How similar is every JD to each CV's query, {query: [CVs, JDs]}, and how many candidates a
+    second were compared (when all texts were written and encoded). For `cv words`, the rarity of
+    a word is counted over the JDs that are searched."""
     queries = {name: encoder.of_jd(write_and_encode(models, cvs, QUERIES, name)).mean(1) for name in ("sft", "girl")}
     queries["shuffled"] = queries["girl"].roll(1, 0)                                         # those of another CV
     queries["cv"] = encoder.of_cv(encode(models.sft.model, prompts, models.device))          # [CVs, C]
@@ -454,7 +480,9 @@ def similarities(models, cvs, prompts, jds, jd_rows, encoder):
 
 
 def ground(models, held_out, encoder, flags, full, market):
-    """Look for real jobs: for some held-out CVs, in pools of real JDs, by every method. None where nobody was accepted."""
+    """Look for posted jobs: for some held-out CVs, in pools of the split's JDs, by every method.
+    The keys of `pools` are the real sizes: a split may have fewer JDs than POOLS asks for. None if
+    nobody was accepted."""
     accepted = defaultdict(list)
     for r in held_out:
         if r.accepted:
@@ -476,7 +504,8 @@ def ground(models, held_out, encoder, flags, full, market):
         return scored
 
     hard, result = hard_ones(cvs, jds, own, models.codec, market), {"cvs": len(cvs), "jds": len(jds), "pools": {}}
-    for size in POOLS:
+    sizes = sorted({min(size, len(jds)) for size in POOLS})
+    for size in sizes:
         draw = random.Random(f"{models.seed} pools {size}")
         pools = [draw_pool(draw, own[q], hard[q], len(jds), size) for q in range(len(cvs))]
         relevant = {"accepted": np.zeros((len(cvs), len(jds)), dtype=bool)}
@@ -486,7 +515,7 @@ def ground(models, held_out, encoder, flags, full, market):
             relevant["true match"] = np.zeros((len(cvs), len(jds)), dtype=bool)
             for q, pool in enumerate(pools):
                 relevant["true match"][q, pool] = [market.true_match(cvs[q], jds[d]) >= GOOD for d in pool]
-        orders = rank_pools(pools, similar, rewards, full or size == min(POOLS))
+        orders = rank_pools(pools, similar, rewards, full or size == sizes[0])
         result["pools"][str(size)] = {by: rank_rows(orders, r, models.seed) for by, r in relevant.items() if r.any()}
     return result | {"candidates_per_second": {"similarity": speed, "reward": round(len(scored) / seconds)}}
 
@@ -520,8 +549,9 @@ def read_pool(path):
 
 
 def find_jobs(models, cv, pool, top, train, market):
-    """Print the `top` jobs of a pool (texts) for one CV: GIRL writes JDs, the jobs most like them are shortlisted, and the
-    reward model ranks those. Each is shown with its score and with the fields in which it agrees with what was written."""
+    """Print the `top` jobs of a pool (texts) for one CV: GIRL writes QUERIES JDs, the jobs most
+    like them are shortlisted, and the reward model ranks those. Each is shown with its score and
+    with the fields in which it agrees with one more JD, written greedily, which is shown too."""
     encoder = make_encoder(models, train)
     [suggestion] = write_jds(models.girl, models.codec, [cv], 0.0, models.seed, "suggestion", models.device)
     suggestion, jd_rows = models.codec.text(suggestion), [models.codec.jd(jd) for jd in pool]
@@ -558,7 +588,8 @@ def measure(run, models, train, labels, held_out, split, flags, full, market, me
                        "first")
     encoder = make_encoder(models, train)
     with Stage(run, "recommend") as stage:
-        table = compare_recommenders(models, labels, held_out, encoder, flags, full, market, stage)
+        table = compare_recommenders(models, train, labels, held_out, encoder, flags, full, market,
+                                     stage)
         grounded = ground(models, held_out, encoder, flags, full, market)
         if stage.rows:                  # there were decisions enough in some setting
             stage.finish()
@@ -598,7 +629,7 @@ def print_grounding(grounded):
     for size, by in grounded["pools"].items():
         for relevance, found in by.items():
             columns = ("hr_1", "hr_5", "hr_10", "hr_20", "ndcg_10", "mrr")
-            print(f"\ngrounding in pools of {min(int(size), grounded['jds'])} real JDs, relevant by {relevance}")
+            print(f"\ngrounding in pools of {size} posted JDs, relevant by {relevance}")
             print(f"{'':<20}" + "".join(f"{c:>9}" for c in columns))
             for name, row in found["rows"].items():
                 print(f"{name:<20}" + "".join(f"{row[c]:>9.3f}" for c in columns))

@@ -1,12 +1,14 @@
 """A run folder: what every stage needs around its mathematics. The bottom of the house: it imports no other module.
 
-    runs/NAME/STAGE/   config.json, model.safetensors, tokenizer.json, metrics.csv, and last of all summary.json
+    runs/NAME/STAGE/   config.json, model.safetensors (with LoRA the adapters), tokenizer.json, metrics.csv, and last of
+                       all summary.json
 
-A stage is finished when its `summary.json` is there. Nothing is ever half written: a file is written beside its place
-and renamed over it.
+A stage is finished when its `summary.json` is there. No file is ever half written: it is written beside its place and
+renamed over what was there.
 """
 import ast
 import csv
+import errno
 import fcntl
 import hashlib
 import io
@@ -51,26 +53,46 @@ def beside(path):
     path = Path(path)
     new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not path.is_file():        # a folder; or a device, which must stay one
+            raise BadInput(f"{path}: is there, and is not a file; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield new
         sync(new)
         os.replace(new, path)
-        sync(path.parent)
+        sync_names(path.parent)
     except (OSError, SafetensorError) as e:
-        raise BadInput(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); free some space or choose another "
-                       "folder")
+        why = getattr(e, "strerror", None) or e
+        # SafetensorError has no number; on a full disk it is what we get.
+        full = getattr(e, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space or choose another folder" if full else "choose another folder"
+        raise BadInput(f"{path}: cannot be written ({why}); {remedy}")
     finally:
-        if new.exists():                        # only after a failure or an interrupt
+        with suppress(OSError):                 # it is there only after a failure or an interrupt
             new.unlink()
 
 
 def sync(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are given to the disk."""
     f = os.open(path, os.O_RDONLY)
     try:
         os.fsync(f)
     finally:
         os.close(f)
+
+
+# "This cannot be done with a folder", as shared and network file systems say it.
+NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EISDIR,
+           errno.EACCES)
+
+
+def sync_names(folder):
+    """`sync` of a folder, if its file system can: without, the last rename may be lost when the
+    machine stops, but the file is whole either way."""
+    try:
+        sync(folder)
+    except OSError as e:
+        if e.errno not in NO_SYNC:
+            raise
 
 
 def write_bytes(path, content):
@@ -136,7 +158,7 @@ def pick_device():
 
 
 def autocast(device):
-    """The one place that decides on precision: bf16 autocast on CUDA, float32 elsewhere."""
+    """The precision of what is computed: bf16 autocast on CUDA, float32 elsewhere."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
@@ -271,7 +293,7 @@ class Stage:
     # ------------------------------------------------------------------------------------------------ the state
     def begin(self, asked, inputs, code=None):
         """The flags of this stage, and the checksums of what it learns from. Is there anything left to do? A stage that was begun
-        or finished with others is refused, the difference named. `code`: {file: code_checksum}; where it changed, a line says so."""
+        or finished with others is refused, the first difference named. `code`: {file: code_checksum}; where it changed, a line says so."""
         self.asked, self.inputs, self.code = asked, inputs, code or {}
         if (self.folder / "summary.json").exists():
             check_folder(self.folder)
@@ -400,16 +422,19 @@ def lock(folder, wait=False):
         Path(folder).mkdir(parents=True, exist_ok=True)
         held = os.open(folder, os.O_RDONLY)
     except OSError as e:
-        raise BadInput(f"{folder}: cannot be made ({e.strerror}); choose another folder")
+        raise BadInput(f"{folder}: cannot be made or opened ({e.strerror}); choose another folder")
+    cannot = "be locked, as on NFS and some other shared file systems"
     try:
+        # Refused without: two processes at once would write over each other's files.
         fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        cannot = "be written to"
         for path in Path(folder).glob(".*.[0-9]*.tmp"):     # see `beside`
             path.unlink()
         return held
     except BlockingIOError:
         why = "another process is at work on it; wait for it, or choose another folder"
     except OSError as e:
-        why = f"cannot be locked, or not be written to ({e.strerror}); choose a folder on a disk of this machine"
+        why = f"cannot {cannot} ({e.strerror}); choose a folder on a disk of this machine"
     os.close(held)
     raise BadInput(f"{folder}: {why}")
 
@@ -428,7 +453,7 @@ def alone(folder, wait=False):
 
 
 def machine():
-    """What the rounding of a stage's numbers depends on, beside its seed."""
+    """What the rounding of a stage's numbers depends on, as far as we look (not at the kind of CPU)."""
     return {"device": pick_device().type, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 

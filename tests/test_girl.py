@@ -66,8 +66,10 @@ def test_smoke_run_writes_every_stage_and_the_results(smoke):
             assert win + tie + lose == pytest.approx(1) and low <= win - lose <= high
     modes = {(row["kind"], row["mode"]) for row in results["recommend"]["cvs"]["rows"]}
     assert modes == {(kind, mode) for kind in ("dot", "mlp") for mode in ("none", "sft", "girl", "shuffled")}
-    for size in ("100", "1000"):
-        assert {"cv", "cv words", "sft", "girl", "shuffled", "cv + reward", "girl + reward"} <= set(results["grounding"]["pools"][size]["accepted"]["rows"])
+    grounded = results["grounding"]
+    assert list(grounded["pools"]) == ["100", str(grounded["jds"])] and 100 < grounded["jds"] < 1000
+    for found in grounded["pools"].values():
+        assert {"cv", "cv words", "sft", "girl", "shuffled", "cv + reward", "girl + reward"} <= set(found["accepted"]["rows"])
     assert set(results["reward"]["one_change_accuracy"]) == {"skills", "years", "degree", "city", "field"}
     # Reward model and judge run side by side: the time in which both were at work counts once.
     seconds = results["seconds"]

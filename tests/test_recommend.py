@@ -179,6 +179,38 @@ def test_no_cv_jd_or_occupation_is_on_both_sides(setting, tmp_path):
         assert not column(learn, key) & column(test, key), key
 
 
+@pytest.mark.parametrize("setting", ["cvs", "jds"])
+def test_no_text_of_the_test_has_a_part_in_what_features_are_scaled_by(monkeypatch, stage, setting):
+    """When the vectors of the test's texts are moved far away, what is learned from stays."""
+    def records(cvs, jds):
+        return [Record(cv, jd, zlib.crc32((cv + jd).encode()) % 2 == 0) for cv in cvs for jd in jds]
+    train = records([f"cv {i}" for i in range(12)], [f"jd {i}" for i in range(12)])
+    held_out = records(["cv 12", "cv 13"], ["jd 12", "jd 13"])
+    tested = recommend.sides(train, held_out, setting, None)[1]
+    moved = {r.jd for r in tested} | ({r.cv for r in tested} if setting == "cvs" else set())
+    assert moved and len(tested) < len(train) / 2
+
+    models, _ = stand_ins(monkeypatch, lambda cv, name: cv + name)
+    encode, far, seen = recommend.encode, set(), []
+    monkeypatch.setattr(recommend, "encode", lambda body, rows, device: encode(body, rows, device)
+                        + torch.tensor([[100.0 if row[0] in far else 0.0] for row in rows]))
+
+    def note(encoded, learn, test, *_):
+        assert test == tested
+        seen.append([recommend.features(encoded[kind], learn, mode, 1)
+                     for kind in recommend.KINDS for mode in ("none", "girl", "sft")])
+        return []
+    monkeypatch.setattr(recommend, "train_and_test", note)
+    monkeypatch.setattr(recommend, "SETTINGS", {False: (setting,)})
+    for far in (set(), moved):
+        encoder = recommend.make_encoder(models, train)
+        recommend.compare_recommenders(models, train, train, held_out, encoder,
+                                       recommend.RecommendFlags(), False, None, stage)
+    for before, after in zip(*seen, strict=True):
+        torch.testing.assert_close(after, before)
+    assert all(float(x[0].std()) > 0.1 for x in seen[0])            # they are not all the same
+
+
 # ------------------------------------------------------------------------------------------------------- grounding
 def test_ranking_figures_by_hand():
     found = recommend.ranking_figures([False, True, False, True] + [False] * 20)
@@ -198,6 +230,16 @@ def test_pools_hold_the_accepted_jds_and_half_hard_ones_in_random_order():
         first += pool[0] in (3, 4)
     assert first < 30                       # two of forty: 10 expected
     assert sorted(recommend.draw_pool(random.Random(0), [1], [2], 5, 100)) == [0, 1, 2, 3, 4]       # all there are
+
+
+@pytest.mark.parametrize("own, hard, n_jds, size", [
+    ([3], [*range(150)], 150, 100),             # without a market all of few JDs are hard
+    ([3], [*range(140)], 150, 100), ([3], [], 150, 100), ([3], [*range(150)], 150, 150),
+    ([*range(70)], [*range(60, 150)], 200, 100), ([*range(120)], [*range(120)], 150, 100)])
+def test_a_pool_has_the_size_that_is_asked_for(own, hard, n_jds, size):
+    pool = recommend.draw_pool(random.Random(0), own, hard, n_jds, size).tolist()
+    assert len(pool) == len(set(pool)) == size and set(pool) <= set(range(n_jds))
+    assert set(own) <= set(pool) or set(pool) <= set(own)
 
 
 def test_pools_are_ranked_by_each_query_and_shortlists_by_the_reward(monkeypatch):
@@ -231,31 +273,62 @@ def test_rank_rows_compare_the_methods_cv_by_cv():
     assert differences == {"girl - cv": [1.0, 1.0, 1.0]}
 
 
+def stand_ins(monkeypatch, writes):
+    """Models whose encoder gives each text a vector of its own, and that write
+    `writes(cv, generator)` for a CV; and an encoder that changes nothing."""
+    codec = SimpleNamespace(prompt=lambda cv: [cv], jd=lambda jd: [jd], encode=lambda text: [1],
+                            tokenizer=SimpleNamespace(get_vocab_size=lambda: 2))
+
+    def vector(text):
+        return torch.randn(16, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())))
+
+    def write_and_encode(models, cvs, k, name):
+        return torch.stack([vector(writes(cv, name)) for cv in cvs])[:, None].expand(-1, k, -1)
+    monkeypatch.setattr(recommend, "encode", lambda body, rows, device: torch.stack(
+        [vector(row[0]) for row in rows]))
+    monkeypatch.setattr(recommend, "write_and_encode", write_and_encode)
+    monkeypatch.setattr(reward, "score_pairs",
+                        lambda model, prompts, jds, pairs: dict.fromkeys(pairs, 0.0))
+    return (recommend.Models(SimpleNamespace(model=None), None, None, codec, CPU, 0),
+            recommend.Encoder(torch.zeros(16), torch.zeros(16), torch.eye(16)))
+
+
+@pytest.mark.parametrize("n_jds, sizes", [(40, ["40"]), (100, ["100"]), (150, ["100", "150"]),
+                                          (1000, ["100", "1000"]), (1200, ["100", "1000"])])
+def test_each_pool_is_printed_once_with_its_real_size(monkeypatch, capsys, n_jds, sizes):
+    models, encoder = stand_ins(monkeypatch, lambda cv, name: cv + name)
+    held_out = [Record(f"cv {i % 7}", f"jd {i}", i % 10 == 0) for i in range(n_jds)]
+    drawn, rank = [], recommend.rank_pools
+    monkeypatch.setattr(recommend, "rank_pools",
+                        lambda pools, *more: drawn.append(pools) or rank(pools, *more))
+    found = recommend.ground(models, held_out, encoder, recommend.RecommendFlags(), False, None)
+    assert list(found["pools"]) == sizes
+    for size, pools in zip(sizes, drawn, strict=True):
+        assert all(len(set(pool)) == int(size) for pool in pools)
+    # The reward model scores all pairs of the smallest pools alone.
+    rows = [by["accepted"]["rows"] for by in found["pools"].values()]
+    assert "reward" in rows[0] and not any("reward" in more for more in rows[1:])
+    recommend.print_grounding(found)
+    out = capsys.readouterr().out
+    assert out.count("grounding in pools") == len(sizes)
+    assert all(f"grounding in pools of {size} posted JDs, relevant by accepted" in out for size in sizes)
+
+
 def test_grounding_finds_the_jobs_whose_text_was_written(monkeypatch, tmp_path):
     """A constructed case: GIRL writes the accepted JD itself, SFT and the CV are noise, and the reward model knows nothing."""
     market.write_market(tmp_path, 10, 60, 800, 6, 0)
     held_out = read_records(tmp_path / "test.jsonl")
     accepted = {r.cv: r.jd for r in reversed(held_out) if r.accepted}        # the first one of each CV
-    codec = SimpleNamespace(prompt=lambda cv: [cv], jd=lambda jd: [jd], encode=lambda text: [1],
-                            tokenizer=SimpleNamespace(get_vocab_size=lambda: 2))
-    models = recommend.Models(SimpleNamespace(model=None), None, None, codec, CPU, 0)
-
-    def vector(text):
-        return torch.randn(16, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())))
-
-    monkeypatch.setattr(recommend, "encode", lambda body, rows, device: torch.stack([vector(row[0]) for row in rows]))
-    monkeypatch.setattr(recommend, "write_and_encode", lambda models, cvs, k, name: torch.stack(
-        [vector(accepted[cv] if name == "girl" else cv + name) for cv in cvs])[:, None].expand(-1, k, -1))
-    monkeypatch.setattr(reward, "score_pairs", lambda model, prompts, jds, pairs: {pair: 0.0 for pair in pairs})
-    encoder = recommend.Encoder(torch.zeros(16), torch.zeros(16), torch.eye(16))
+    models, encoder = stand_ins(
+        monkeypatch, lambda cv, name: accepted[cv] if name == "girl" else cv + name)
     found = recommend.ground(models, held_out, encoder, recommend.RecommendFlags(cvs=1000), False, market)
     assert found["cvs"] == len(accepted)
     figures = found["pools"]["100"]["accepted"]
     assert figures["rows"]["girl"]["hr_1"] == 1 and figures["differences"]["girl - cv"][1] > 0.3
     for name in ("sft", "cv", "shuffled", "cv words"):
         assert figures["rows"][name]["hr_1"] < 0.15, name
-    # Half of a pool are of the CV's occupation, and relevant by true match is what the market says.
-    hard = recommend.hard_ones(list(accepted)[:5], sorted({r.jd for r in held_out}), None, codec, market)
+    # Hard are the JDs of the CV's occupation.
+    hard = recommend.hard_ones(list(accepted)[:5], sorted({r.jd for r in held_out}), None, models.codec, market)
     for cv, mine in zip(accepted, hard):
         titles = [market.parse_jd(jd).title == market.parse_cv(cv).title for jd in sorted({r.jd for r in held_out})]
         assert mine == [d for d, same in enumerate(titles) if same]

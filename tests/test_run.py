@@ -1,7 +1,10 @@
 """Atomic files, generators, the learning rate schedule, the folder of a stage."""
 import csv
+import errno
+import fcntl
 import os
 import random
+import stat
 import time
 from types import SimpleNamespace
 
@@ -98,6 +101,84 @@ def test_the_old_file_is_whole_until_the_new_one_is(tmp_path, monkeypatch):
     save_tensors(path, {"a": torch.zeros(1)})
     assert [(content[:3], folder) for content, folder in seen] == [
         (b"old", False), (b"new", True), (b"new", False), (path.read_bytes()[:3], True)]
+
+
+def failing_fsync(monkeypatch, number, of_folders):
+    """Let fsync of folders, or of files, end in this error."""
+    fsync = os.fsync
+
+    def fail(f):
+        if stat.S_ISDIR(os.fstat(f).st_mode) == of_folders:
+            raise OSError(number, os.strerror(number))
+        fsync(f)
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+CANNOT_SYNC = ["EINVAL", "EBADF", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EISDIR", "EACCES"]
+
+
+@pytest.mark.parametrize("name", CANNOT_SYNC)
+def test_a_file_system_that_cannot_sync_a_folder_will_do(tmp_path, monkeypatch, name):
+    failing_fsync(monkeypatch, getattr(errno, name), True)
+    write_bytes(tmp_path / "a" / "file", b"new")
+    assert os.listdir(tmp_path / "a") == ["file"]
+
+
+@pytest.mark.parametrize("name, of_folders, remedy", [
+    ("EIO", True, "; choose another folder"), ("ENOSPC", True, "; free some space or choose another"),
+    ("EDQUOT", True, "; free some space or choose another"), ("EIO", False, "; choose another folder"),
+    ("EROFS", False, "; choose another folder"),
+    *((name, False, "; choose another folder") for name in CANNOT_SYNC)])
+def test_what_is_not_on_the_disk_is_refused(tmp_path, monkeypatch, name, of_folders, remedy):
+    """A fault when a folder is synced, and any error when a file is."""
+    failing_fsync(monkeypatch, getattr(errno, name), of_folders)
+    says = f"file: cannot be written ({os.strerror(getattr(errno, name))}){remedy}"
+    with pytest.raises(BadInput) as caught:
+        write_bytes(tmp_path / "file", b"new")
+    assert says in str(caught.value)
+
+
+def test_only_files_are_written_over(tmp_path):
+    """os.replace would put a file in the place of a device, or of what feeds another process."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "folder", "link"):
+        with pytest.raises(BadInput, match=f"{name}: is there, and is not a file; choose another"):
+            write_bytes(tmp_path / name, b"x")
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode) and (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe"]
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+    """So long that only the name of what is written beside it is too long."""
+    with pytest.raises(BadInput, match=r"cannot be written \(File name too long\); choose another"):
+        write_bytes(tmp_path / ("x" * 250), b"x")
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path, monkeypatch, number):
+    """Two processes at once would write over each other's files."""
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    before = len(os.listdir("/dev/fd"))
+    with pytest.raises(BadInput) as caught:
+        Stage(tmp_path / "run", "sft")
+    assert str(caught.value) == (
+        f"{tmp_path / 'run' / 'sft'}: cannot be locked, as on NFS and some other shared file systems "
+        f"({os.strerror(number)}); choose a folder on a disk of this machine")
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_folder_in_which_nothing_can_be_deleted_is_named_so(tmp_path, monkeypatch):
+    (tmp_path / ".file.1.tmp").write_text("half")
+
+    def unlink(self):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(type(tmp_path), "unlink", unlink)
+    with pytest.raises(BadInput, match=r"cannot be written to \(Read-only file system\); choose"):
+        run.lock(tmp_path)
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):

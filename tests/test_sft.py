@@ -1,5 +1,6 @@
 """Stage 1: its loss by hand, its accumulation, its warm-up, what a small model starts from."""
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import reward
 import sft
 from conftest import tiny
 from data import half, load_codec
-from run import Stage
+from run import Optimizer, Stage
 
 CPU = torch.device("cpu")
 
@@ -68,6 +69,72 @@ def test_sft_gradient_accumulation_equals_the_big_batch():
     assert logged[0] == pytest.approx(logged[1], rel=1e-5) and min(logged[0]) > 0
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_gradient_is_that_of_the_objective_by_hand(accumulate):
+    """One mean over the tokens of all JDs to write, a long and a short one, and `reading` times its mean over the two rows to
+    read; with `cv_loss` times the prompts' tokens. Each row alone, without pads."""
+    codec, lm = tiny()
+    reader = torch.nn.Linear(32, 1)
+    rows = [(codec.prompt("a cook"), codec.jd("a job for a cook with knife skills")), (codec.prompt("skills"), codec.jd("a")),
+            (codec.prompt("a cook with knife skills"), codec.jd("a job"))]
+    written = of_prompts = 0.0
+    for prompt, jd in rows[:2]:
+        logp = lm(torch.tensor([prompt + jd]))[0, :-1].log_softmax(-1)                       # [T - 1, V]
+        nll = -logp[torch.arange(len(logp)), (prompt + jd)[1:]]
+        written, of_prompts = written + nll[len(prompt) - 1:].sum(), of_prompts + nll[:len(prompt) - 1].sum()
+    states = torch.cat([lm.model(torch.tensor([p + jd]))[0, len(p):] for p, jd in (rows[0], rows[2])])
+    reading = reward.reading_loss(reader, states, [rows[0], rows[2]])
+    ((written + 0.2 * of_prompts) / sum(len(jd) for _, jd in rows[:2]) + 0.3 * reading).backward()
+    parameters = [*lm.parameters(), *reader.parameters()]
+    by_hand = [p.grad.clone() for p in parameters]
+    lm.zero_grad(), reader.zero_grad()
+
+    batch = [sft.Example(*row, write, read) for row, write, read in zip(rows, (True, True, False), (True, False, True))]
+    flags = sft.SFTFlags(reading=0.3, cv_loss=0.2, accumulate=accumulate)
+    loss, read = sft.sft_step(lm, reader, batch, flags, CPU)
+    for p, gradient in zip(parameters, by_hand):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-3)
+    assert read == pytest.approx(reading.item(), rel=1e-5)
+    assert loss == pytest.approx((written + 0.2 * of_prompts).item() / sum(len(jd) for _, jd in rows[:2]), rel=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [64, 1])
+def test_mean_nll_is_that_of_a_token_over_all_texts(at_once, monkeypatch):
+    """A JD of one word and one of many: a mean of the texts' means, or of the batches', would be another number."""
+    codec, lm = tiny()
+    monkeypatch.setattr(sft, "rows_that_fit", lambda most, numbers: at_once)
+    pairs = [("a cook", "a job for a cook with knife skills"), ("skills", "a")]
+    rows = [(codec.prompt(cv), codec.jd(jd)) for cv, jd in pairs]
+    tokens = [x for prompt, jd in rows for x in nll_by_hand(lm, prompt, jd)[len(prompt) - 1:]]
+    assert sft.mean_nll(lm, pairs, codec, CPU) == pytest.approx(sum(tokens) / len(tokens), rel=1e-5)
+
+
+def test_after_some_steps_the_jd_is_likelier_and_reading_is_better(stage):
+    codec, lm = tiny()
+    reader, pairs = torch.nn.Linear(32, 1), [("a cook with knife skills", "a job for a cook"), ("skills", "a job with knife")]
+    examples = [sft.Example(codec.prompt(cv), codec.jd(jd), True, True) for cv, jd in pairs]
+    flags = sft.SFTFlags(batch=2, lr=1e-2, matrix_lr=1e-3, warmup=0)
+    optimizer = Optimizer(torch.nn.ModuleList([lm, reader]), flags, 20)
+    before = sft.mean_nll(lm, pairs, codec, CPU)
+    for step in range(20):
+        sft.sft_steps(lm, reader, optimizer, examples, codec, step, 20, flags, 0, stage, CPU)
+    assert sft.mean_nll(lm, pairs, codec, CPU) < 0.5 * before
+    assert stage.rows[0]["loss"] == pytest.approx(before, rel=1e-4) and stage.rows[-1]["reading"] < stage.rows[0]["reading"]
+
+
+def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last_step(stage, monkeypatch):
+    codec, lm = tiny()
+    seen, examples = [], [sft.Example([2], [3 + k], True, False) for k in range(7)]
+    flags = sft.SFTFlags(batch=3)
+    monkeypatch.setattr(sft, "sft_step", lambda model, reader, batch, *rest: seen.append([e.jd[0] - 3 for e in batch]) or (0.0, 0.0))
+    optimizer, ends = Optimizer(lm, flags, 10), []
+    for first, last in ((0, 9), (3, 9), (6, 8)):
+        ends.append(sft.sft_steps(lm, None, optimizer, examples, codec, first, last, flags, 0, stage, CPU))
+    assert ends == [3, 6, 8] and len(seen) == 3 + 3 + 2
+    epochs = [sum(seen[:3], []), sum(seen[3:6], [])]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
+
+
 def test_a_new_model_has_zeros_for_unused_tokens_and_large_final_states():
     codec, _ = tiny()
     example = sft.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
@@ -87,14 +154,16 @@ def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_
 
     def steps(model, reader, optimizer, examples, codec, first, last, flags, seed, stage, device):
         seen.append((first, last, examples))
+        assert model.model.checkpointing and optimizer.flags is flags
         stage.log(loss=0.0)
         return last
     monkeypatch.setattr(sft, "sft_steps", steps)
-    flags = sft.SFTFlags(hidden=32, layers=1, batch=5, warm_steps=6, epochs=1)
+    flags = sft.SFTFlags(hidden=32, layers=1, batch=5, warm_steps=6, epochs=1.5, checkpointing=True)
     with Stage(tmp_path / "run", "sft") as stage:
         sft.train(stage, tmp_path, flags, 0, CPU)
-    (first, last, warm), (then, _, pairs) = seen
+    (first, last, warm), (then, end, pairs), _ = seen
     assert (first, last, then, len(warm)) == (0, 6, 6, 30)
+    assert end == 6 + round(1.5 * math.ceil(len(pairs) / 5))            # one epoch and a half
     codec = load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft").config)
     of_a = [r for r in records if half(r["cv"]) == "A"]
     decisions = {(tuple(codec.prompt(r["cv"])), tuple(codec.jd(r["jd"]))): r["accepted"] for r in of_a}

@@ -16,8 +16,8 @@ mean 0 stands for.
 
 Left out: reward whitening (found harmful: each rollout's own spread would set the scale of the score, and beta would mean
 something else every time), a separate critic, an entropy bonus, early stopping by KL within an iteration, advantages without
-a critic (RLOO, GRPO). Under bf16 autocast (CUDA) the logits are rounded to bf16, before the log-softmax in float32: there the
-first ratio is 1 only to that precision.
+a critic (RLOO, GRPO). Under bf16 autocast (CUDA) the logits are rounded to bf16, before the
+log-softmax in float32: there the first ratio is 1 only to that precision.
 
 Shapes: B episodes, R response tokens (padded), T prompt + response (padded), C hidden size, V vocabulary.
 """
@@ -76,8 +76,8 @@ def k1(logp, ref_logp):
 
 
 def k3(logp, ref_logp):
-    """exp(-k1) - 1 + k1: the same mean as k1, never negative, and less variance while pi is near pi_ref (Schulman 2020,
-    joschu.net/blog/kl-approx)."""
+    """exp(-k1) - 1 + k1: the same mean as k1, never negative, and less variance while pi is near
+    pi_ref (Schulman 2020, joschu.net/blog/kl-approx)."""
     d = k1(logp, ref_logp)
     return torch.exp(-d) - 1 + d
 
@@ -321,7 +321,8 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
             done, totals = 0, {}
 
         def safe(done, totals):
-            stage.safe(i, e._asdict() | old, beta=controller.beta, log=log, done=done, totals=totals)
+            tensors = e._asdict() | old
+            stage.safe(i, tensors, beta=controller.beta, log=log, done=done, totals=totals)
         safe(done, totals)
         try:
             log |= update(policy, optimizer, e, old, flags, draw, device, done, totals, safe)
@@ -339,8 +340,9 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
 
 
 def kl_is_negative(rows):
-    """Is the mean KL of the last five iterations more than 2 standard errors below 0? One rollout's KL may be negative by
-    chance. A KL that stays negative, however small, is impossible: log-probabilities or masks are wrong."""
+    """Is the mean KL of the last five iterations more than 2 standard errors below 0? The KL of one
+    rollout may be negative by chance. That it stays negative, however small, is not to be expected:
+    log-probabilities or masks are wrong."""
     last = rows[-5:]
     mean = sum(row["kl"] for row in last) / 5
     error = math.sqrt(sum(row["kl_error"] ** 2 for row in last)) / 5
@@ -356,7 +358,8 @@ def report(stage, i, flags, log, cvs, texts):
     if log["length"] == 1:
         stage.say("ppo: every JD of this rollout is empty: end-of-text came first")
     if log["kl_fault"]:
-        stage.say("ppo: FAULT: the mean KL of the last 5 iterations is negative; log-probabilities or masks disagree")
+        stage.say("ppo: FAULT: the mean KL of the last 5 iterations is negative; "
+                  "log-probabilities or masks disagree")
     if i % 20 == 0 or i + 1 == flags.iterations:
         stage.say(f"--- a sample\n{cvs[0]}\n->\n{texts[0]}\n---")
 

@@ -256,7 +256,8 @@ def test_prompts_that_do_not_fit_at_once_are_continued_in_parts(monkeypatch):
 def test_parts_are_sampled_with_the_same_settings(monkeypatch):
     model, asked, draw = tiny(), set(), torch.Generator()
     monkeypatch.setattr("model.rows_that_fit", lambda most, numbers: min(most, 2))
-    monkeypatch.setattr("model.sample", lambda logits, *settings: asked.add(settings) or logits.argmax(-1))
+    monkeypatch.setattr("model.sample",
+                        lambda logits, *settings: asked.add(settings) or logits.argmax(-1))
     generate(model, [[3], [4, 5], [6]], 4, 0.7, 0.8, draw)
     assert asked == {(0.7, 0.8, draw)}
 

@@ -60,7 +60,8 @@ def snapshot(module):
 
 def train(policy, reward_model, codec, stage, cvs=CVS, seed=0, true_match=None, **flags):
     """All of stage 3."""
-    return ppo.train(policy, reward_model, codec, cvs, PPOFlags(**flags), seed, stage, CPU, true_match)
+    flags = PPOFlags(**flags)
+    return ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, CPU, true_match)
 
 
 def sgd(policy, lr=0.0):
@@ -149,12 +150,13 @@ def test_10_rollout_samples_the_full_distribution(policy, reference, reward_mode
     assert 0.05 < outside < 0.3
 
 
-def test_10_rollout_asks_for_the_full_distribution_at_its_temperature(policy, reference, reward_model, prompts, codec,
-                                                                      monkeypatch):
-    asked = []
-    spy(monkeypatch, model, "sample", lambda token, logits, temperature, top_p, draw: asked.append((temperature, top_p)))
+def test_10_rollout_asks_for_the_full_distribution_at_its_temperature(
+        policy, reference, reward_model, prompts, codec, monkeypatch):
+    asked = set()
+    spy(monkeypatch, model, "sample",
+        lambda token, logits, temperature, top_p, draw: asked.add((temperature, top_p)))
     roll(policy, reference, reward_model, prompts, codec, temperature=0.7)
-    assert set(asked) == {(0.7, 1.0)}
+    assert asked == {(0.7, 1.0)}
 
 
 def test_11_temperature_divides_the_logits_of_rollout_reference_and_update(policy, reference, reward_model, prompts,
@@ -225,11 +227,15 @@ def test_14_a_cut_off_response_gets_the_penalty_instead_of_its_score(reward_mode
         equal(scores[b], reward_model(torch.tensor([row]), torch.tensor([len(row)]))[0])
 
 
-def test_14_the_penalty_is_the_one_that_the_flags_name(policy, reference, reward_model, prompts, codec):
+def test_14_the_penalty_is_the_one_that_the_flags_name(
+        policy, reference, reward_model, prompts, codec):
     _, _, responses, log = roll(policy, reference, reward_model, prompts, codec, cut_off_score=-7.0)
-    by_hand = [-7.0 if r[-1] != EOS else reward_model(torch.tensor([p + r]), torch.tensor([len(p + r)])).item()
-               for p, r in zip(prompts, responses)]
-    assert log["reward"] == pytest.approx(mean(by_hand), abs=1e-5) and 0 < by_hand.count(-7.0) < len(by_hand)
+
+    def score(row):
+        return reward_model(torch.tensor([row]), torch.tensor([len(row)])).item()
+    by_hand = [score(p + r) if r[-1] == EOS else -7.0 for p, r in zip(prompts, responses)]
+    assert log["reward"] == pytest.approx(mean(by_hand), abs=1e-5)
+    assert 0 < by_hand.count(-7.0) < len(by_hand)
 
 
 def test_15_reference_and_reward_model_are_bit_identical_before_and_after(policy, reward_model, codec, stage,
@@ -310,23 +316,25 @@ def test_19_kl_is_zero_at_the_first_step(policy, reward_model, codec, stage):
 
 
 @pytest.mark.parametrize("kls, faults", [
-    ([-0.15] * 7, [5, 6, 7]),                               # small and steady: each is within 2 errors, their mean is not
-    ([-1.0] * 4 + [5.0] + [-1.0] * 5, [10]),                # four bad ones, and a good one that outweighs them
-    ([-1.0] * 4 + [0.1], [5]),                              # and one that does not
+    ([-0.15] * 7, [5, 6, 7]),               # small and steady: each within 2 errors, their mean not
+    ([-1.0] * 4 + [5.0] + [-1.0] * 5, [10]),        # four bad ones, one good one that outweighs them
+    ([-1.0] * 4 + [0.1], [5]),                      # and one that does not
     ([0.1, -0.15, 0.05, -0.1, 0.08, -0.12, 0.02], []),      # noise around 0
-    ([-0.08] * 7, []),                                      # 1.8 standard errors of the mean of five below 0
-    ([-9.0] * 4, [])])                                      # fewer than five tell nothing yet
-def test_19_a_persistently_negative_kl_is_reported_as_a_fault(kls, faults, policy, reward_model, codec, stage, monkeypatch):
+    ([-0.08] * 7, []),                      # the mean of five is 1.8 of its standard errors below 0
+    ([-9.0] * 4, [])])                      # fewer than five tell nothing yet
+def test_19_a_persistently_negative_kl_is_reported_as_a_fault(
+        kls, faults, policy, reward_model, codec, stage, monkeypatch):
     """Each KL has a standard error of 0.1, so that the mean of five has 0.1 / sqrt(5) = 0.045."""
     made = iter(kls)
-    spy(monkeypatch, ppo, "rollout", lambda result, *args: result[3].update(kl=next(made), kl_error=0.1))
+    spy(monkeypatch, ppo, "rollout",
+        lambda result, *args: result[3].update(kl=next(made), kl_error=0.1))
     train(policy, reward_model, codec, stage, CVS[:2], iterations=len(kls), ppo_epochs=1)
     assert [row["iteration"] for row in stage.rows if row["kl_fault"]] == faults
     assert sum("FAULT" in line for line in stage.lines) == len(faults)
 
 
 def test_19_the_error_of_five_kls_is_that_of_their_mean():
-    """Five independent errors e give sqrt(e1^2 + ... + e5^2) / 5 for the mean; what was before them is forgotten."""
+    """Of five independent errors: sqrt(e1^2 + ... + e5^2) / 5. What was before them is forgotten."""
     errors = [0.1, 0.2, 0.3, 0.4, 0.5]
     limit = -2 * math.sqrt(sum(e ** 2 for e in errors)) / 5
     for kl, fault in ((1.01 * limit, True), (0.99 * limit, False)):
@@ -334,10 +342,11 @@ def test_19_the_error_of_five_kls_is_that_of_their_mean():
         assert ppo.kl_is_negative(rows) == fault
 
 
-def test_19_kl_error_is_the_standard_error_of_the_mean_of_the_texts(policy, reference, reward_model, prompts, codec):
-    e, old, _, log = roll(policy, reference, reward_model, prompts, codec)
-    difference = (old["logp"] - ppo.evaluate_reference(reference, e, 1.0)).tolist()
-    texts = [sum(x for x, real in zip(row, is_real) if real) for row, is_real in zip(difference, e.mask.tolist())]
+def test_19_kl_error_is_the_standard_error_of_the_mean_of_the_texts(
+        policy, reference, reward_model, prompts, codec):
+    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec)
+    difference = old["logp"] - ppo.evaluate_reference(reference, e, 1.0)
+    texts = [float(row[:len(response)].sum()) for row, response in zip(difference, responses)]
     variance = mean([(x - mean(texts)) ** 2 for x in texts])
     assert log["kl_error"] == pytest.approx(math.sqrt(variance / 12), rel=1e-4)
 
@@ -345,8 +354,8 @@ def test_19_kl_error_is_the_standard_error_of_the_mean_of_the_texts(policy, refe
 def double_sum(rewards, values, gamma, lam):
     """A_t = sum over l of (gamma lam)^l delta_{t+l}, for the real tokens of one text."""
     n, v = len(rewards), [*values, 0.0]                     # the value after the end is 0
-    return [sum((gamma * lam) ** l * (rewards[t + l] + gamma * v[t + l + 1] - v[t + l]) for l in range(n - t))
-            for t in range(n)]
+    delta = [rewards[t] + gamma * v[t + 1] - v[t] for t in range(n)]
+    return [sum((gamma * lam) ** l * delta[t + l] for l in range(n - t)) for t in range(n)]
 
 
 def test_20_gae_equals_brute_force_double_sum():
@@ -361,16 +370,18 @@ def test_20_gae_equals_brute_force_double_sum():
 
 
 def test_20_the_rollout_discounts_as_the_flags_say(policy, reference, reward_model, prompts, codec):
-    """Each text by hand, at gamma and lambda that differ from each other and from their defaults."""
+    """Each text by hand; gamma and lambda differ from each other and from their defaults."""
     random_values(policy)
-    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec, beta=0.3, gamma=0.9, lam=0.5)
+    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec, beta=0.3,
+                                gamma=0.9, lam=0.5)
     scores, _ = ppo.score_responses(reward_model, prompts, responses, EOS, -3.0)
     kl = old["logp"] - ppo.evaluate_reference(reference, e, 1.0)
     for b, n in enumerate(map(len, responses)):
         rewards = [-0.3 * x for x in kl[b, :n].tolist()]
         rewards[-1] += float(scores[b])
-        advantages = (old["returns"] - old["values"])[b, :n]
-        assert advantages.tolist() == pytest.approx(double_sum(rewards, old["values"][b, :n].tolist(), 0.9, 0.5), abs=1e-4)
+        advantages = (old["returns"] - old["values"])[b, :n].tolist()
+        brute = double_sum(rewards, old["values"][b, :n].tolist(), 0.9, 0.5)
+        assert advantages == pytest.approx(brute, abs=1e-4)
 
 
 def test_20_gamma_is_1_and_lambda_0_95():
@@ -505,7 +516,7 @@ def test_28_adam_eps_is_1e_5_and_the_learning_rate_falls_linearly_to_0(policy, r
         optimizer.param_groups[0]["lr"]))
     flags = PPOFlags(iterations=4, episodes=4, lr=1e-3)
     optimizer = ppo.train(policy, reward_model, codec, CVS, flags, 0, stage, CPU)
-    assert type(optimizer) is torch.optim.Adam              # AdamW, which is one too, would pull the weights toward 0
+    assert type(optimizer) is torch.optim.Adam      # AdamW, a subclass, pulls the weights toward 0
     assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
     assert [group["eps"] for group in optimizer.param_groups] == [1e-5]
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in policy.parameters()}
@@ -534,28 +545,31 @@ def test_29_every_epoch_is_a_fresh_permutation_with_each_episode_once(policy, re
 
 
 def test_29_every_iteration_draws_anew(policy, reward_model, codec, stage, monkeypatch):
-    """At rate 0 the policy stays as it is: only the draws can make one iteration differ from another. Six equal prompts
-    show the draws of tokens apart from those of CVs."""
+    """At rate 0 the policy stays as it is: only the draws can make iterations differ. Six equal
+    prompts show the draws of tokens apart from those of CVs."""
     asked, written, orders = [], [], []
-    spy(monkeypatch, ppo, "generate", lambda responses, lm, prompts, *rest: (asked.append(prompts), written.append(responses)))
-    spy(monkeypatch, ppo, "minibatches", lambda batches, *rest: orders.append(torch.cat(batches).tolist()))
+    spy(monkeypatch, ppo, "generate",
+        lambda responses, lm, prompts, *rest: (asked.append(prompts), written.append(responses)))
+    spy(monkeypatch, ppo, "minibatches",
+        lambda batches, *rest: orders.append(torch.cat(batches).tolist()))
     train(policy, reward_model, codec, stage, iterations=3, episodes=6, ppo_epochs=1, lr=0.0)
     train(policy, reward_model, codec, stage, CVS[:1] * 6, iterations=3, ppo_epochs=1, lr=0.0)
 
     def different(xs):
         return len({str(x) for x in xs})
     assert [len(prompts) for prompts in asked] == [6] * 6 and different(asked[3:]) == 1
-    assert different(sorted(prompts) for prompts in asked[:3]) == 3                     # other CVs
-    assert different(written[3:]) == 3                                                  # other JDs for the same CVs
-    assert different(orders[:3]) == 3                                                   # another permutation
-    assert all(different(prompts) == 6 for prompts in asked[:3])                        # no CV twice in an iteration
+    assert different(sorted(prompts) for prompts in asked[:3]) == 3         # other CVs
+    assert all(different(prompts) == 6 for prompts in asked[:3])            # no CV twice at once
+    assert different(written[3:]) == 3                      # other JDs for the same CVs
+    assert different(orders[:3]) == 3                       # another permutation
 
 
-def test_29_another_seed_is_another_run_and_the_same_seed_the_same(policy, reward_model, codec, stage, monkeypatch):
+def test_29_another_seed_is_another_run_and_the_same_seed_the_same(
+        policy, reward_model, codec, stage, monkeypatch):
     written = []
     spy(monkeypatch, ppo, "generate", lambda responses, *rest: written.append(responses))
     for seed in (0, 0, 1):
-        train(policy, reward_model, codec, stage, CVS[:1] * 6, seed, iterations=1, ppo_epochs=1, lr=0.0)
+        train(policy, reward_model, codec, stage, CVS[:1] * 6, seed, iterations=1, lr=0.0)
     assert written[0] == written[1] != written[2]
 
 
@@ -577,45 +591,54 @@ def test_30_gradient_accumulation_equals_the_big_batch(policy, reference, reward
         equal(step_taken(policy, e, drift(old), accumulate=pieces, max_grad_norm=math.inf), whole, 1e-5)
 
 
-def test_30_a_step_is_the_gradient_of_the_mean_over_its_real_tokens(policy, reference, reward_model, prompts, codec):
-    """By another way: each text alone, without pads, its loss written out, and one mean over the tokens of all."""
+def test_30_a_step_is_the_gradient_of_the_mean_over_its_real_tokens(
+        policy, reference, reward_model, prompts, codec):
+    """Each text alone, without pads, its loss written out; then one mean over the tokens of all."""
     random_values(policy)
     e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec)
     old, terms = drift(old), []
     for b, response in enumerate(responses):
-        states = policy.lm.model(torch.tensor([prompts[b] + response]))[0, len(prompts[b]) - 1:-1]      # [R, C]
-        logp = policy.lm.lm_head(states).log_softmax(-1)[torch.arange(len(response)), response]         # [R]
-        V = states @ policy.value_head.weight[0] + policy.value_head.bias                               # [R]
-        A, logp_old, V_old, R = (old[k][b, :len(response)] for k in ("advantages", "logp", "values", "returns"))
-        r, near = (logp - logp_old).exp(), torch.minimum(torch.maximum(V, V_old - 0.4), V_old + 0.4)
-        terms.append(torch.max(-A * r, -A * r.clamp(0.9, 1.1)) + 0.7 * 0.5 * torch.max((V - R) ** 2, (near - R) ** 2))
+        n, states = len(response), policy.lm.model(torch.tensor([prompts[b] + response]))[0]
+        states = states[len(prompts[b]) - 1:-1]                                             # [R, C]
+        logp = policy.lm.lm_head(states).log_softmax(-1)[torch.arange(n), response]          # [R]
+        V = states @ policy.value_head.weight[0] + policy.value_head.bias                    # [R]
+        A, V_old, R = (old[name][b, :n] for name in ("advantages", "values", "returns"))
+        r = (logp - old["logp"][b, :n]).exp()
+        near = torch.minimum(torch.maximum(V, V_old - 0.4), V_old + 0.4)
+        terms += [torch.max(-A * r, -A * r.clamp(0.9, 1.1))
+                  + 0.7 * 0.5 * torch.max((V - R) ** 2, (near - R) ** 2)]
     torch.cat(terms).mean().backward()
     by_hand = -torch.cat([p.grad.flatten() for p in policy.parameters()])
     policy.zero_grad()
     for pieces in (1, 5):
-        step = step_taken(policy, e, old, accumulate=pieces, clip=0.1, value_clip=0.4, value_coef=0.7, max_grad_norm=math.inf)
+        step = step_taken(policy, e, old, accumulate=pieces, clip=0.1, value_clip=0.4,
+                          value_coef=0.7, max_grad_norm=math.inf)
         equal(step, by_hand, 1e-4)
 
 
-def test_30_each_step_counts_its_own_real_tokens(policy, reference, reward_model, prompts, codec, monkeypatch):
-    """Minibatches of 5 episodes, each in two pieces; the last one has 2. Every piece is divided by its minibatch's tokens."""
+def test_30_each_step_counts_its_own_real_tokens(policy, reference, reward_model, prompts, codec,
+                                                 monkeypatch):
+    """Minibatches of 5 episodes, each in two pieces; the last has 2. Each piece is divided by the
+    tokens of its minibatch."""
     e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
-    pieces = []                                             # (episodes, real tokens, tokens of the step as it is told)
-    spy(monkeypatch, ppo, "minibatch_loss", lambda result, policy, e, old, flags, in_step: pieces.append(
-        (len(e.ids), int(e.mask.sum()), in_step)))
-    ppo.update(policy, sgd(policy), e, old, PPOFlags(minibatch=5, accumulate=2, ppo_epochs=1), generator(0), CPU)
+    pieces = []                             # (episodes, real tokens, what it is divided by)
+    spy(monkeypatch, ppo, "minibatch_loss", lambda result, policy, e, old, flags, in_step:
+        pieces.append((len(e.ids), int(e.mask.sum()), in_step)))
+    flags = PPOFlags(minibatch=5, accumulate=2, ppo_epochs=1)
+    ppo.update(policy, sgd(policy), e, old, flags, generator(0), CPU)
     assert [n for n, _, _ in pieces] == [3, 2, 3, 2, 1, 1]
     for first, second in zip(pieces[::2], pieces[1::2]):
         assert first[2] == second[2] == first[1] + second[1]
     assert sum(tokens for _, tokens, _ in pieces) == int(e.mask.sum())
 
 
-def test_30_no_gradient_is_left_from_the_step_before(policy, reference, reward_model, prompts, codec, monkeypatch):
+def test_30_no_gradient_is_left_from_the_step_before(
+        policy, reference, reward_model, prompts, codec, monkeypatch):
     """At rate 0, with the whole rollout in one minibatch, every epoch has the same gradient."""
     e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
-    norms = []
+    norms, flags = [], PPOFlags(ppo_epochs=3, max_grad_norm=0.1)
     spy(monkeypatch, nn.utils, "clip_grad_norm_", lambda norm, *args: norms.append(float(norm)))
-    ppo.update(policy, sgd(policy), e, drift(old), PPOFlags(ppo_epochs=3, max_grad_norm=0.1), generator(0), CPU)
+    ppo.update(policy, sgd(policy), e, drift(old), flags, generator(0), CPU)
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4) and norms[0] > 0.1
 
 
@@ -635,19 +658,22 @@ def test_31_beta_is_fixed_without_a_target():
     assert c.beta == 0.1
 
 
-@pytest.mark.parametrize("target, betas", [(0.0, [0.07, 0.07, 0.07]), (1e6, [0.07, 0.07 * 0.92, 0.07 * 0.92 ** 2])])
+@pytest.mark.parametrize("target, betas", [
+    (0.0, [0.07, 0.07, 0.07]), (1e6, [0.07, 0.07 * 0.92, 0.07 * 0.92 ** 2])])
 def test_31_training_uses_the_controller(target, betas, policy, reward_model, codec, stage):
     """A KL far below its target: the error is -0.2, and 4 episodes are 0.4 of the horizon."""
-    flags = PPOFlags(iterations=3, episodes=4, ppo_epochs=1, kl_coef=0.07, kl_target=target, kl_horizon=10)
-    ppo.train(policy, reward_model, codec, CVS, flags, 0, stage, CPU)
+    train(policy, reward_model, codec, stage, iterations=3, episodes=4, ppo_epochs=1, kl_coef=0.07,
+          kl_target=target, kl_horizon=10)
     assert [row["beta"] for row in stage.rows] == pytest.approx(betas)
 
 
-def test_31_the_controller_is_told_the_kl_of_a_text_and_the_number_of_texts(policy, reward_model, codec, stage, monkeypatch):
-    """KL 2.2 at a target of 2: the error is 0.1. The KL of a token, or of the update, would be far below the target. There are
-    12 CVs, fewer than the 256 episodes that the flags ask for."""
+def test_31_the_controller_is_told_the_kl_of_a_text_and_the_number_of_texts(
+        policy, reward_model, codec, stage, monkeypatch):
+    """KL 2.2 at a target of 2: the error is 0.1. The KL of a token, or of the update, would be far
+    below the target. There are 12 CVs, fewer than the 256 episodes that the flags ask for."""
     spy(monkeypatch, ppo, "rollout", lambda result, *args: result[3].update(kl=2.2))
-    train(policy, reward_model, codec, stage, iterations=2, ppo_epochs=1, kl_coef=0.07, kl_target=2.0, kl_horizon=100)
+    train(policy, reward_model, codec, stage, iterations=2, ppo_epochs=1, kl_coef=0.07,
+          kl_target=2.0, kl_horizon=100)
     assert [row["beta"] for row in stage.rows] == pytest.approx([0.07, 0.07 * (1 + 0.1 * 12 / 100)])
 
 
@@ -690,7 +716,7 @@ def test_33_means_of_the_update_are_those_of_the_real_tokens(policy, reference, 
     random_values(policy)
     e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec)
     old = drift(old)
-    old["logp"] -= 0.2                                      # the ratio's mean is not 1: its variance must be around the mean
+    old["logp"] -= 0.2                      # the ratio's mean is not 1
     flags = PPOFlags(minibatch=5, accumulate=2, ppo_epochs=2, clip=0.1, value_clip=0.4)
     means = ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), e, old, flags, generator(0), CPU)
 
@@ -710,7 +736,8 @@ def test_33_means_of_the_update_are_those_of_the_real_tokens(policy, reference, 
     assert means["clip_frac"] == pytest.approx(mean([abs(r - 1) > 0.1 for r in ratio]))
     assert means["entropy"] == pytest.approx(mean(entropy), rel=1e-3)
     assert means["ratio_mean"] == pytest.approx(mean(ratio), rel=1e-3)
-    assert means["ratio_var"] == pytest.approx(mean([(r - mean(ratio)) ** 2 for r in ratio]), rel=1e-3)
+    assert means["ratio_var"] == pytest.approx(
+        mean([(r - mean(ratio)) ** 2 for r in ratio]), rel=1e-3)
     assert abs(mean(ratio) - 1) > 0.1
     assert means["value_clip_frac"] == pytest.approx(mean([m > 0.4 for m in moved]))
     assert means["policy_loss"] == pytest.approx(
@@ -758,17 +785,18 @@ def test_33_every_iteration_logs_all_of_it(policy, reward_model, codec, stage):
     assert sum(line.startswith("ppo ") for line in stage.lines) == 2    # one line for each iteration
 
 
-def test_33_the_true_match_is_that_of_each_cv_and_its_own_jd(policy, reward_model, codec, stage, monkeypatch):
+def test_33_the_true_match_is_that_of_each_cv_and_its_own_jd(policy, reward_model, codec, stage,
+                                                             monkeypatch):
     asked, written, cv_of = [], [], {str(codec.prompt(cv)): cv for cv in CVS}
-    spy(monkeypatch, ppo, "rollout", lambda result, policy, reference, reward_model, prompts, *rest: written.extend(
-        (cv_of[str(p)], codec.text(r)) for p, r in zip(prompts, result[2])))
+    spy(monkeypatch, ppo, "generate", lambda responses, lm, prompts, *rest: written.extend(
+        (cv_of[str(p)], codec.text(r)) for p, r in zip(prompts, responses)))
     train(policy, reward_model, codec, stage, iterations=2, episodes=5, ppo_epochs=1,
           true_match=lambda cv, jd: asked.append((cv, jd)) or len(asked))
     assert asked == written and len(set(asked)) > 5
-    assert [row["true_match"] for row in stage.rows] == [(1 + 2 + 3 + 4 + 5) / 5, (6 + 7 + 8 + 9 + 10) / 5]
+    assert [row["true_match"] for row in stage.rows] == [mean(range(1, 6)), mean(range(6, 11))]
 
 
-# ------------------------------------------------------------------------------------- the direction of learning
+# --------------------------------------------------------------------- the direction of learning
 def scores_of(monkeypatch, score):
     """Let this function, of a text's tokens, stand for the reward model."""
     monkeypatch.setattr(ppo, "score_rows", lambda reward_model, rows: [score(row) for row in rows])
@@ -781,12 +809,14 @@ def log_probs_of_texts(policy, e):
 
 def test_25_a_text_that_scored_above_the_others_becomes_likelier_and_one_below_less_likely(
         policy, reward_model, prompts, codec, monkeypatch):
-    """Through rollout and update: a sign that is turned anywhere between score and step turns this round."""
-    same = prompts[:1] * 24                                 # one CV: what one JD gains another has to lose
+    """Through rollout and update: a sign turned anywhere from score to step turns this round."""
+    same = prompts[:1] * 24                 # one CV: what one JD gains, others lose
     responses = generate(policy.lm, same, codec.max_jd, generator=generator(0))
     best, worst = [r for r in responses if r[-1] == EOS and responses.count(r) == 1][:2]
-    scores_of(monkeypatch, lambda row: {str(same[0] + best): 1.0, str(same[0] + worst): -1.0}.get(str(row), 0.0))
-    e, old, responses, _ = roll(policy, policy.lm, reward_model, same, codec, beta=0.0, cut_off_score=0.0)
+    paid = {str(same[0] + best): 1.0, str(same[0] + worst): -1.0}
+    scores_of(monkeypatch, lambda row: paid.get(str(row), 0.0))
+    e, old, responses, _ = roll(policy, policy.lm, reward_model, same, codec, beta=0.0,
+                                cut_off_score=0.0)
     before = log_probs_of_texts(policy, e)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
     ppo.update(policy, optimizer, e, old, PPOFlags(ppo_epochs=4), generator(0), CPU)
@@ -795,26 +825,29 @@ def test_25_a_text_that_scored_above_the_others_becomes_likelier_and_one_below_l
     assert change[responses.index(best)] == change.max()
 
 
-def test_25_training_makes_what_is_paid_for_more_frequent(policy, reward_model, codec, stage, monkeypatch):
-    """Paid for each word "night" (token 8), the policy writes more of them; for each one less, fewer."""
+def test_25_training_makes_what_is_paid_for_more_frequent(policy, reward_model, codec, stage,
+                                                          monkeypatch):
+    """Paid for each word "night" (token 8), the policy writes more of them; fined, fewer."""
     start, nights = copy.deepcopy(policy), []
     for sign in (1, -1):
         scores_of(monkeypatch, lambda row: sign * row.count(8))
-        train(copy.deepcopy(start), reward_model, codec, stage, CVS * 4, iterations=6, minibatch=16, lr=3e-3, cut_off_score=0.0)
+        train(copy.deepcopy(start), reward_model, codec, stage, CVS * 4, iterations=6, minibatch=16,
+              lr=3e-3, cut_off_score=0.0)
         first, last = (sign * stage.rows[i]["reward"] for i in (-6, -1))
         nights.append(last - first)
     assert nights[0] > 0.2 and nights[1] < 0
 
 
 def exact_kl(policy, reference, e):
-    """KL(pi || pi_ref) of the next token, summed over the vocabulary, at the real tokens of these texts."""
+    """KL(pi || pi_ref) of the next token, summed over the vocabulary; its mean over these texts."""
     with torch.no_grad():
-        p, q = (lm.lm_head(ppo.response_states(lm.model, e)).log_softmax(-1) for lm in (policy.lm, reference))
+        p, q = (lm.lm_head(ppo.response_states(lm.model, e)).log_softmax(-1)
+                for lm in (policy.lm, reference))
     return ppo.masked_mean((p.exp() * (p - q)).sum(-1), e.mask).item()
 
 
-def test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference(policy, reference, reward_model, prompts, codec,
-                                                                  monkeypatch):
+def test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference(
+        policy, reference, reward_model, prompts, codec, monkeypatch):
     scores_of(monkeypatch, lambda row: 0.5 * row.count(8))
     flags, kls, start = PPOFlags(minibatch=16, cut_off_score=0.0), [], copy.deepcopy(policy)
     e, *_ = roll(policy, reference, reward_model, prompts, codec)
@@ -822,19 +855,22 @@ def test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference(policy, refer
         policy = copy.deepcopy(start)
         optimizer = torch.optim.Adam(policy.parameters(), lr=5e-4)
         for i in range(4):
-            written, old, *_ = ppo.rollout(policy, reference, reward_model, prompts * 4, codec, flags, beta, generator(i), CPU)
+            written, old, *_ = ppo.rollout(policy, reference, reward_model, prompts * 4, codec,
+                                           flags, beta, generator(i), CPU)
             ppo.update(policy, optimizer, written, old, flags, generator(i), CPU)
         kls.append(exact_kl(policy, reference, e))
     assert kls[1] < 0.9 * min(kls[0], exact_kl(start, reference, e))
 
 
-def test_26_the_value_head_moves_toward_the_returns(policy, reference, reward_model, prompts, codec):
+def test_26_the_value_head_moves_toward_the_returns(
+        policy, reference, reward_model, prompts, codec):
     e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
 
     def error():
         with torch.no_grad():
-            return ppo.masked_mean((ppo.evaluate_policy(policy, e, 1.0)[2] - old["returns"]) ** 2, e.mask).item()
-    before = error()
+            values = ppo.evaluate_policy(policy, e, 1.0)[2]
+            return ((values - old["returns"])[e.mask] ** 2).mean().item()
+    before, flags = error(), PPOFlags(ppo_epochs=10, value_clip=10.0)
     optimizer = torch.optim.Adam(policy.value_head.parameters(), lr=0.05)
-    ppo.update(policy, optimizer, e, old, PPOFlags(ppo_epochs=10, value_clip=10.0), generator(0), CPU)
+    ppo.update(policy, optimizer, e, old, flags, generator(0), CPU)
     assert error() < 0.8 * before

@@ -71,36 +71,38 @@ def test_sft_gradient_accumulation_equals_the_big_batch():
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_gradient_is_that_of_the_objective_by_hand(accumulate):
-    """One mean over the tokens of all JDs to write, a long and a short one, and `reading` times its mean over the two rows to
-    read; with `cv_loss` times the prompts' tokens. Each row alone, without pads."""
+    """A mean over the tokens of all JDs to write, a long and a short one, with `cv_loss` times
+    those of their prompts; and `reading` times its mean over two rows to read. Each row alone."""
     codec, lm = tiny()
     reader = torch.nn.Linear(32, 1)
-    rows = [(codec.prompt("a cook"), codec.jd("a job for a cook with knife skills")), (codec.prompt("skills"), codec.jd("a")),
-            (codec.prompt("a cook with knife skills"), codec.jd("a job"))]
-    written = of_prompts = 0.0
+    texts = [("a cook", "a job for a cook with knife skills"), ("skills", "a"),
+             ("a cook with knife skills", "a job")]
+    rows, written = [(codec.prompt(cv), codec.jd(jd)) for cv, jd in texts], 0.0
     for prompt, jd in rows[:2]:
-        logp = lm(torch.tensor([prompt + jd]))[0, :-1].log_softmax(-1)                       # [T - 1, V]
-        nll = -logp[torch.arange(len(logp)), (prompt + jd)[1:]]
-        written, of_prompts = written + nll[len(prompt) - 1:].sum(), of_prompts + nll[:len(prompt) - 1].sum()
-    states = torch.cat([lm.model(torch.tensor([p + jd]))[0, len(p):] for p, jd in (rows[0], rows[2])])
-    reading = reward.reading_loss(reader, states, [rows[0], rows[2]])
-    ((written + 0.2 * of_prompts) / sum(len(jd) for _, jd in rows[:2]) + 0.3 * reading).backward()
+        logp = lm(torch.tensor([prompt + jd]))[0, :-1].log_softmax(-1)                  # [T-1, V]
+        nll, start = -logp[torch.arange(len(logp)), (prompt + jd)[1:]], len(prompt) - 1     # [T-1]
+        written = written + nll[start:].sum() + 0.2 * nll[:start].sum()
+    written = written / sum(len(jd) for _, jd in rows[:2])
+    to_read = [rows[0], rows[2]]
+    states = torch.cat([lm.model(torch.tensor([p + jd]))[0, len(p):] for p, jd in to_read])
+    reading = reward.reading_loss(reader, states, to_read)
+    (written + 0.3 * reading).backward()
     parameters = [*lm.parameters(), *reader.parameters()]
     by_hand = [p.grad.clone() for p in parameters]
     lm.zero_grad(), reader.zero_grad()
 
-    batch = [sft.Example(*row, write, read) for row, write, read in zip(rows, (True, True, False), (True, False, True))]
+    batch = [sft.Example(*rows[0], True, True), sft.Example(*rows[1], True, False),
+             sft.Example(*rows[2], False, True)]
     flags = sft.SFTFlags(reading=0.3, cv_loss=0.2, accumulate=accumulate)
     loss, read = sft.sft_step(lm, reader, batch, flags, CPU)
     for p, gradient in zip(parameters, by_hand):
         torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-3)
-    assert read == pytest.approx(reading.item(), rel=1e-5)
-    assert loss == pytest.approx((written + 0.2 * of_prompts).item() / sum(len(jd) for _, jd in rows[:2]), rel=1e-5)
+    assert (loss, read) == pytest.approx((written.item(), reading.item()), rel=1e-5)
 
 
 @pytest.mark.parametrize("at_once", [64, 1])
 def test_mean_nll_is_that_of_a_token_over_all_texts(at_once, monkeypatch):
-    """A JD of one word and one of many: a mean of the texts' means, or of the batches', would be another number."""
+    """A JD of one word and one of many: the mean of the texts' means, or the batches', differs."""
     codec, lm = tiny()
     monkeypatch.setattr(sft, "rows_that_fit", lambda most, numbers: at_once)
     pairs = [("a cook", "a job for a cook with knife skills"), ("skills", "a")]
@@ -111,7 +113,8 @@ def test_mean_nll_is_that_of_a_token_over_all_texts(at_once, monkeypatch):
 
 def test_after_some_steps_the_jd_is_likelier_and_reading_is_better(stage):
     codec, lm = tiny()
-    reader, pairs = torch.nn.Linear(32, 1), [("a cook with knife skills", "a job for a cook"), ("skills", "a job with knife")]
+    reader = torch.nn.Linear(32, 1)
+    pairs = [("a cook with knife skills", "a job for a cook"), ("skills", "a job with knife")]
     examples = [sft.Example(codec.prompt(cv), codec.jd(jd), True, True) for cv, jd in pairs]
     flags = sft.SFTFlags(batch=2, lr=1e-2, matrix_lr=1e-3, warmup=0)
     optimizer = Optimizer(torch.nn.ModuleList([lm, reader]), flags, 20)
@@ -119,17 +122,23 @@ def test_after_some_steps_the_jd_is_likelier_and_reading_is_better(stage):
     for step in range(20):
         sft.sft_steps(lm, reader, optimizer, examples, codec, step, 20, flags, 0, stage, CPU)
     assert sft.mean_nll(lm, pairs, codec, CPU) < 0.5 * before
-    assert stage.rows[0]["loss"] == pytest.approx(before, rel=1e-4) and stage.rows[-1]["reading"] < stage.rows[0]["reading"]
+    assert stage.rows[0]["loss"] == pytest.approx(before, rel=1e-4)
+    assert stage.rows[-1]["reading"] < stage.rows[0]["reading"]
 
 
-def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last_step(stage, monkeypatch):
+def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last_step(
+        stage, monkeypatch):
     codec, lm = tiny()
-    seen, examples = [], [sft.Example([2], [3 + k], True, False) for k in range(7)]
+    seen, examples = [], [sft.Example([2], [k], True, False) for k in range(7)]
+
+    def step(model, reader, batch, *rest):
+        seen.append([e.jd[0] for e in batch])
+        return 0.0, 0.0
+    monkeypatch.setattr(sft, "sft_step", step)
     flags = sft.SFTFlags(batch=3)
-    monkeypatch.setattr(sft, "sft_step", lambda model, reader, batch, *rest: seen.append([e.jd[0] - 3 for e in batch]) or (0.0, 0.0))
-    optimizer, ends = Optimizer(lm, flags, 10), []
-    for first, last in ((0, 9), (3, 9), (6, 8)):
-        ends.append(sft.sft_steps(lm, None, optimizer, examples, codec, first, last, flags, 0, stage, CPU))
+    optimizer = Optimizer(lm, flags, 10)
+    ends = [sft.sft_steps(lm, None, optimizer, examples, codec, first, last, flags, 0, stage, CPU)
+            for first, last in ((0, 9), (3, 9), (6, 8))]
     assert ends == [3, 6, 8] and len(seen) == 3 + 3 + 2
     epochs = [sum(seen[:3], []), sum(seen[3:6], [])]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 
 import model
+import mutants
 import ppo
 from conftest import CVS
 from data import pad_right
@@ -317,7 +318,7 @@ def test_19_kl_is_zero_at_the_first_step(policy, reward_model, codec, stage):
 
 @pytest.mark.parametrize("kls, faults", [
     ([-0.15] * 7, [5, 6, 7]),               # small and steady: each within 2 errors, their mean not
-    ([-1.0] * 4 + [5.0] + [-1.0] * 5, [10]),        # four bad ones, one good one that outweighs them
+    ([-1.0] * 4 + [5.0] + [-1.0] * 5, [10]),        # four bad, one good that outweighs them
     ([-1.0] * 4 + [0.1], [5]),                      # and one that does not
     ([0.1, -0.15, 0.05, -0.1, 0.08, -0.12, 0.02], []),      # noise around 0
     ([-0.08] * 7, []),                      # the mean of five is 1.8 of its standard errors below 0
@@ -334,7 +335,7 @@ def test_19_a_persistently_negative_kl_is_reported_as_a_fault(
 
 
 def test_19_the_error_of_five_kls_is_that_of_their_mean():
-    """Of five independent errors: sqrt(e1^2 + ... + e5^2) / 5. What was before them is forgotten."""
+    """Five independent errors: sqrt(e1^2 + ... + e5^2) / 5. What was before is forgotten."""
     errors = [0.1, 0.2, 0.3, 0.4, 0.5]
     limit = -2 * math.sqrt(sum(e ** 2 for e in errors)) / 5
     for kl, fault in ((1.01 * limit, True), (0.99 * limit, False)):
@@ -544,6 +545,13 @@ def test_29_every_epoch_is_a_fresh_permutation_with_each_episode_once(policy, re
     assert len({tuple(epoch) for epoch in epochs} | {tuple(range(12))}) == 4
 
 
+def test_checkpointing_is_on_where_the_flags_ask_for_it(policy, reward_model, codec, stage):
+    """That it changes no gradient is shown in test_weights.py."""
+    for asked in (True, False):
+        train(policy, reward_model, codec, stage, CVS[:2], iterations=1, checkpointing=asked)
+        assert policy.lm.model.checkpointing == asked
+
+
 def test_29_every_iteration_draws_anew(policy, reward_model, codec, stage, monkeypatch):
     """At rate 0 the policy stays as it is: only the draws can make iterations differ. Six equal
     prompts show the draws of tokens apart from those of CVs."""
@@ -566,11 +574,14 @@ def test_29_every_iteration_draws_anew(policy, reward_model, codec, stage, monke
 
 def test_29_another_seed_is_another_run_and_the_same_seed_the_same(
         policy, reward_model, codec, stage, monkeypatch):
-    written = []
-    spy(monkeypatch, ppo, "generate", lambda responses, *rest: written.append(responses))
-    for seed in (0, 0, 1):
-        train(policy, reward_model, codec, stage, CVS[:1] * 6, seed, iterations=1, lr=0.0)
-    assert written[0] == written[1] != written[2]
+    asked, written = [], []
+    spy(monkeypatch, ppo, "generate",
+        lambda responses, lm, prompts, *rest: (asked.append(prompts), written.append(responses)))
+    for cvs in (CVS, CVS[:1] * 6):          # other CVs; other JDs for the same CVs
+        for seed in (0, 0, 1):
+            train(policy, reward_model, codec, stage, cvs, seed, iterations=1, episodes=6, lr=0.0)
+    assert asked[0] == asked[1] != asked[2]
+    assert written[3] == written[4] != written[5]
 
 
 def step_taken(policy, e, old, **flags):
@@ -807,7 +818,7 @@ def log_probs_of_texts(policy, e):
         return (ppo.evaluate_policy(policy, e, 1.0)[0] * e.mask).sum(1)                      # [B]
 
 
-def test_25_a_text_that_scored_above_the_others_becomes_likelier_and_one_below_less_likely(
+def test_25_the_best_text_becomes_likelier_and_the_worst_less_likely(
         policy, reward_model, prompts, codec, monkeypatch):
     """Through rollout and update: a sign turned anywhere from score to step turns this round."""
     same = prompts[:1] * 24                 # one CV: what one JD gains, others lose
@@ -874,3 +885,11 @@ def test_26_the_value_head_moves_toward_the_returns(
     optimizer = torch.optim.Adam(policy.value_head.parameters(), lr=0.05)
     ppo.update(policy, optimizer, e, old, flags, generator(0), CPU)
     assert error() < 0.8 * before
+
+
+# ------------------------------------------------------------------------- the tests of these tests
+def test_the_list_of_mutants_fits_the_project():
+    """`python tests/mutants.py` breaks one line at a time; does the test fail that it names?"""
+    assert list(mutants.stale()) == []
+    broken = {statement for of_a_test in mutants.MUTANTS.values() for statement, *_ in of_a_test}
+    assert broken == set(range(1, 34))

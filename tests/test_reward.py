@@ -314,6 +314,7 @@ def test_matrices_of_layers_have_their_own_rate_and_all_rates_follow_the_schedul
 
     def parameters(part):
         return {id(p) for p in part[0].param_groups[0]["params"]}
+    assert all(part.param_groups[0]["weight_decay"] == 0 for part, _ in optimizer.parts)
     matrices, rest = map(parameters, optimizer.parts)
     assert matrices == {id(p) for n, p in both.named_parameters() if n.endswith("proj.weight")}
     assert matrices | rest == {id(p) for p in both.parameters()} and not matrices & rest

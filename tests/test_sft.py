@@ -9,8 +9,9 @@ import girl
 import reward
 import sft
 from conftest import tiny
-from data import half, load_codec
+from data import Record, half, load_codec, save_tokenizer
 from run import Optimizer, Stage
+from weights import load_pretrained, save_model
 
 CPU = torch.device("cpu")
 
@@ -183,6 +184,31 @@ def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_
     assert all(e.read and not e.write and tuple(e.jd) in {jd for _, jd in decisions} for e in random_jds)
     assert sum((tuple(e.prompt), tuple(e.jd)) not in decisions for e in random_jds) >= 5
     assert len(pairs) == sum(decisions.values()) and all(e.write and e.read for e in pairs)
+
+
+def test_a_new_model_has_the_sizes_of_the_flags():
+    """All different, and none the default: a flag that is not used, or used for another, shows."""
+    flags = sft.SFTFlags(hidden=48, layers=3, heads=6, kv_heads=2, vocab=290, max_cv=7, max_jd=9)
+    codec = sft.new_codec([Record("a cook with knife skills", "a job for a cook", True)] * 9, flags)
+    example = sft.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
+    c = sft.new_model(codec, [example], flags, 0).config
+    assert (c.hidden_size, c.num_hidden_layers) == (48, 3)
+    assert (c.num_attention_heads, c.num_key_value_heads) == (6, 2)
+    assert (codec.max_cv, codec.max_jd) == (c.max_cv_tokens, c.max_jd_tokens) == (7, 9)
+    assert c.vocab_size == 290 and c.intermediate_size == 128          # 8/3 of 48
+
+
+def test_adapters_have_the_rank_the_scale_and_the_layers_of_the_flags(tmp_path):
+    codec, lm = tiny()
+    save_model(tmp_path, lm)
+    save_tokenizer(tmp_path, codec)
+    for alpha, scale in ((12.0, 12 / 3), (0.0, 2)):         # 0 stands for twice the rank
+        flags = sft.SFTFlags(init=str(tmp_path), lora_rank=3, lora_alpha=alpha,
+                             lora_targets="q_proj")
+        model = load_pretrained(flags, codec, 0, CPU)
+        adapters = {n: m for n, m in model.named_modules() if type(m).__name__ == "LoRALinear"}
+        assert len(adapters) == 2 and all(name.endswith("q_proj") for name in adapters)
+        assert all((m.scale, m.lora_A.out_features) == (scale, 3) for m in adapters.values())
 
 
 def test_half_of_the_heads_start_with_equal_queries_and_keys():

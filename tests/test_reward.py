@@ -242,6 +242,7 @@ def test_05_training_logs_loss_and_accuracy_and_learns(reward_model, codec, stag
     before = copy.deepcopy(reward_model)
     flags = reward.RewardFlags(steps=30, groups=6, warmup=2, lr=3e-3, matrix_lr=0.02)
     reader = torch.nn.Linear(reward_model.config.hidden_size, 1)
+    fresh_reader = reader.weight.clone()
     reward.train(reward_model, reader, codec, RECORDS, flags, 0, stage, CPU)
 
     # The first row is that of the untrained model: all six groups, of three CVs and three JDs, in one step.
@@ -251,6 +252,7 @@ def test_05_training_logs_loss_and_accuracy_and_learns(reward_model, codec, stag
     assert stage.rows[0]["loss"] == pytest.approx(loss.item() / 12, abs=1e-5)
     assert stage.rows[0]["accuracy"] == pytest.approx(int(right) / 12)
     assert stage.rows[-1]["reading"] < 0.7 * stage.rows[0]["reading"]
+    assert not torch.equal(reader.weight, fresh_reader)
     assert stage.rows[-1]["loss"] < 0.1 and stage.rows[-1]["accuracy"] == 1
 
     # And each row alone: what was accepted scores above what was rejected, which was not so before.
@@ -489,6 +491,8 @@ def test_decision_groups_are_those_of_a_cv_or_a_jd_with_both_answers():
     records = [Record("a", "1", True), Record("a", "2", False), Record("b", "2", True), Record("b", "3", True)]
     # CV a: 0, 1. CV b: accepted only. JD 1 and 3: a single decision. JD 2: 1, 2.
     assert reward.decision_groups(records) == [[0, 1], [1, 2]]
+    # A text that is a CV here and a JD there binds nothing.
+    assert reward.decision_groups([Record("a", "b", True), Record("b", "a", False)]) == []
 
 
 def test_comparisons_are_all_accepted_rejected_pairs():

@@ -1,6 +1,7 @@
 """Stage 1: its loss by hand, its accumulation, its warm-up, what a small model starts from."""
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,11 +139,12 @@ def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last
     monkeypatch.setattr(sft, "sft_step", step)
     flags = sft.SFTFlags(batch=3)
     optimizer = Optimizer(lm, flags, 10)
-    ends = [sft.sft_steps(lm, None, optimizer, examples, codec, first, last, flags, 0, stage, CPU)
-            for first, last in ((0, 9), (3, 9), (6, 8))]
-    assert ends == [3, 6, 8] and len(seen) == 3 + 3 + 2
-    epochs = [sum(seen[:3], []), sum(seen[3:6], [])]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and epochs[0] != epochs[1]
+    ends = [sft.sft_steps(lm, None, optimizer, examples, codec, first, last, flags, seed, stage,
+                          CPU) for seed, first, last in ((0, 0, 9), (0, 3, 9), (1, 0, 9), (0, 6, 8))]
+    assert ends == [3, 6, 3, 8] and len(seen) == 3 + 3 + 3 + 2
+    epochs = [sum(seen[k:k + 3], []) for k in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({str(epoch) for epoch in epochs}) == 3       # another epoch, another seed
 
 
 def test_a_new_model_has_zeros_for_unused_tokens_and_large_final_states():
@@ -165,6 +167,8 @@ def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_
     def steps(model, reader, optimizer, examples, codec, first, last, flags, seed, stage, device):
         seen.append((first, last, examples))
         assert model.model.checkpointing and optimizer.flags is flags
+        trained = {id(p) for p in [*model.parameters(), *reader.parameters()]}
+        assert {id(p) for p in optimizer.parameters} == trained
         stage.log(loss=0.0)
         return last
     monkeypatch.setattr(sft, "sft_steps", steps)
@@ -174,6 +178,10 @@ def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_
     (first, last, warm), (then, end, pairs), _ = seen
     assert (first, last, then, len(warm)) == (0, 6, 6, 30)
     assert end == 6 + round(1.5 * math.ceil(len(pairs) / 5))            # one epoch and a half
+    flags = replace(flags, reading=0.0)
+    with Stage(tmp_path / "run 2", "sft") as stage:
+        sft.train(stage, tmp_path, flags, 0, CPU)
+    assert len(seen) == 6 and not any(e.read for e in seen[-1][2])      # no reading in vain
     codec = load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft").config)
     of_a = [r for r in records if half(r["cv"]) == "A"]
     decisions = {(tuple(codec.prompt(r["cv"])), tuple(codec.jd(r["jd"]))): r["accepted"] for r in of_a}

@@ -139,8 +139,10 @@ def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last
     monkeypatch.setattr(sft, "sft_step", step)
     flags = sft.SFTFlags(batch=3)
     optimizer = Optimizer(lm, flags, 10)
-    ends = [sft.sft_steps(lm, None, optimizer, examples, codec, first, last, flags, seed, stage,
-                          CPU) for seed, first, last in ((0, 0, 9), (0, 3, 9), (1, 0, 9), (0, 6, 8))]
+    ends = []
+    for seed, first, last in ((0, 0, 9), (0, 3, 9), (1, 0, 9), (0, 6, 8)):
+        ends.append(sft.sft_steps(lm, None, optimizer, examples, codec, first, last, flags, seed,
+                                  stage, CPU))
     assert ends == [3, 6, 3, 8] and len(seen) == 3 + 3 + 3 + 2
     epochs = [sum(seen[k:k + 3], []) for k in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)

@@ -12,7 +12,7 @@ Algorithm:
    once, and every (accepted, rejected) pair inside the group is a comparison (as in Ouyang et al. 2022, arXiv 2203.02155,
    section 3.5: all comparisons of one prompt belong into one batch; there each prompt counts alike, here each comparison
    does). Beside the decisions there may be probes: JDs that nobody would post, rejected. Where there are more groups than
-   steps can show, a random part is used.
+   steps can show, a random part is used; of a large group each step draws `--max-group` decisions.
 3. A comparison teaches one bit, so two more losses help: the same ranking loss on the mean state of the JD's tokens before
    the last block, which reaches each of them directly; and stage 1's loss of reading (does the CV
    hold this token too? and at the last token: which share of the others does it hold?), so that it

@@ -110,7 +110,7 @@ MUTANTS = {
          "the score stands on the first pad")],
     "test_ppo.py::test_18_k1_and_k3_average_to_the_exact_kl": [
         (18, "ppo.py", "return torch.exp(-d) - 1 + d", "return d ** 2 / 2", "k2, which is biased")],
-    "test_ppo.py::test_19_a_persistently_negative_kl_is_reported_as_a_fault": [
+    "test_ppo.py::test_19_a_persistently_negative_kl_is_a_fault": [
         (19, "ppo.py", "mean < -2 * error", 'all(x["kl"] < -2 * x["kl_error"] for x in last)',
          "a small negative KL is never reported"),
         (19, "ppo.py", "mean < -2 * error", "mean < 0", "noise is reported")],

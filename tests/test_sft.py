@@ -119,11 +119,11 @@ def test_after_some_steps_the_jd_is_likelier_and_reading_is_better(stage):
     pairs = [("a cook with knife skills", "a job for a cook"), ("skills", "a job with knife")]
     examples = [sft.Example(codec.prompt(cv), codec.jd(jd), True, True) for cv, jd in pairs]
     flags = sft.SFTFlags(batch=2, lr=1e-2, matrix_lr=1e-3, warmup=0)
-    optimizer = Optimizer(torch.nn.ModuleList([lm, reader]), flags, 20)
+    optimizer = Optimizer(torch.nn.ModuleList([lm, reader]), flags, 12)
     before = sft.mean_nll(lm, pairs, codec, CPU)
-    for step in range(20):
-        sft.sft_steps(lm, reader, optimizer, examples, codec, step, 20, flags, 0, stage, CPU)
-    assert sft.mean_nll(lm, pairs, codec, CPU) < 0.5 * before
+    for step in range(12):
+        sft.sft_steps(lm, reader, optimizer, examples, codec, step, 12, flags, 0, stage, CPU)
+    assert sft.mean_nll(lm, pairs, codec, CPU) < 0.7 * before
     assert stage.rows[0]["loss"] == pytest.approx(before, rel=1e-4)
     assert stage.rows[-1]["reading"] < stage.rows[0]["reading"]
 
@@ -174,12 +174,16 @@ def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_
         stage.log(loss=0.0)
         return last
     monkeypatch.setattr(sft, "sft_steps", steps)
+    validated = []
+    monkeypatch.setattr(sft, "mean_nll", lambda model, pairs, *rest: validated.append(pairs) or 1.0)
     flags = sft.SFTFlags(hidden=32, layers=1, batch=5, warm_steps=6, epochs=1.5, checkpointing=True)
     with Stage(tmp_path / "run", "sft") as stage:
         sft.train(stage, tmp_path, flags, 0, CPU)
     (first, last, warm), (then, end, pairs), _ = seen
     assert (first, last, then, len(warm)) == (0, 6, 6, 30)
     assert end == 6 + round(1.5 * math.ceil(len(pairs) / 5))            # one epoch and a half
+    own = [r for r in records if r["accepted"]]
+    assert validated == [[(f"valid {r['cv']}", f"valid {r['jd']}") for r in own]] * 2
     flags = replace(flags, reading=0.0)
     with Stage(tmp_path / "run 2", "sft") as stage:
         sft.train(stage, tmp_path, flags, 0, CPU)

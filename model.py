@@ -163,8 +163,9 @@ class Transformer(nn.Module):
         """ids [B, T] -> hidden states [B, T, C]; with `before_last` also what the last block is given, normed likewise.
         `blocks`: stop after this many blocks.
 
-        mask [B, T], True at real tokens: needed where rows are padded on the left, or with `caches` (then [B, S]). Without
-        it rows may be padded on the right only: a causal model never sees what is behind."""
+        mask [B, T], True at real tokens: needed where rows are padded on the left, or where caches
+        hold tokens before these (then [B, S]). Without it rows may be padded on the right only: a
+        causal model never sees what is behind."""
         B, T = ids.shape
         if mask is None:
             positions, visible = torch.arange(T, device=ids.device), None                    # [T]

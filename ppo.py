@@ -16,8 +16,8 @@ mean 0 stands for.
 
 Left out: reward whitening (found harmful: each rollout's own spread would set the scale of the score, and beta would mean
 something else every time), a separate critic, an entropy bonus, early stopping by KL within an iteration, advantages without
-a critic (RLOO, GRPO). Under bf16 autocast (CUDA) log-probabilities are rounded to bf16 before the log-softmax, so that there
-the first ratio is 1 only to that precision.
+a critic (RLOO, GRPO). Under bf16 autocast (CUDA) the logits are rounded to bf16, before the
+log-softmax in float32: there the first ratio is 1 only to that precision.
 
 Shapes: B episodes, R response tokens (padded), T prompt + response (padded), C hidden size, V vocabulary.
 """
@@ -76,7 +76,8 @@ def k1(logp, ref_logp):
 
 
 def k3(logp, ref_logp):
-    """exp(-k1) - 1 + k1: the same mean as k1, less variance, never negative (Schulman 2020, joschu.net/blog/kl-approx)."""
+    """exp(-k1) - 1 + k1: the same mean as k1, never negative, and less variance while pi is near
+    pi_ref (Schulman 2020, joschu.net/blog/kl-approx)."""
     d = k1(logp, ref_logp)
     return torch.exp(-d) - 1 + d
 
@@ -126,7 +127,7 @@ def explained_variance(values, returns, mask):
 
 class KLController:
     """beta. Fixed where target is 0; else Ziegler et al. 2019, section 2.2: with e = clip(KL / target - 1, -0.2, 0.2),
-    beta is multiplied by 1 + e * episodes / horizon after every rollout."""
+    beta is multiplied by 1 + e * episodes / horizon after every iteration."""
 
     def __init__(self, beta, target, horizon):
         self.beta, self.target, self.horizon = beta, target, horizon
@@ -295,7 +296,6 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
     stage.total(flags.iterations)
     found = stage.resume({"policy": policy}, [optimizer])
     controller = KLController(found.get("beta", flags.kl_coef), flags.kl_target, flags.kl_horizon)
-    negative = found.get("negative", 0)
     for i in range(stage.step, flags.iterations):
         draw = generator(seed, "ppo", i)
         chosen = [cvs[k] for k in torch.randperm(len(cvs), generator=draw)[:flags.episodes]]
@@ -321,7 +321,8 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
             done, totals = 0, {}
 
         def safe(done, totals):
-            stage.safe(i, e._asdict() | old, beta=controller.beta, negative=negative, log=log, done=done, totals=totals)
+            tensors = e._asdict() | old
+            stage.safe(i, tensors, beta=controller.beta, log=log, done=done, totals=totals)
         safe(done, totals)
         try:
             log |= update(policy, optimizer, e, old, flags, draw, device, done, totals, safe)
@@ -331,14 +332,21 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
 
         texts = [codec.text(tokens[mask].tolist()) for tokens, mask in zip(e.tokens, e.mask)]
         log["true_match"] = sum(map(true_match, chosen, texts)) / len(texts) if true_match else None
-        # k1 may be negative by chance, not again and again: then pi_ref is more likely than pi on pi's own samples,
-        # which is impossible in the mean. Log-probabilities or masks are wrong.
-        negative = negative + 1 if log["kl"] < -2 * log["kl_error"] else 0
-        log["kl_fault"] = negative >= 5
+        log["kl_fault"] = kl_is_negative([*stage.rows, log])
         stage.log(iteration=i + 1, **log)
         report(stage, i, flags, log, chosen, texts)
-        stage.safe(i + 1, beta=controller.beta, negative=negative)
+        stage.safe(i + 1, beta=controller.beta)
     return optimizer
+
+
+def kl_is_negative(rows):
+    """Is the mean KL of the last five iterations more than 2 standard errors below 0? The KL of one
+    rollout may be negative by chance. That it stays negative, however small, is not to be expected:
+    log-probabilities or masks are wrong."""
+    last = rows[-5:]
+    mean = sum(row["kl"] for row in last) / 5
+    error = math.sqrt(sum(row["kl_error"] ** 2 for row in last)) / 5
+    return len(last) == 5 and mean < -2 * error
 
 
 def report(stage, i, flags, log, cvs, texts):
@@ -353,7 +361,8 @@ def report(stage, i, flags, log, cvs, texts):
         stage.say("ppo: no JD of this rollout ended, each got the penalty: nothing can be learned from that; train stage 1 longer, raise its "
                   "--max-jd, or begin with a model that ends its texts")
     if log["kl_fault"]:
-        stage.say("ppo: FAULT: the mean KL has been negative for 5 iterations; log-probabilities or masks disagree")
+        stage.say("ppo: FAULT: the mean KL of the last 5 iterations is negative; "
+                  "log-probabilities or masks disagree")
     if i % 20 == 0 or i + 1 == flags.iterations:
         stage.say(f"--- a sample\n{cvs[0]}\n->\n{texts[0]}\n---")
 

@@ -12,11 +12,12 @@ Algorithm:
    once, and every (accepted, rejected) pair inside the group is a comparison (as in Ouyang et al. 2022, arXiv 2203.02155,
    section 3.5: all comparisons of one prompt belong into one batch; there each prompt counts alike, here each comparison
    does). Beside the decisions there may be probes: JDs that nobody would post, rejected. Where there are more groups than
-   steps can show, a random part is used.
+   steps can show, a random part is used; of a large group each step draws `--max-group` decisions.
 3. A comparison teaches one bit, so two more losses help: the same ranking loss on the mean state of the JD's tokens before
-   the last block, which reaches each of them directly; and stage 1's loss of reading (does the CV hold this token too?), so
-   that it is not forgotten. The learning rate is low for the same reason: at a matrix rate of 0.02 the model forgot in 150
-   steps how to compare two texts.
+   the last block, which reaches each of them directly; and stage 1's loss of reading (does the CV
+   hold this token too? and at the last token: which share of the others does it hold?), so that it
+   is not forgotten. The learning rate is low for the same reason: at a matrix rate of 0.02 the
+   model forgot in 150 steps how to compare two texts.
 4. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
 
 Left out: a margin in the loss, a loss on the absolute score, ensembles.
@@ -192,8 +193,9 @@ def jd_states(body, rows, device):
 
 
 def reading_loss(reader, states, rows):
-    """Cross-entropy of "the CV holds this token too", mean over the JD tokens of a row, then over the rows. The last
-    token of each JD answers once more, for all before it: which share of them does the CV hold?
+    """Cross-entropy of "the CV holds this token too", mean over the JD tokens of a row, then over
+    the rows. The last of a JD's n tokens is asked something else instead, with the weight 1 + 1/n:
+    which share of the tokens before it does the CV hold?
 
     states [tokens, C]: the hidden states of all JD tokens, row after row."""
     held = [torch.isin(torch.tensor(jd), torch.tensor(prompt)).float() for prompt, jd in rows]
@@ -277,9 +279,9 @@ def reward_step(model, reader, groups, flags, device):
 
 
 def standardize(model, scores):
-    """Scale and shift the model so that these raw scores of its own would be of mean 0 and standard deviation 1. The
-    scale goes into the head, the shift is kept as `center`: PPO's beta then means the same for every reward model. (Ziegler
-    et al. 2019, arXiv 1909.08593, section 2.)"""
+    """Scale and shift the model so that these scores, which it gave, would have mean 0 and standard
+    deviation 1. The scale goes into the head, the shift is kept as `center`: PPO's beta then means
+    the same for every reward model. (Ziegler et al. 2019, arXiv 1909.08593, section 2.)"""
     raw = torch.as_tensor(scores, dtype=torch.float64) + model.center
     std = float(raw.std())
     if not std > 1e-6:

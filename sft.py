@@ -8,7 +8,8 @@
 (Zheng et al. 2023, arXiv 2307.02157.) Algorithm:
 1. Train the tokenizer on half A of the train split, and start a small model from random weights. Or take both from `--init`.
 2. Warm-up, because a small model is slow to find out that the two texts have to do with each other: it copies CVs (the CV
-   stands in the JD's place), and reads: a second head says for each token of a JD whether the CV holds it too.
+   stands in the JD's place), and reads: a second head says for each token of a JD whether the CV
+   holds it too, and at the last one which share of the others it holds.
 3. Epochs over the accepted pairs: L + `--reading` times the loss of reading.
 
 Left out: packing several pairs into one row (rows are bucketed by length instead), weight decay, dropout.
@@ -43,7 +44,7 @@ class SFTFlags(StartFlags):
     warm_steps: int = flag(900, "steps before all others in which the model learns to copy the CV, and to compare it with a JD",
                            least=0)
     reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
-    cv_loss: float = flag(0.0, "weight of the loss on the CV's own tokens")
+    cv_loss: float = flag(0.0, "weight of the loss on the prompt's tokens: the CV and its frame")
     hidden: int = flag(128, "C, the hidden size")
     layers: int = flag(4, "transformer blocks", most=256)
     heads: int = flag(4, "H, query heads")
@@ -59,7 +60,7 @@ class Example(NamedTuple):
     prompt: list        # token ids
     jd: list            # token ids, with end-of-text
     write: bool         # to write this JD for this prompt
-    read: bool          # to tell for each token of this JD whether the CV holds it too
+    read: bool          # to tell which of this JD's tokens the CV holds too, see reading_loss
 
 
 def sft_loss(model, reader, examples, cv_loss, device):
@@ -220,7 +221,8 @@ def sft_steps(model, reader, optimizer, examples, codec, first, last, flags, see
 
 
 def sft_step(model, reader, batch, flags, device):
-    """Gradients of the objective; returns the mean loss of a written token, and the loss of reading."""
+    """Gradients of the objective; returns the loss of a written token, on average (the prompts'
+    tokens add theirs at the weight `cv_loss`), and the loss of reading."""
     tokens, reads = sum(len(e.jd) for e in batch if e.write), sum(e.read for e in batch)
     total = total_reading = 0.0
     for k in range(min(flags.accumulate, len(batch))):

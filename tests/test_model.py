@@ -253,6 +253,15 @@ def test_prompts_that_do_not_fit_at_once_are_continued_in_parts(monkeypatch):
     assert widths == [(5, 2 * 2 * 2 * 8 * 19), (2, 2 * 2 * 2 * 8 * 19), (2, 2 * 2 * 2 * 8 * 16), (1, 2 * 2 * 2 * 8 * 14)]
 
 
+def test_parts_are_sampled_with_the_same_settings(monkeypatch):
+    model, asked, draw = tiny(), set(), torch.Generator()
+    monkeypatch.setattr("model.rows_that_fit", lambda most, numbers: min(most, 2))
+    monkeypatch.setattr("model.sample",
+                        lambda logits, *settings: asked.add(settings) or logits.argmax(-1))
+    generate(model, [[3], [4, 5], [6]], 4, 0.7, 0.8, draw)
+    assert asked == {(0.7, 0.8, draw)}
+
+
 def test_generation_repeats_with_the_same_generator():
     model, prompts = tiny(initializer_range=0.1), [[3, 4], [5, 6, 7]]
     one, two, other = (generate(model, prompts, 10, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))

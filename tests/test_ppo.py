@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 
 import model
+import mutants
 import ppo
 from conftest import CVS
 from data import pad_right
@@ -45,6 +46,10 @@ def drift(old):
     return {k: x + 0.3 * torch.randn_like(x) for k, x in old.items()}
 
 
+def mean(xs):
+    return sum(xs) / len(xs)
+
+
 def real_tokens(e):
     """(row, step) of every real response token."""
     return [(b, t) for b in range(len(e.mask)) for t in range(e.mask.shape[1]) if e.mask[b, t]]
@@ -52,6 +57,17 @@ def real_tokens(e):
 
 def snapshot(module):
     return {name: p.clone() for name, p in module.state_dict().items()}
+
+
+def train(policy, reward_model, codec, stage, cvs=CVS, seed=0, true_match=None, **flags):
+    """All of stage 3."""
+    flags = PPOFlags(**flags)
+    return ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, CPU, true_match)
+
+
+def sgd(policy, lr=0.0):
+    """Plain steps: what the parameters move by is the gradient."""
+    return torch.optim.SGD(policy.parameters(), lr=lr)
 
 
 def spy(monkeypatch, owner, name, look):
@@ -135,6 +151,15 @@ def test_10_rollout_samples_the_full_distribution(policy, reference, reward_mode
     assert 0.05 < outside < 0.3
 
 
+def test_10_rollout_asks_for_the_full_distribution_at_its_temperature(
+        policy, reference, reward_model, prompts, codec, monkeypatch):
+    asked = set()
+    spy(monkeypatch, model, "sample",
+        lambda token, logits, temperature, top_p, draw: asked.add((temperature, top_p)))
+    roll(policy, reference, reward_model, prompts, codec, temperature=0.7)
+    assert asked == {(0.7, 1.0)}
+
+
 def test_11_temperature_divides_the_logits_of_rollout_reference_and_update(policy, reference, reward_model, prompts,
                                                                             codec):
     T = 0.6
@@ -201,6 +226,17 @@ def test_14_a_cut_off_response_gets_the_penalty_instead_of_its_score(reward_mode
     for b in (0, 2):
         row = prompts[b] + responses[b]
         equal(scores[b], reward_model(torch.tensor([row]), torch.tensor([len(row)]))[0])
+
+
+def test_14_the_penalty_is_the_one_that_the_flags_name(
+        policy, reference, reward_model, prompts, codec):
+    _, _, responses, log = roll(policy, reference, reward_model, prompts, codec, cut_off_score=-7.0)
+
+    def score(row):
+        return reward_model(torch.tensor([row]), torch.tensor([len(row)])).item()
+    by_hand = [score(p + r) if r[-1] == EOS else -7.0 for p, r in zip(prompts, responses)]
+    assert log["reward"] == pytest.approx(mean(by_hand), abs=1e-5)
+    assert 0 < by_hand.count(-7.0) < len(by_hand)
 
 
 def test_15_reference_and_reward_model_are_bit_identical_before_and_after(policy, reward_model, codec, stage,
@@ -280,27 +316,76 @@ def test_19_kl_is_zero_at_the_first_step(policy, reward_model, codec, stage):
     assert stage.rows[2]["kl_k3"] > 1e-3                    # later it is not
 
 
-def test_19_a_persistently_negative_kl_is_reported_as_a_fault(policy, reward_model, codec, stage, monkeypatch):
-    kls = iter([-1.0] * 4 + [0.1] + [-1.0] * 6)             # four by chance, then a good one; then again and again
-    spy(monkeypatch, ppo, "rollout", lambda result, *args: result[3].update(kl=next(kls), kl_error=0.1))
-    ppo.train(policy, reward_model, codec, CVS, PPOFlags(iterations=11, episodes=4, ppo_epochs=1), 0, stage, CPU)
-    assert [row["kl_fault"] for row in stage.rows] == [False] * 9 + [True] * 2
+@pytest.mark.parametrize("kls, faults", [
+    ([-0.15] * 7, [5, 6, 7]),               # small and steady: each within 2 errors, their mean not
+    ([-1.0] * 4 + [5.0] + [-1.0] * 5, [10]),        # four bad, one good that outweighs them
+    ([-1.0] * 4 + [0.1], [5]),                      # and one that does not
+    ([0.1, -0.15, 0.05, -0.1, 0.08, -0.12, 0.02], []),      # noise around 0
+    ([-0.08] * 7, []),                      # the mean of five is 1.8 of its standard errors below 0
+    ([-9.0] * 4, [])])                      # fewer than five tell nothing yet
+def test_19_a_persistently_negative_kl_is_a_fault(kls, faults):
+    """Each KL has a standard error of 0.1, so that the mean of five has 0.1 / sqrt(5) = 0.045."""
+    rows = [{"kl": kl, "kl_error": 0.1} for kl in kls]
+    assert [n for n in range(1, len(rows) + 1) if ppo.kl_is_negative(rows[:n])] == faults
+
+
+def test_19_the_fault_is_logged_and_reported(policy, reward_model, codec, stage, monkeypatch):
+    spy(monkeypatch, ppo, "rollout",
+        lambda result, *args: result[3].update(kl=-0.15, kl_error=0.1))
+    train(policy, reward_model, codec, stage, CVS[:2], iterations=6, ppo_epochs=1)
+    assert [row["kl_fault"] for row in stage.rows] == [False] * 4 + [True] * 2
     assert sum("FAULT" in line for line in stage.lines) == 2
 
 
+def test_19_the_error_of_five_kls_is_that_of_their_mean():
+    """Five independent errors: sqrt(e1^2 + ... + e5^2) / 5. What was before is forgotten."""
+    errors = [0.1, 0.2, 0.3, 0.4, 0.5]
+    limit = -2 * math.sqrt(sum(e ** 2 for e in errors)) / 5
+    for kl, fault in ((1.01 * limit, True), (0.99 * limit, False)):
+        rows = [{"kl": 100.0, "kl_error": 100.0}] + [{"kl": kl, "kl_error": e} for e in errors]
+        assert ppo.kl_is_negative(rows) == fault
+
+
+def test_19_kl_error_is_the_standard_error_of_the_mean_of_the_texts(
+        policy, reference, reward_model, prompts, codec):
+    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec)
+    difference = old["logp"] - ppo.evaluate_reference(reference, e, 1.0)
+    texts = [float(row[:len(response)].sum()) for row, response in zip(difference, responses)]
+    variance = mean([(x - mean(texts)) ** 2 for x in texts])
+    assert log["kl_error"] == pytest.approx(math.sqrt(variance / 12), rel=1e-4)
+
+
+def double_sum(rewards, values, gamma, lam):
+    """A_t = sum over l of (gamma lam)^l delta_{t+l}, for the real tokens of one text."""
+    n, v = len(rewards), [*values, 0.0]                     # the value after the end is 0
+    delta = [rewards[t] + gamma * v[t + 1] - v[t] for t in range(n)]
+    return [sum((gamma * lam) ** l * delta[t + l] for l in range(n - t)) for t in range(n)]
+
+
 def test_20_gae_equals_brute_force_double_sum():
-    """A_t = sum over l of (gamma lam)^l delta_{t+l}, each row by itself, up to its last real token."""
     rewards, values = random_rows("rewards", "values")
     rewards = rewards * MASK
     for gamma, lam in ((1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (1.0, 0.0)):
         advantages, _ = ppo.gae(rewards, values, MASK, gamma, lam)
         for b, n in enumerate(MASK.sum(1).tolist()):
-            v = values[b, :n].tolist() + [0.0]              # the value after the end is 0
-            for t in range(n):
-                brute = sum((gamma * lam) ** l * (float(rewards[b, t + l]) + gamma * v[t + l + 1] - v[t + l])
-                            for l in range(n - t))
-                assert float(advantages[b, t]) == pytest.approx(brute, abs=1e-4)
+            brute = double_sum(rewards[b, :n].tolist(), values[b, :n].tolist(), gamma, lam)
+            assert advantages[b, :n].tolist() == pytest.approx(brute, abs=1e-4)
             assert (advantages[b, n:] == 0).all()
+
+
+def test_20_the_rollout_discounts_as_the_flags_say(policy, reference, reward_model, prompts, codec):
+    """Each text by hand; gamma and lambda differ from each other and from their defaults."""
+    random_values(policy)
+    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec, beta=0.3,
+                                gamma=0.9, lam=0.5)
+    scores, _ = ppo.score_responses(reward_model, prompts, responses, EOS, -3.0)
+    kl = old["logp"] - ppo.evaluate_reference(reference, e, 1.0)
+    for b, n in enumerate(map(len, responses)):
+        rewards = [-0.3 * x for x in kl[b, :n].tolist()]
+        rewards[-1] += float(scores[b])
+        advantages = (old["returns"] - old["values"])[b, :n].tolist()
+        brute = double_sum(rewards, old["values"][b, :n].tolist(), 0.9, 0.5)
+        assert advantages == pytest.approx(brute, abs=1e-4)
 
 
 def test_20_gamma_is_1_and_lambda_0_95():
@@ -389,9 +474,10 @@ def test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective(policy, refe
     losses, clipped = [], 0
     for b, t in real_tokens(e):
         r, A = math.exp(logp[b, t] - old["logp"][b, t]), float(old["advantages"][b, t])
-        losses.append(max(-A * r, -A * min(max(r, 0.8), 1.2)))
+        losses.append(max(-A * r, -A * min(max(r, 0.9), 1.1)))
         clipped += losses[-1] != -A * r
-    loss, _ = ppo.minibatch_loss(policy, e, old, PPOFlags(clip=0.2, value_coef=0.0), float(e.mask.sum()))
+    flags = PPOFlags(clip=0.1, value_clip=0.4, value_coef=0.0)
+    loss, _ = ppo.minibatch_loss(policy, e, old, flags, float(e.mask.sum()))
     assert loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     assert 0 < clipped < len(losses)
 
@@ -411,10 +497,11 @@ def test_26_value_loss_is_half_the_larger_of_unclipped_and_clipped(policy, refer
     losses, clipped = [], 0
     for b, t in real_tokens(e):
         v, v_old, R = float(values[b, t]), float(old["values"][b, t]), float(old["returns"][b, t])
-        near = min(max(v, v_old - 0.2), v_old + 0.2)
+        near = min(max(v, v_old - 0.4), v_old + 0.4)
         losses.append(0.5 * max((v - R) ** 2, (near - R) ** 2))
         clipped += (near - R) ** 2 > (v - R) ** 2
-    loss, _ = ppo.minibatch_loss(policy, e, old, PPOFlags(value_clip=0.2, value_coef=0.7), float(e.mask.sum()))
+    flags = PPOFlags(clip=0.1, value_clip=0.4, value_coef=0.7)
+    loss, _ = ppo.minibatch_loss(policy, e, old, flags, float(e.mask.sum()))
     assert loss.item() == pytest.approx(0.7 * sum(losses) / len(losses), abs=1e-5)
     assert 0 < clipped < len(losses)
 
@@ -433,10 +520,17 @@ def test_28_adam_eps_is_1e_5_and_the_learning_rate_falls_linearly_to_0(policy, r
         optimizer.param_groups[0]["lr"]))
     flags = PPOFlags(iterations=4, episodes=4, lr=1e-3)
     optimizer = ppo.train(policy, reward_model, codec, CVS, flags, 0, stage, CPU)
-    assert isinstance(optimizer, torch.optim.Adam)
+    assert type(optimizer) is torch.optim.Adam      # AdamW, a subclass, pulls the weights toward 0
+    assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
     assert [group["eps"] for group in optimizer.param_groups] == [1e-5]
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in policy.parameters()}
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])     # the next would be 0
+
+
+def test_28_adam_remembers_its_moments_over_all_iterations(policy, reward_model, codec, stage):
+    flags = dict(iterations=3, episodes=6, minibatch=4, ppo_epochs=2)
+    optimizer = train(policy, reward_model, codec, stage, **flags)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {3 * 2 * 2}
 
 
 def test_29_every_epoch_is_a_fresh_permutation_with_each_episode_once(policy, reference, reward_model, prompts, codec,
@@ -452,6 +546,45 @@ def test_29_every_epoch_is_a_fresh_permutation_with_each_episode_once(policy, re
     epochs = [sum(seen[i:i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs} | {tuple(range(12))}) == 4
+
+
+def test_checkpointing_is_on_where_the_flags_ask_for_it(policy, reward_model, codec, stage):
+    """That it changes no gradient is shown in test_weights.py."""
+    for asked in (True, False):
+        train(policy, reward_model, codec, stage, CVS[:2], iterations=1, checkpointing=asked)
+        assert policy.lm.model.checkpointing == asked
+
+
+def test_29_every_iteration_draws_anew(policy, reward_model, codec, stage, monkeypatch):
+    """At rate 0 the policy stays as it is: only the draws can make iterations differ. Six equal
+    prompts show the draws of tokens apart from those of CVs."""
+    asked, written, orders = [], [], []
+    spy(monkeypatch, ppo, "generate",
+        lambda responses, lm, prompts, *rest: (asked.append(prompts), written.append(responses)))
+    spy(monkeypatch, ppo, "minibatches",
+        lambda batches, *rest: orders.append(torch.cat(batches).tolist()))
+    train(policy, reward_model, codec, stage, iterations=3, episodes=6, ppo_epochs=1, lr=0.0)
+    train(policy, reward_model, codec, stage, CVS[:1] * 6, iterations=3, ppo_epochs=1, lr=0.0)
+
+    def different(xs):
+        return len({str(x) for x in xs})
+    assert [len(prompts) for prompts in asked] == [6] * 6 and different(asked[3:]) == 1
+    assert different(sorted(prompts) for prompts in asked[:3]) == 3         # other CVs
+    assert all(different(prompts) == 6 for prompts in asked[:3])            # no CV twice at once
+    assert different(written[3:]) == 3                      # other JDs for the same CVs
+    assert different(orders[:3]) == 3                       # another permutation
+
+
+def test_29_another_seed_is_another_run_and_the_same_seed_the_same(
+        policy, reward_model, codec, stage, monkeypatch):
+    asked, written = [], []
+    spy(monkeypatch, ppo, "generate",
+        lambda responses, lm, prompts, *rest: (asked.append(prompts), written.append(responses)))
+    for cvs in (CVS, CVS[:1] * 6):          # other CVs; other JDs for the same CVs
+        for seed in (0, 0, 1):
+            train(policy, reward_model, codec, stage, cvs, seed, iterations=1, episodes=6, lr=0.0)
+    assert asked[0] == asked[1] != asked[2]
+    assert written[3] == written[4] != written[5]
 
 
 def step_taken(policy, e, old, **flags):
@@ -472,6 +605,57 @@ def test_30_gradient_accumulation_equals_the_big_batch(policy, reference, reward
         equal(step_taken(policy, e, drift(old), accumulate=pieces, max_grad_norm=math.inf), whole, 1e-5)
 
 
+def test_30_a_step_is_the_gradient_of_the_mean_over_its_real_tokens(
+        policy, reference, reward_model, prompts, codec):
+    """Each text alone, without pads, its loss written out; then one mean over the tokens of all."""
+    random_values(policy)
+    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec)
+    old, terms = drift(old), []
+    for b, response in enumerate(responses):
+        n, states = len(response), policy.lm.model(torch.tensor([prompts[b] + response]))[0]
+        states = states[len(prompts[b]) - 1:-1]                                             # [R, C]
+        logp = policy.lm.lm_head(states).log_softmax(-1)[torch.arange(n), response]          # [R]
+        V = states @ policy.value_head.weight[0] + policy.value_head.bias                    # [R]
+        A, V_old, R = (old[name][b, :n] for name in ("advantages", "values", "returns"))
+        r = (logp - old["logp"][b, :n]).exp()
+        near = torch.minimum(torch.maximum(V, V_old - 0.4), V_old + 0.4)
+        terms += [torch.max(-A * r, -A * r.clamp(0.9, 1.1))
+                  + 0.7 * 0.5 * torch.max((V - R) ** 2, (near - R) ** 2)]
+    torch.cat(terms).mean().backward()
+    by_hand = -torch.cat([p.grad.flatten() for p in policy.parameters()])
+    policy.zero_grad()
+    for pieces in (1, 5):
+        step = step_taken(policy, e, old, accumulate=pieces, clip=0.1, value_clip=0.4,
+                          value_coef=0.7, max_grad_norm=math.inf)
+        equal(step, by_hand, 1e-4)
+
+
+def test_30_each_step_counts_its_own_real_tokens(policy, reference, reward_model, prompts, codec,
+                                                 monkeypatch):
+    """Minibatches of 5 episodes, each in two pieces; the last has 2. Each piece is divided by the
+    tokens of its minibatch."""
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    pieces = []                             # (episodes, real tokens, what it is divided by)
+    spy(monkeypatch, ppo, "minibatch_loss", lambda result, policy, e, old, flags, in_step:
+        pieces.append((len(e.ids), int(e.mask.sum()), in_step)))
+    flags = PPOFlags(minibatch=5, accumulate=2, ppo_epochs=1)
+    ppo.update(policy, sgd(policy), e, old, flags, generator(0), CPU)
+    assert [n for n, _, _ in pieces] == [3, 2, 3, 2, 1, 1]
+    for first, second in zip(pieces[::2], pieces[1::2]):
+        assert first[2] == second[2] == first[1] + second[1]
+    assert sum(tokens for _, tokens, _ in pieces) == int(e.mask.sum())
+
+
+def test_30_no_gradient_is_left_from_the_step_before(
+        policy, reference, reward_model, prompts, codec, monkeypatch):
+    """At rate 0, with the whole rollout in one minibatch, every epoch has the same gradient."""
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    norms, flags = [], PPOFlags(ppo_epochs=3, max_grad_norm=0.1)
+    spy(monkeypatch, nn.utils, "clip_grad_norm_", lambda norm, *args: norms.append(float(norm)))
+    ppo.update(policy, sgd(policy), e, drift(old), flags, generator(0), CPU)
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4) and norms[0] > 0.1
+
+
 def test_31_adaptive_kl_controller_by_hand():
     c = ppo.KLController(beta=0.1, target=2.0, horizon=1000)
     c.update(kl=2.2, episodes=100)                          # error 0.1
@@ -488,12 +672,23 @@ def test_31_beta_is_fixed_without_a_target():
     assert c.beta == 0.1
 
 
-@pytest.mark.parametrize("target, betas", [(0.0, [0.05, 0.05, 0.05]), (1e6, [0.05, 0.05 * 0.92, 0.05 * 0.92 ** 2])])
+@pytest.mark.parametrize("target, betas", [
+    (0.0, [0.07, 0.07, 0.07]), (1e6, [0.07, 0.07 * 0.92, 0.07 * 0.92 ** 2])])
 def test_31_training_uses_the_controller(target, betas, policy, reward_model, codec, stage):
     """A KL far below its target: the error is -0.2, and 4 episodes are 0.4 of the horizon."""
-    flags = PPOFlags(iterations=3, episodes=4, ppo_epochs=1, kl_coef=0.05, kl_target=target, kl_horizon=10)
-    ppo.train(policy, reward_model, codec, CVS, flags, 0, stage, CPU)
+    train(policy, reward_model, codec, stage, iterations=3, episodes=4, ppo_epochs=1, kl_coef=0.07,
+          kl_target=target, kl_horizon=10)
     assert [row["beta"] for row in stage.rows] == pytest.approx(betas)
+
+
+def test_31_the_controller_is_told_the_kl_of_a_text_and_the_number_of_texts(
+        policy, reward_model, codec, stage, monkeypatch):
+    """KL 2.2 at a target of 2: the error is 0.1. The KL of a token, or of the update, would be far
+    below the target. There are 12 CVs, fewer than the 256 episodes that the flags ask for."""
+    spy(monkeypatch, ppo, "rollout", lambda result, *args: result[3].update(kl=2.2))
+    train(policy, reward_model, codec, stage, iterations=2, ppo_epochs=1, kl_coef=0.07,
+          kl_target=2.0, kl_horizon=100)
+    assert [row["beta"] for row in stage.rows] == pytest.approx([0.07, 0.07 * (1 + 0.1 * 12 / 100)])
 
 
 def test_32_log_softmax_is_in_float32(config):
@@ -535,7 +730,8 @@ def test_33_means_of_the_update_are_those_of_the_real_tokens(policy, reference, 
     random_values(policy)
     e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec)
     old = drift(old)
-    flags = PPOFlags(minibatch=5, accumulate=2, ppo_epochs=2)
+    old["logp"] -= 0.2                      # the ratio's mean is not 1
+    flags = PPOFlags(minibatch=5, accumulate=2, ppo_epochs=2, clip=0.1, value_clip=0.4)
     means = ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), e, old, flags, generator(0), CPU)
 
     with torch.no_grad():
@@ -543,18 +739,25 @@ def test_33_means_of_the_update_are_those_of_the_real_tokens(policy, reference, 
     delta = [float(logp[b, t] - old["logp"][b, t]) for b, t in real_tokens(e)]
     moved = [abs(float(values[b, t] - old["values"][b, t])) for b, t in real_tokens(e)]
     ratio, entropy = [math.exp(d) for d in delta], []
+    A, V, V_old, R = ([float(x[b, t]) for b, t in real_tokens(e)] for x in (
+        old["advantages"], values, old["values"], old["returns"]))
+    near = [min(max(v, v_old - 0.4), v_old + 0.4) for v, v_old in zip(V, V_old)]
     for b, t in real_tokens(e):
         p = policy.lm(torch.tensor([prompts[b] + responses[b][:t]]))[0, -1].softmax(-1).tolist()
         entropy.append(-sum(x * math.log(x) for x in p))
 
-    def mean(xs):
-        return sum(xs) / len(xs)
     assert means["approx_kl"] == pytest.approx(0.5 * mean([d ** 2 for d in delta]), rel=1e-3)
-    assert means["clip_frac"] == pytest.approx(mean([abs(r - 1) > 0.2 for r in ratio]))
+    assert means["clip_frac"] == pytest.approx(mean([abs(r - 1) > 0.1 for r in ratio]))
     assert means["entropy"] == pytest.approx(mean(entropy), rel=1e-3)
     assert means["ratio_mean"] == pytest.approx(mean(ratio), rel=1e-3)
-    assert means["ratio_var"] == pytest.approx(mean([r ** 2 for r in ratio]) - mean(ratio) ** 2, rel=1e-2)
-    assert means["value_clip_frac"] == pytest.approx(mean([m > 0.2 for m in moved]))
+    assert means["ratio_var"] == pytest.approx(
+        mean([(r - mean(ratio)) ** 2 for r in ratio]), rel=1e-3)
+    assert abs(mean(ratio) - 1) > 0.1
+    assert means["value_clip_frac"] == pytest.approx(mean([m > 0.4 for m in moved]))
+    assert means["policy_loss"] == pytest.approx(
+        mean([max(-a * r, -a * min(max(r, 0.9), 1.1)) for a, r in zip(A, ratio)]), rel=1e-3)
+    assert means["value_loss"] == pytest.approx(
+        mean([0.5 * max((v - x) ** 2, (n - x) ** 2) for v, n, x in zip(V, near, R)]), rel=1e-3)
     assert 0 < means["clip_frac"] < 1 and 0 < means["value_clip_frac"] < 1
 
 
@@ -594,3 +797,98 @@ def test_33_every_iteration_logs_all_of_it(policy, reward_model, codec, stage):
     for row in stage.rows:
         assert names <= set(row) and all(math.isfinite(row[name]) for name in names)
     assert sum(line.startswith("ppo ") for line in stage.lines) == 2    # one line for each iteration
+
+
+def test_33_the_true_match_is_that_of_each_cv_and_its_own_jd(policy, reward_model, codec, stage,
+                                                             monkeypatch):
+    asked, written, cv_of = [], [], {str(codec.prompt(cv)): cv for cv in CVS}
+    spy(monkeypatch, ppo, "generate", lambda responses, lm, prompts, *rest: written.extend(
+        (cv_of[str(p)], codec.text(r)) for p, r in zip(prompts, responses)))
+    train(policy, reward_model, codec, stage, iterations=2, episodes=5, ppo_epochs=1,
+          true_match=lambda cv, jd: asked.append((cv, jd)) or len(asked))
+    assert asked == written and len(set(asked)) > 5
+    assert [row["true_match"] for row in stage.rows] == [mean(range(1, 6)), mean(range(6, 11))]
+
+
+# --------------------------------------------------------------------- the direction of learning
+def scores_of(monkeypatch, score):
+    """Let this function, of a text's tokens, stand for the reward model."""
+    monkeypatch.setattr(ppo, "score_rows", lambda reward_model, rows: [score(row) for row in rows])
+
+
+def log_probs_of_texts(policy, e):
+    with torch.no_grad():
+        return (ppo.evaluate_policy(policy, e, 1.0)[0] * e.mask).sum(1)                      # [B]
+
+
+def test_25_the_best_text_becomes_likelier_and_the_worst_less_likely(
+        policy, reward_model, prompts, codec, monkeypatch):
+    """Through rollout and update: a sign turned anywhere from score to step turns this round."""
+    same = prompts[:1] * 24                 # one CV: what one JD gains, others lose
+    responses = generate(policy.lm, same, codec.max_jd, generator=generator(0))
+    best, worst = [r for r in responses if r[-1] == EOS and responses.count(r) == 1][:2]
+    paid = {str(same[0] + best): 1.0, str(same[0] + worst): -1.0}
+    scores_of(monkeypatch, lambda row: paid.get(str(row), 0.0))
+    e, old, responses, _ = roll(policy, policy.lm, reward_model, same, codec, beta=0.0,
+                                cut_off_score=0.0)
+    before = log_probs_of_texts(policy, e)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
+    ppo.update(policy, optimizer, e, old, PPOFlags(ppo_epochs=4), generator(0), CPU)
+    change = log_probs_of_texts(policy, e) - before
+    assert change[responses.index(best)] > 0.5 and change[responses.index(worst)] < -0.5
+    assert change[responses.index(best)] == change.max()
+
+
+def test_25_training_makes_what_is_paid_for_more_frequent(policy, reward_model, codec, stage,
+                                                          monkeypatch):
+    """Paid for each word "night" (token 8), the policy writes more of them."""
+    scores_of(monkeypatch, lambda row: row.count(8))
+    train(policy, reward_model, codec, stage, CVS * 2, iterations=6, minibatch=12, lr=3e-3,
+          cut_off_score=0.0)
+    assert stage.rows[-1]["reward"] > stage.rows[0]["reward"] + 0.2
+
+
+def exact_kl(policy, reference, e):
+    """KL(pi || pi_ref) of the next token, summed over the vocabulary; its mean over these texts."""
+    with torch.no_grad():
+        p, q = (lm.lm_head(ppo.response_states(lm.model, e)).log_softmax(-1)
+                for lm in (policy.lm, reference))
+    return ppo.masked_mean((p.exp() * (p - q)).sum(-1), e.mask).item()
+
+
+def test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference(
+        policy, reference, reward_model, prompts, codec, monkeypatch):
+    scores_of(monkeypatch, lambda row: 0.5 * row.count(8))
+    flags, kls, start = PPOFlags(minibatch=8, cut_off_score=0.0), [], copy.deepcopy(policy)
+    e, *_ = roll(policy, reference, reward_model, prompts, codec)
+    for beta in (0.0, 3.0):
+        policy = copy.deepcopy(start)
+        optimizer = torch.optim.Adam(policy.parameters(), lr=5e-4)
+        for i in range(4):
+            written, old, *_ = ppo.rollout(policy, reference, reward_model, prompts * 2, codec,
+                                           flags, beta, generator(i), CPU)
+            ppo.update(policy, optimizer, written, old, flags, generator(i), CPU)
+        kls.append(exact_kl(policy, reference, e))
+    assert kls[1] < 0.95 * exact_kl(start, reference, e) and kls[1] < 0.9 * kls[0]
+
+
+def test_26_the_value_head_moves_toward_the_returns(
+        policy, reference, reward_model, prompts, codec):
+    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+
+    def error():
+        with torch.no_grad():
+            values = ppo.evaluate_policy(policy, e, 1.0)[2]
+            return ((values - old["returns"])[e.mask] ** 2).mean().item()
+    before, flags = error(), PPOFlags(ppo_epochs=10, value_clip=10.0)
+    optimizer = torch.optim.Adam(policy.value_head.parameters(), lr=0.05)
+    ppo.update(policy, optimizer, e, old, flags, generator(0), CPU)
+    assert error() < 0.8 * before
+
+
+# ------------------------------------------------------------------------- the tests of these tests
+def test_the_list_of_mutants_fits_the_project():
+    """`python tests/mutants.py` breaks one line at a time; does the test fail that it names?"""
+    assert list(mutants.stale()) == []
+    broken = {statement for of_a_test in mutants.MUTANTS.values() for statement, *_ in of_a_test}
+    assert broken == set(range(1, 34))

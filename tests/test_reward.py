@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import model
 import reward
+from conftest import CVS
 from data import Record, pad_right
 from model import RewardModel
-from run import generator
+from run import Optimizer, cosine, generator
 from weights import load_model, save_model
 
 CPU = torch.device("cpu")
@@ -109,6 +111,46 @@ def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
     assert reading.item() == pytest.approx(both.item(), abs=1e-5)
 
 
+def test_05_equal_scores_are_not_right(reward_model):
+    """A head of zeros knows nothing: it must not look as if it were right everywhere."""
+    torch.nn.init.zeros_(reward_model.score.weight)
+    groups = [reward.Group([(row[:2], row[2:]) for row in ROWS], [True, False, True, False])]
+    loss, right, _, _ = reward.batch_loss(reward_model, torch.nn.Linear(32, 1), groups, 1.0, CPU)
+    assert int(right) == 0 and loss.item() == pytest.approx(4 * math.log(2))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_05_the_gradient_is_that_of_the_objective_by_hand(reward_model, accumulate):
+    """Ranking and `pooled` times the loss on mean states, over 3 comparisons; `reading` times that
+    loss, over 5 rows. Each row alone, without pads or shared prompts."""
+    rows, reader = [(row[:2], row[2:]) for row in ROWS], torch.nn.Linear(32, 1)
+    groups = [reward.Group(rows[:3], [True, False, False]),
+              reward.Group([rows[3], rows[0]], [False, True])]
+    body, shorter = reward_model.model, copy.copy(reward_model.model)       # the same parameters,
+    shorter._modules = {**body._modules, "layers": body.layers[:-1]}        # one block less
+    last = [reward_model.score(body(torch.tensor([row]))[0, -1]) for row in ROWS]
+    states = [shorter(torch.tensor([row]))[0, 2:] for row in ROWS]
+    mean = [reward_model.score(x.mean(0)) for x in states]
+    five = [0, 1, 2, 3, 0]                                  # row 0 is in both groups
+    reading = reward.reading_loss(reader, torch.cat([states[i] for i in five]),
+                                  [rows[i] for i in five])
+
+    def ranking(s):
+        return sum(torch.log1p(torch.exp(s[no] - s[0])) for no in (1, 2, 3)) / 3
+    (ranking(last) + 0.7 * ranking(mean) + 0.3 * reading).backward()
+    parameters = [*reward_model.parameters(), *reader.parameters()]
+    by_hand = [p.grad.clone() for p in parameters]
+    reward_model.zero_grad(), reader.zero_grad()
+
+    flags = reward.RewardFlags(pooled=0.7, reading=0.3, accumulate=accumulate)
+    loss, right, read = reward.reward_step(reward_model, reader, groups, flags, CPU)
+    for p, gradient in zip(parameters, by_hand):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
+    assert loss == pytest.approx(ranking(last).item(), abs=1e-5)
+    assert read == pytest.approx(reading.item(), abs=1e-5)
+    assert right == pytest.approx(sum(last[0].item() > last[no].item() for no in (1, 2, 3)) / 3)
+
+
 def test_a_prompt_is_read_once_and_its_jds_get_the_states_of_whole_rows(reward_model):
     """Among the rows: one prompt with two JDs, not side by side, and prompts and JDs of several lengths."""
     rows = [([2, 3, 5], [4, 3, 8, EOS]), ([6, 9], [7, EOS]), ([2, 3, 5], [9, EOS]), ([5, 5, 6, 7, 8], [3, 4, 3, 3, EOS])]
@@ -200,6 +242,7 @@ def test_05_training_logs_loss_and_accuracy_and_learns(reward_model, codec, stag
     before = copy.deepcopy(reward_model)
     flags = reward.RewardFlags(steps=30, groups=6, warmup=2, lr=3e-3, matrix_lr=0.02)
     reader = torch.nn.Linear(reward_model.config.hidden_size, 1)
+    fresh_reader = reader.weight.clone()
     reward.train(reward_model, reader, codec, RECORDS, flags, 0, stage, CPU)
 
     # The first row is that of the untrained model: all six groups, of three CVs and three JDs, in one step.
@@ -209,7 +252,88 @@ def test_05_training_logs_loss_and_accuracy_and_learns(reward_model, codec, stag
     assert stage.rows[0]["loss"] == pytest.approx(loss.item() / 12, abs=1e-5)
     assert stage.rows[0]["accuracy"] == pytest.approx(int(right) / 12)
     assert stage.rows[-1]["reading"] < 0.7 * stage.rows[0]["reading"]
+    assert not torch.equal(reader.weight, fresh_reader)
     assert stage.rows[-1]["loss"] < 0.1 and stage.rows[-1]["accuracy"] == 1
+
+    # And each row alone: what was accepted scores above what was rejected, which was not so before.
+    pairs = [(r.cv, r.jd) for r in RECORDS]
+    was, now = (reward.pair_metrics(RECORDS, reward.score_texts(m, codec, pairs))
+                for m in (before, reward_model))
+    assert now["pair_accuracy"] == 1 > was["pair_accuracy"] and now["margin"] > was["margin"] + 1
+
+
+def seen_by_steps(monkeypatch):
+    """The groups of each step of a training that goes nowhere."""
+    seen = []
+
+    def step(model, reader, groups, *rest):
+        seen.append(groups)
+        return 0.0, 0.0, 0.0
+    monkeypatch.setattr(reward, "reward_step", step)
+    return seen
+
+
+def test_every_epoch_has_each_group_once_in_an_order_of_its_own(reward_model, codec, stage,
+                                                                monkeypatch):
+    seen, flags = seen_by_steps(monkeypatch), reward.RewardFlags(steps=9, groups=2)
+    reward.train(reward_model, torch.nn.Linear(32, 1), codec, RECORDS, flags, 0, stage, CPU)
+    assert [len(groups) for groups in seen] == [2] * 9
+    epochs = [[str(g) for groups in seen[k:k + 3] for g in groups] for k in (0, 3, 6)]
+    assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 6 for epoch in epochs)
+    assert len({str(epoch) for epoch in epochs}) == 3
+
+
+def test_a_large_group_shows_other_rows_in_every_step(reward_model, codec, stage, monkeypatch):
+    jds = itertools.product(["cook", "night", "day"], ["now", "full", "part"])
+    records = [Record("nurse", " ".join(jd), k < 4) for k, jd in enumerate(jds)]
+    seen, flags = seen_by_steps(monkeypatch), reward.RewardFlags(steps=6, groups=1, max_group=3)
+    reward.train(reward_model, torch.nn.Linear(32, 1), codec, records, flags, 0, stage, CPU)
+    assert [len(g.rows) for [g] in seen] == [3] * 6 and len({str(g) for [g] in seen}) > 3
+
+
+def test_flags_that_save_memory_are_obeyed(reward_model, codec, stage, monkeypatch):
+    parts, batch_loss = [], reward.batch_loss
+
+    def noted(model, reader, groups, *rest):
+        parts.append(len(groups))
+        return batch_loss(model, reader, groups, *rest)
+    monkeypatch.setattr(reward, "batch_loss", noted)
+    flags = reward.RewardFlags(steps=1, groups=6, accumulate=4, checkpointing=True)
+    reward.train(reward_model, torch.nn.Linear(32, 1), codec, RECORDS, flags, 0, stage, CPU)
+    assert parts == [2, 2, 1, 1] and reward_model.model.checkpointing
+
+
+# --------------------------------------------------------------- the optimizer of stages 1 and 2
+def test_matrices_of_layers_have_their_own_rate_and_all_rates_follow_the_schedule(reward_model):
+    flags = reward.RewardFlags(lr=0.5, matrix_lr=0.03, warmup=4)
+    both = torch.nn.ModuleList([reward_model, torch.nn.Linear(32, 1)])
+    optimizer, rates = Optimizer(both, flags, 10), []
+    for step in range(10):
+        optimizer.step(step)
+        rates.append([part.param_groups[0]["lr"] for part, _ in optimizer.parts])
+    factors = [cosine(step, 10, 4) for step in range(10)]
+    assert rates == [pytest.approx([0.03 * factor, 0.5 * factor]) for factor in factors]
+
+    def parameters(part):
+        return {id(p) for p in part[0].param_groups[0]["params"]}
+    assert all(part.param_groups[0]["weight_decay"] == 0 for part, _ in optimizer.parts)
+    matrices, rest = map(parameters, optimizer.parts)
+    assert matrices == {id(p) for n, p in both.named_parameters() if n.endswith("proj.weight")}
+    assert matrices | rest == {id(p) for p in both.parameters()} and not matrices & rest
+    [alone] = Optimizer(both, replace(flags, matrix_lr=0.0), 10).parts     # AdamW for all
+    assert parameters(alone) == matrices | rest
+
+
+def test_gradients_are_shortened_to_the_largest_norm_and_cleared_after_the_step(reward_model):
+    optimizer = Optimizer(reward_model, reward.RewardFlags(max_grad_norm=0.25), 10)
+    for p in reward_model.parameters():
+        p.grad = torch.ones_like(p)
+    n = sum(p.numel() for p in reward_model.parameters())
+    assert optimizer.clip() == pytest.approx(math.sqrt(n), rel=1e-4)
+    norm = math.sqrt(sum(float((p.grad ** 2).sum()) for p in reward_model.parameters()))
+    assert norm == pytest.approx(0.25, rel=1e-3)
+    optimizer.step(0)
+    assert all(p.grad is None or not p.grad.any() for p in reward_model.parameters())
 
 
 def test_no_more_groups_are_made_than_are_seen(reward_model, codec, stage, monkeypatch):
@@ -313,6 +437,22 @@ def test_07_scale_is_folded_into_the_head_and_centre_kept_in_the_config(reward_m
     assert list(reward.score_rows(loaded, rows)) == pytest.approx(list(after), abs=1e-5)
 
 
+def test_07_the_samples_are_of_different_cvs_drawn_from_the_full_distribution(
+        policy, codec, stage, monkeypatch):
+    asked, sample = set(), model.sample
+
+    def noted(logits, temperature, top_p, draw):
+        asked.add((temperature, top_p))
+        return sample(logits, temperature, top_p, draw)
+    monkeypatch.setattr(model, "sample", noted)
+    rows = reward.sample_texts(policy.lm, codec, CVS, 5, 0, stage, CPU, batch_size=2)
+    prompts = [codec.prompt(cv) for cv in CVS]
+    found = {k for k, p in enumerate(prompts) for row in rows if row[:len(p)] == p and row[len(p):]}
+    assert len(found) == len(rows) == 5 and asked == {(1.0, 1.0)}
+    same = reward.sample_texts(policy.lm, codec, CVS[:1] * 6, 6, 0, stage, CPU, batch_size=2)
+    assert same[:2] != same[2:4] != same[4:]                # each part has draws of its own
+
+
 # ---------------------------------------------------------------------------------------------- groups and pairs
 def test_08_pairs_identical_after_truncation_are_dropped_and_counted(codec):
     """The codec keeps 8 tokens of a JD; these two differ in the ninth word."""
@@ -351,6 +491,8 @@ def test_decision_groups_are_those_of_a_cv_or_a_jd_with_both_answers():
     records = [Record("a", "1", True), Record("a", "2", False), Record("b", "2", True), Record("b", "3", True)]
     # CV a: 0, 1. CV b: accepted only. JD 1 and 3: a single decision. JD 2: 1, 2.
     assert reward.decision_groups(records) == [[0, 1], [1, 2]]
+    # A text that is a CV here and a JD there binds nothing.
+    assert reward.decision_groups([Record("a", "b", True), Record("b", "a", False)]) == []
 
 
 def test_comparisons_are_all_accepted_rejected_pairs():

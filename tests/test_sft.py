@@ -1,5 +1,7 @@
 """Stage 1: its loss by hand, its accumulation, its warm-up, what a small model starts from."""
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ import girl
 import reward
 import sft
 from conftest import tiny
-from data import half, load_codec
-from run import Stage
+from data import Record, half, load_codec, save_tokenizer
+from run import Optimizer, Stage
+from weights import load_pretrained, save_model
 
 CPU = torch.device("cpu")
 
@@ -68,6 +71,84 @@ def test_sft_gradient_accumulation_equals_the_big_batch():
     assert logged[0] == pytest.approx(logged[1], rel=1e-5) and min(logged[0]) > 0
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_gradient_is_that_of_the_objective_by_hand(accumulate):
+    """A mean over the tokens of all JDs to write, a long and a short one, with `cv_loss` times
+    those of their prompts; and `reading` times its mean over two rows to read. Each row alone."""
+    codec, lm = tiny()
+    reader = torch.nn.Linear(32, 1)
+    texts = [("a cook", "a job for a cook with knife skills"), ("skills", "a"),
+             ("a cook with knife skills", "a job")]
+    rows, written = [(codec.prompt(cv), codec.jd(jd)) for cv, jd in texts], 0.0
+    for prompt, jd in rows[:2]:
+        logp = lm(torch.tensor([prompt + jd]))[0, :-1].log_softmax(-1)                  # [T-1, V]
+        nll, start = -logp[torch.arange(len(logp)), (prompt + jd)[1:]], len(prompt) - 1     # [T-1]
+        written = written + nll[start:].sum() + 0.2 * nll[:start].sum()
+    written = written / sum(len(jd) for _, jd in rows[:2])
+    to_read = [rows[0], rows[2]]
+    states = torch.cat([lm.model(torch.tensor([p + jd]))[0, len(p):] for p, jd in to_read])
+    reading = reward.reading_loss(reader, states, to_read)
+    (written + 0.3 * reading).backward()
+    parameters = [*lm.parameters(), *reader.parameters()]
+    by_hand = [p.grad.clone() for p in parameters]
+    lm.zero_grad(), reader.zero_grad()
+
+    batch = [sft.Example(*rows[0], True, True), sft.Example(*rows[1], True, False),
+             sft.Example(*rows[2], False, True)]
+    flags = sft.SFTFlags(reading=0.3, cv_loss=0.2, accumulate=accumulate)
+    loss, read = sft.sft_step(lm, reader, batch, flags, CPU)
+    for p, gradient in zip(parameters, by_hand):
+        torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-3)
+    assert (loss, read) == pytest.approx((written.item(), reading.item()), rel=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [64, 1])
+def test_mean_nll_is_that_of_a_token_over_all_texts(at_once, monkeypatch):
+    """A JD of one word and one of many: the mean of the texts' means, or the batches', differs."""
+    codec, lm = tiny()
+    monkeypatch.setattr(sft, "rows_that_fit", lambda most, numbers: at_once)
+    pairs = [("a cook", "a job for a cook with knife skills"), ("skills", "a")]
+    rows = [(codec.prompt(cv), codec.jd(jd)) for cv, jd in pairs]
+    tokens = [x for prompt, jd in rows for x in nll_by_hand(lm, prompt, jd)[len(prompt) - 1:]]
+    assert sft.mean_nll(lm, pairs, codec, CPU) == pytest.approx(sum(tokens) / len(tokens), rel=1e-5)
+
+
+def test_after_some_steps_the_jd_is_likelier_and_reading_is_better(stage):
+    codec, lm = tiny()
+    reader = torch.nn.Linear(32, 1)
+    pairs = [("a cook with knife skills", "a job for a cook"), ("skills", "a job with knife")]
+    examples = [sft.Example(codec.prompt(cv), codec.jd(jd), True, True) for cv, jd in pairs]
+    flags = sft.SFTFlags(batch=2, lr=1e-2, matrix_lr=1e-3, warmup=0)
+    optimizer = Optimizer(torch.nn.ModuleList([lm, reader]), flags, 12)
+    before = sft.mean_nll(lm, pairs, codec, CPU)
+    for step in range(12):
+        sft.sft_steps(lm, reader, optimizer, examples, codec, step, 12, flags, 0, stage, CPU)
+    assert sft.mean_nll(lm, pairs, codec, CPU) < 0.7 * before
+    assert stage.rows[0]["loss"] == pytest.approx(before, rel=1e-4)
+    assert stage.rows[-1]["reading"] < stage.rows[0]["reading"]
+
+
+def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last_step(
+        stage, monkeypatch):
+    codec, lm = tiny()
+    seen, examples = [], [sft.Example([2], [k], True, False) for k in range(7)]
+
+    def step(model, reader, batch, *rest):
+        seen.append([e.jd[0] for e in batch])
+        return 0.0, 0.0
+    monkeypatch.setattr(sft, "sft_step", step)
+    flags = sft.SFTFlags(batch=3)
+    optimizer = Optimizer(lm, flags, 10)
+    ends = []
+    for seed, first, last in ((0, 0, 9), (0, 3, 9), (1, 0, 9), (0, 6, 8)):
+        ends.append(sft.sft_steps(lm, None, optimizer, examples, codec, first, last, flags, seed,
+                                  stage, CPU))
+    assert ends == [3, 6, 3, 8] and len(seen) == 3 + 3 + 3 + 2
+    epochs = [sum(seen[k:k + 3], []) for k in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({str(epoch) for epoch in epochs}) == 3       # another epoch, another seed
+
+
 def test_a_new_model_has_zeros_for_unused_tokens_and_large_final_states():
     codec, _ = tiny()
     example = sft.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
@@ -87,14 +168,26 @@ def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_
 
     def steps(model, reader, optimizer, examples, codec, first, last, flags, seed, stage, device):
         seen.append((first, last, examples))
+        assert model.model.checkpointing and optimizer.flags is flags
+        trained = {id(p) for p in [*model.parameters(), *reader.parameters()]}
+        assert {id(p) for p in optimizer.parameters} == trained
         stage.log(loss=0.0)
         return last
     monkeypatch.setattr(sft, "sft_steps", steps)
-    flags = sft.SFTFlags(hidden=32, layers=1, batch=5, warm_steps=6, epochs=1)
+    validated = []
+    monkeypatch.setattr(sft, "mean_nll", lambda model, pairs, *rest: validated.append(pairs) or 1.0)
+    flags = sft.SFTFlags(hidden=32, layers=1, batch=5, warm_steps=6, epochs=1.5, checkpointing=True)
     with Stage(tmp_path / "run", "sft") as stage:
         sft.train(stage, tmp_path, flags, 0, CPU)
-    (first, last, warm), (then, _, pairs) = seen
+    (first, last, warm), (then, end, pairs), _ = seen
     assert (first, last, then, len(warm)) == (0, 6, 6, 30)
+    assert end == 6 + round(1.5 * math.ceil(len(pairs) / 5))            # one epoch and a half
+    own = [r for r in records if r["accepted"]]
+    assert validated == [[(f"valid {r['cv']}", f"valid {r['jd']}") for r in own]] * 2
+    flags = replace(flags, reading=0.0)
+    with Stage(tmp_path / "run 2", "sft") as stage:
+        sft.train(stage, tmp_path, flags, 0, CPU)
+    assert len(seen) == 6 and not any(e.read for e in seen[-1][2])      # no reading in vain
     codec = load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft").config)
     of_a = [r for r in records if half(r["cv"]) == "A"]
     decisions = {(tuple(codec.prompt(r["cv"])), tuple(codec.jd(r["jd"]))): r["accepted"] for r in of_a}
@@ -105,6 +198,31 @@ def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_
     assert all(e.read and not e.write and tuple(e.jd) in {jd for _, jd in decisions} for e in random_jds)
     assert sum((tuple(e.prompt), tuple(e.jd)) not in decisions for e in random_jds) >= 5
     assert len(pairs) == sum(decisions.values()) and all(e.write and e.read for e in pairs)
+
+
+def test_a_new_model_has_the_sizes_of_the_flags():
+    """All different, and none the default: a flag that is not used, or used for another, shows."""
+    flags = sft.SFTFlags(hidden=48, layers=3, heads=6, kv_heads=2, vocab=290, max_cv=7, max_jd=9)
+    codec = sft.new_codec([Record("a cook with knife skills", "a job for a cook", True)] * 9, flags)
+    example = sft.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
+    c = sft.new_model(codec, [example], flags, 0).config
+    assert (c.hidden_size, c.num_hidden_layers) == (48, 3)
+    assert (c.num_attention_heads, c.num_key_value_heads) == (6, 2)
+    assert (codec.max_cv, codec.max_jd) == (c.max_cv_tokens, c.max_jd_tokens) == (7, 9)
+    assert c.vocab_size == 290 and c.intermediate_size == 128          # 8/3 of 48
+
+
+def test_adapters_have_the_rank_the_scale_and_the_layers_of_the_flags(tmp_path):
+    codec, lm = tiny()
+    save_model(tmp_path, lm)
+    save_tokenizer(tmp_path, codec)
+    for alpha, scale in ((12.0, 12 / 3), (0.0, 2)):         # 0 stands for twice the rank
+        flags = sft.SFTFlags(init=str(tmp_path), lora_rank=3, lora_alpha=alpha,
+                             lora_targets="q_proj")
+        model = load_pretrained(flags, codec, 0, CPU)
+        adapters = {n: m for n, m in model.named_modules() if type(m).__name__ == "LoRALinear"}
+        assert len(adapters) == 2 and all(name.endswith("q_proj") for name in adapters)
+        assert all((m.scale, m.lora_A.out_features) == (scale, 3) for m in adapters.values())
 
 
 def test_half_of_the_heads_start_with_equal_queries_and_keys():

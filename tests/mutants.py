@@ -1,0 +1,249 @@
+"""Does each test notice the fault that it is there for? RLHF code goes wrong in small ways, and
+trains on all the same. Here is a list of such ways, and the test that must fail for each.
+
+    python tests/mutants.py            all of them, some minutes; ends in  killed N of M
+    python tests/mutants.py 24 31      those of these statements (test_NN_... decides statement NN)
+
+It works in a copy of the project, and is not part of test.sh. To add one: break a line by hand, see
+which test fails, and write it down. If none does, there is a test to write first.
+"""
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+
+# test: [(statement, file, as it stands, as it is broken, the fault in words)]
+MUTANTS = {
+    # ------------------------------------------------------------------- tokens and reward model
+    "test_ppo.py::test_01_masks_come_from_lengths_not_ids": [
+        (1, "ppo.py", "torch.arange(tokens.shape[1]) < lengths[:, None]", "tokens.ne(0)",
+         "a pad id in a text is taken for a pad")],
+    "test_ppo.py::test_01_generate_hides_no_end_of_text_where_pad_is_end_of_text": [
+        (1, "model.py", "ids, mask = ids.to(device), mask.to(device)",
+         "mask[:, :P] &= ids != c.pad_token_id; ids, mask = ids.to(device), mask.to(device)",
+         "the prompt's own pad ids are hidden in generation")],
+    "test_ppo.py::test_02_prompts_are_left_padded_and_positions_are_the_same_in_rollout_and_update": [
+        (2, "model.py", "positions = (mask.cumsum(1) - 1)",
+         "positions = (torch.ones_like(mask).cumsum(1) - 1)", "positions count pads on the left"),
+        (2, "model.py", "ids[b, P - len(prompt):] =", "ids[b, :len(prompt)] =",
+         "prompts stand on the left, their mask on the right")],
+    "test_ppo.py::test_03_more_padding_on_either_side_changes_no_logits": [
+        (3, "model.py", "(causal & mask[:, None, None, :]) | itself", "causal | itself",
+         "pads on the left are looked at")],
+    "test_reward.py::test_03_more_padding_changes_no_reward_score": [
+        (3, "model.py", "hidden[torch.arange(len(ids), device=ids.device), lengths - 1]",
+         "hidden[:, -1]", "the score is read at a pad")],
+    "test_reward.py::test_04_score_is_read_at_the_last_real_token": [
+        (4, "model.py", "hidden[torch.arange(len(ids), device=ids.device), lengths - 1]",
+         "hidden[torch.arange(len(ids)), ids.ne(0).cumsum(1).argmax(1)]",
+         "the last token that is no pad id is taken for the last real one")],
+    "test_reward.py::test_04_scores_come_back_in_the_order_of_the_rows": [
+        (4, "reward.py", "scores[part] = model(", "scores[sorted(part)] = model(",
+         "scores come back in another order than their texts")],
+    "test_reward.py::test_05_ranking_loss_is_minus_log_sigmoid_of_the_difference": [
+        (5, "reward.py", "F.logsigmoid(chosen - rejected)", "F.logsigmoid(rejected - chosen)",
+         "what was rejected is preferred")],
+    "test_reward.py::test_05_equal_scores_are_not_right": [
+        (5, "reward.py", "(scores[better] > scores[worse])", "(scores[better] >= scores[worse])",
+         "a model that says the same of everything is right everywhere")],
+    "test_reward.py::test_05_the_gradient_is_that_of_the_objective_by_hand": [
+        (5, "reward.py", "((loss + beside) / pairs", "((loss + beside) / rows",
+         "comparisons are averaged over rows"),
+        (5, "reward.py", "(loss + beside)", "(loss + beside.detach())",
+         "the loss on mean states is computed, and not learned from")],
+    "test_reward.py::test_06_head_starts_with_std_one_over_sqrt_d_plus_1_and_no_bias": [
+        (6, "model.py", "math.sqrt(c.hidden_size + 1)", "math.sqrt(c.hidden_size)", "1/sqrt(d)"),
+        (6, "model.py", "self.score = nn.Linear(c.hidden_size, 1, bias=False)",
+         "self.score = nn.Linear(c.hidden_size, 1)", "the head has a bias, which no export keeps")],
+    "test_reward.py::test_07_scale_is_folded_into_the_head_and_centre_kept_in_the_config": [
+        (7, "reward.py", "model.score.weight /= std", "pass", "the scale is not folded in"),
+        (7, "reward.py", "float(raw.mean()) / std", "float(raw.mean())",
+         "the centre is in units of the old scale")],
+    "test_reward.py::test_08_pairs_identical_after_truncation_are_dropped_and_counted": [
+        (8, "reward.py", "or rows[k] not in accepted]", "or rows[k]]", "identical pairs are kept")],
+    # ------------------------------------------------------------------------------------ rollout
+    "test_ppo.py::test_09_no_dropout_anywhere": [
+        (9, "model.py", "return x + self.mlp(self.post_attention_layernorm(x))",
+         "return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), 0.1, self.training)",
+         "dropout: two passes disagree")],
+    "test_ppo.py::test_10_rollout_asks_for_the_full_distribution_at_its_temperature": [
+        (10, "ppo.py", "codec.max_jd, flags.temperature, generator=generator)",
+         "codec.max_jd, flags.temperature, 0.95, generator=generator)", "top-p in the rollout")],
+    "test_ppo.py::test_11_temperature_divides_the_logits_of_rollout_reference_and_update": [
+        (11, "ppo.py", "evaluate_policy(policy, e, flags.temperature)",
+         "evaluate_policy(policy, e, 1.0)", "the update forgets the temperature"),
+        (11, "ppo.py", "evaluate_reference(reference, e.rows(p), flags.temperature)",
+         "evaluate_reference(reference, e.rows(p), 1.0)", "the reference forgets the temperature")],
+    "test_ppo.py::test_12_logits_and_values_stand_one_position_before_each_response_token": [
+        (12, "ppo.py", "e.prompt_lengths[:, None] - 1 + torch", "e.prompt_lengths[:, None] + torch",
+         "logits are read where the token itself can be seen"),
+        (12, "ppo.py", "return logp, entropy, scalar(policy.value_head, states)",
+         "return logp, entropy, scalar(policy.value_head, states).roll(-1, 1)",
+         "a value knows the token that it is the baseline for")],
+    "test_ppo.py::test_13_after_the_first_end_of_text_all_is_pad_and_masked": [
+        (13, "ppo.py", "torch.arange(tokens.shape[1]) < lengths[:, None]",
+         "torch.arange(tokens.shape[1]) < lengths[:, None] - 1", "end-of-text is masked out")],
+    "test_ppo.py::test_13_what_stands_in_pads_changes_no_loss_and_no_mean": [
+        (13, "ppo.py", 'old["advantages"], flags.clip) * e.mask',
+         'old["advantages"], flags.clip)', "pads are learned from")],
+    "test_ppo.py::test_14_a_cut_off_response_gets_the_penalty_instead_of_its_score": [
+        (14, "ppo.py", "torch.full_like(scores, cut_off_score))", "scores + cut_off_score)",
+         "the penalty comes on top of the score")],
+    "test_ppo.py::test_14_the_penalty_is_the_one_that_the_flags_name": [
+        (14, "ppo.py", "codec.eos, flags.cut_off_score)", "codec.eos, -3.0)", "a fixed penalty")],
+    "test_ppo.py::test_15_reference_and_reward_model_are_bit_identical_before_and_after": [
+        (15, "ppo.py", "reference = twin(policy.lm).eval().requires_grad_(False)",
+         "reference = policy.lm", "the reference moves with the policy")],
+    # --------------------------------------------------------------------- rewards and advantages
+    "test_ppo.py::test_16_token_rewards_add_up_to_score_minus_beta_kl": [
+        (16, "ppo.py", "last] += scores", "last] = scores", "the last token's KL is lost")],
+    "test_ppo.py::test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference": [
+        (16, "ppo.py", "kl, e.mask, beta)", "-kl, e.mask, beta)",
+         "beta drives the policy away from the reference")],
+    "test_ppo.py::test_17_the_score_lies_inside_the_masks_of_value_return_and_advantage": [
+        (17, "ppo.py", "last = mask.sum(1) - 1", "last = mask.sum(1).clamp(max=mask.shape[1] - 1)",
+         "the score stands on the first pad")],
+    "test_ppo.py::test_18_k1_and_k3_average_to_the_exact_kl": [
+        (18, "ppo.py", "return torch.exp(-d) - 1 + d", "return d ** 2 / 2", "k2, which is biased")],
+    "test_ppo.py::test_19_a_persistently_negative_kl_is_a_fault": [
+        (19, "ppo.py", "mean < -2 * error", 'all(x["kl"] < -2 * x["kl_error"] for x in last)',
+         "a small negative KL is never reported"),
+        (19, "ppo.py", "mean < -2 * error", "mean < 0", "noise is reported")],
+    "test_ppo.py::test_19_kl_error_is_the_standard_error_of_the_mean_of_the_texts": [
+        (19, "ppo.py", "unbiased=False) / math.sqrt(len(prompts)))", "unbiased=False))",
+         "the spread of the texts is taken for the error of their mean")],
+    "test_ppo.py::test_20_gae_equals_brute_force_double_sum": [
+        (20, "ppo.py", "gamma * lam * following", "gamma * following", "lambda is left out"),
+        (20, "ppo.py", "torch.zeros_like(rewards), 0.0, 0.0",
+         "torch.zeros_like(rewards), 0.0, values[:, -1]", "a value after the end")],
+    "test_ppo.py::test_20_the_rollout_discounts_as_the_flags_say": [
+        (20, "ppo.py", "flags.gamma, flags.lam)", "flags.lam, flags.gamma)", "swapped")],
+    "test_ppo.py::test_21_returns_are_unwhitened_advantages_plus_values": [
+        (21, "ppo.py", '"returns": returns,', '"returns": whiten(advantages, e.mask) + values,',
+         "the value head learns whitened numbers")],
+    "test_ppo.py::test_22_whitened_advantages_have_masked_mean_0_and_variance_1": [
+        (22, "ppo.py", "    mean = masked_mean(x, mask)\n", "    mean = x.mean()\n",
+         "pads pull at the mean")],
+    "test_ppo.py::test_23_rewards_are_not_whitened": [
+        (23, "ppo.py", "gae(rewards, values, e.mask", "gae(whiten(rewards, e.mask), values, e.mask",
+         "rewards are whitened"),
+        (23, "ppo.py", "kl, e.mask, beta)", "kl, e.mask, flags.kl_coef)", "beta stays the first")],
+    "test_ppo.py::test_23_advantages_are_whitened_over_the_rollout_not_the_minibatch": [
+        (23, "ppo.py", 'policy_loss(log_ratio, old["advantages"],',
+         'policy_loss(log_ratio, whiten(old["advantages"], e.mask),', "whitened per minibatch")],
+    # ------------------------------------------------------------------------------------- update
+    "test_ppo.py::test_24_cached_rollout_and_uncached_update_give_the_same_log_probabilities": [
+        (24, "model.py", "self.k[rows], self.v[rows]", "self.k[:len(rows)], self.v[:len(rows)]",
+         "rows that go on read the cache of others")],
+    "test_ppo.py::test_24_first_minibatch_has_ratio_1_with_learning_rate_0_every_one": [
+        (24, "ppo.py", 'old = {"logp": logp,', 'old = {"logp": ref_logp,',
+         "the ratio is against the reference")],
+    "test_ppo.py::test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective": [
+        (25, "ppo.py", "return torch.max(-adv", "return torch.min(-adv", "min for max"),
+        (25, "ppo.py", 'old["advantages"], flags.clip)', 'old["advantages"], flags.value_clip)',
+         "the policy takes the value's clip")],
+    "test_ppo.py::test_25_the_best_text_becomes_likelier_and_the_worst_less_likely": [
+        (25, "ppo.py", '"advantages": whiten(', '"advantages": -whiten(', "the sign is turned")],
+    "test_ppo.py::test_26_value_loss_is_half_the_larger_of_unclipped_and_clipped": [
+        (26, "ppo.py", "clipped = old_values + (", "clipped = returns + (", "around the returns"),
+        (26, "ppo.py", "flags.value_coef * vf", "0.5 * vf", "the coefficient is not used")],
+    "test_ppo.py::test_27_the_value_head_starts_at_zero_and_the_code_says_so": [
+        (27, "ppo.py", "nn.init.zeros_(self.value_head.weight)", "pass", "a random critic")],
+    "test_ppo.py::test_28_adam_eps_is_1e_5_and_the_learning_rate_falls_linearly_to_0": [
+        (28, "ppo.py", "lr=flags.lr, eps=1e-5)", "lr=flags.lr)", "Adam's own eps"),
+        (28, "ppo.py", "torch.optim.Adam(", "torch.optim.AdamW(", "weight decay toward 0"),
+        (28, "ppo.py", "(1 - i / flags.iterations)", "1", "the rate does not fall")],
+    "test_ppo.py::test_29_every_epoch_is_a_fresh_permutation_with_each_episode_once": [
+        (29, "ppo.py", "torch.randperm(n, generator=generator).split(size)",
+         "torch.randperm(n, generator=generator)[:n - n % size].split(size)", "the rest is lost")],
+    "test_ppo.py::test_29_every_iteration_draws_anew": [
+        (29, "ppo.py", 'generator(seed, "ppo", i)', 'generator(seed, "ppo")', "the same CVs again"),
+        (29, "ppo.py", 'generator(seed, "ppo-sample", i,', 'generator(seed, "ppo-sample",',
+         "the same noise in every rollout")],
+    "test_ppo.py::test_30_no_gradient_is_left_from_the_step_before": [
+        (30, "ppo.py", "        optimizer.zero_grad()\n", "", "gradients pile up")],
+    "test_ppo.py::test_30_each_step_counts_its_own_real_tokens": [
+        (30, "ppo.py", "episodes.mask[batch].sum()", "len(batch)", "long texts count more")],
+    "test_ppo.py::test_30_gradient_accumulation_equals_the_big_batch": [
+        (30, "ppo.py", "vf.sum()) / tokens_in_step", "vf.sum()) / e.mask.sum() / flags.accumulate",
+         "a mean of means")],
+    "test_sft.py::test_the_gradient_is_that_of_the_objective_by_hand": [
+        (30, "sft.py", "(loss / max(tokens, 1)", "(loss / len(batch)", "by text, not by token")],
+    "test_ppo.py::test_31_adaptive_kl_controller_by_hand": [
+        (31, "ppo.py", "min(max(kl / self.target - 1, -0.2), 0.2)", "kl / self.target - 1",
+         "the error is not clipped")],
+    "test_ppo.py::test_31_the_controller_is_told_the_kl_of_a_text_and_the_number_of_texts": [
+        (31, "ppo.py", 'update(log["kl"], len', 'update(log["approx_kl"], len', "the update's KL"),
+        (31, "ppo.py", 'log["kl"], len(prompts))', 'log["kl"], flags.episodes)', "another n")],
+    "test_ppo.py::test_32_log_softmax_is_in_float32": [
+        (32, "ppo.py", "lm.lm_head(states).float()", "lm.lm_head(states)", "in bf16")],
+    "test_ppo.py::test_32_log_ratio_is_bounded": [
+        (32, "ppo.py", "* e.mask).clamp(-20, 20)", "* e.mask)", "exp overflows")],
+    "test_ppo.py::test_32_gradients_are_clipped": [
+        (32, "ppo.py", "flags.max_grad_norm)", "1.0)", "a fixed largest norm")],
+    "test_ppo.py::test_32_a_gradient_that_is_not_finite_is_not_silently_skipped": [
+        (32, "ppo.py", "raise NotFinite(batch.tolist())", "continue", "a bad step is skipped")],
+    "test_ppo.py::test_33_means_of_the_update_are_those_of_the_real_tokens": [
+        (33, "ppo.py", '(means["ratio_mean"] - 1) ** 2', "0", "the variance is around 1")],
+    "test_ppo.py::test_33_the_true_match_is_that_of_each_cv_and_its_own_jd": [
+        (33, "ppo.py", "sum(map(true_match, chosen, texts))",
+         "sum(map(true_match, sorted(chosen), texts))", "the JDs of other CVs are judged")],
+}
+
+
+def stale():
+    """What no longer fits the project: tests that are not there, lines that do not stand once."""
+    for test, mutants in MUTANTS.items():
+        file, name = test.split("::")
+        if f"\ndef {name}(" not in (HERE / "tests" / file).read_text():
+            yield f"no such test: {test}"
+        for _, file, old, new, _ in mutants:
+            if (n := (HERE / file).read_text().count(old)) != 1 or old == new:
+                yield f"{file}: stands there {n} times: {old!r}"
+
+
+def pytest(folder, *tests):
+    """(exit code, output): 0 all passed, 1 some failed, 2 and more: they could not run."""
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *(f"tests/{test}" for test in tests)], cwd=folder, env=env,
+                          capture_output=True, text=True)
+    return done.returncode, done.stdout
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("statements", nargs="*", type=int, help="only the mutants of these")
+    asked = parser.parse_args().statements
+    if found := list(stale()):
+        sys.exit("\n".join(found))
+    chosen = [(test, *mutant) for test, mutants in MUTANTS.items() for mutant in mutants
+              if not asked or mutant[0] in asked]
+    killed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(HERE / "tests", f"{folder}/tests", ignore=shutil.ignore_patterns("__*"))
+        for path in HERE.glob("*.py"):
+            shutil.copy(path, folder)
+        code, said = pytest(folder, *{test for test, *_ in chosen})
+        if code:
+            sys.exit(f"{said}\nthe tests fail before anything is broken")
+        for test, statement, file, old, new, fault in chosen:
+            path = Path(folder, file)
+            whole = path.read_text()
+            path.write_text(whole.replace(old, new))
+            code, _ = pytest(folder, test)
+            path.write_text(whole)
+            verdict = {0: f"SURVIVED {test}", 1: "killed"}.get(code, f"DOES NOT RUN {test}")
+            killed += code == 1
+            print(f"{statement:2d}  {file:9s}  {fault}: {verdict}", flush=True)
+    print(f"killed {killed} of {len(chosen)}")
+    sys.exit(killed < len(chosen))
+
+
+if __name__ == "__main__":
+    main()

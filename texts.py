@@ -1,0 +1,192 @@
+"""What every text that comes in goes through: of a table, a data set, a file with a CV, a pool of jobs.
+
+    normalize(text, hide)      one text in, one text out, wherever it was read: so it has the same tokens everywhere
+
+Contacts are found with precision first: a salary, a period of years or a version is data, and must stay. A telephone number is
+taken for one only where it cannot be anything else: with a + or an area code in brackets, after a word such as "Tel.", or in a
+grouping of digits that no amount, date, range, version or address has. The others stay.
+"""
+import re
+import unicodedata
+from collections import Counter
+
+
+def normalize(text, hide, count=None):
+    """The text as all stages see it; with `hide`, its contacts become placeholders, and `count` counts them.
+
+    It undoes what programs do to a text on its way, which nobody who reads it sees: line ends of Windows and of old Macs,
+    a byte-order mark, blanks around it, the non-breaking space of web pages and word processors, and letters in pieces (in
+    Unicode's form NFD, as macOS writes them, an e and an accent; NFC is one letter). What somebody typed stays: blanks and
+    dashes of other widths, full-width letters (NFKC would change these), odd characters. Twice gives the same as once."""
+    text = text.replace("\ufeff", "").replace("\u00a0", " ")
+    text = unicodedata.normalize("NFC", re.sub("\r\n?", "\n", text)).strip()
+    return hide_contacts(text, Counter() if count is None else count) if hide else text
+
+
+def is_utf16(content):
+    """Bytes of UTF-16 without a byte-order mark: in most texts every other byte is 0. (In UTF-8 they would be read as NULs.)"""
+    return max(content[0::2].count(0), content[1::2].count(0)) > len(content) / 4
+
+
+# -------------------------------------------------------------------------------------------------------- contacts
+# A link begins with a scheme or www, or is a path on a host; ASP.NET/C# is none. Lookbehinds keep a search from starting again
+# inside a long word.
+LINK = re.compile(r"(?:https?://|(?<![^\W\d])www\.|(?<![\w.@+-])(?!(?:asp|vb|ado|ml|ef|socket|draw)\.(?:net|io)/)(?:[\w-]{1,63}\.){1,3}"
+                  r"(?:com|org|net|io|dev|me|co|ai|app|edu|info|de|uk|fr|eu)/)[^\s<>()\[\]\"']*[\w/]", re.IGNORECASE)
+# The host ends in a name: react@18.2.0 is a version, 10@2.50 a price. Several that nothing stands between count as one.
+EMAIL = re.compile(r"(?<![\w.+-])(?:[\w.+-]{1,64}@(?!\d+\.\d)(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?![^\W_]))+")
+
+SPACE, DASH = r"[ \u00a0]", r"[\-\u2010-\u2013]"
+# A run of at least six digits, with at most three signs between two of them; a bracket before it only where it closes soon.
+RUN = rf"(?:\+{SPACE}?)?(?:\((?=\+?\d{{1,5}}\)))?\+?\d(?:[ \u00a0().\-\u2010-\u2013/]{{0,3}}\d){{5,32}}(?!\d)"
+# Words before a number. After those of ADJECTIVES an amount may stand as well ("mobile 120 000 000 users").
+ADJECTIVES = "mobile|mobil|phone|telephone|cell|fax|handy|portable|whatsapp|call|hotline|gsm"
+WORDS = (f"{ADJECTIVES}|tel|tél|tlf|telf|telefon|telefono|teléfono|telefone|telefoon|téléphone|telefax|mobiltelefon|móvil|movil|"
+         "celular|cellulare|cellphone|handynummer|mobilnummer|telefonnummer|natel|komórka|viber|тел|телефон|моб|电话|手机|電話|携帯|전화|"
+         "휴대폰|contact no|contact number")
+CUE = (rf"(?<![\w\[])(?P<word>{WORDS})(?:\.?{SPACE}?(?:number|nummer|num|no|nr|n[°º]))?(?:{SPACE}?\([^\W\d]{{1,10}}\))?"
+       rf"(?P<sign>\.?{SPACE}{{0,3}}[:：=]\s{{0,3}}|\.{SPACE}{{0,3}}|{SPACE}{{1,3}}|(?=[+(]))")
+CANDIDATE = re.compile(rf"(?:{CUE}|(?<![\w+.#@&=/$€£¥₹-])(?<!\d[ \u00a0.,/\-\u2013]))(?P<number>{RUN})", re.IGNORECASE)
+
+# Country codes, by the ITU's list.
+COUNTRY = (r"(?:1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|"
+           r"(?:2[1-689]|3[578]|42|50|59|6[7-9]|8[058]|9[679])\d)")
+PLUS = re.compile(rf"\(?\+{SPACE}?\(?{COUNTRY}")
+ZEROS = re.compile(rf"00{SPACE}?{COUNTRY}[ \u00a0\-/.(]")
+AREA = re.compile(rf"(?:[178]{SPACE}?)?\((?P<area>0|0[1-9]\d{{0,4}}|[1-9]\d{{1,4}})\){SPACE}?[/\-]?{SPACE}?(?P<rest>\d.*)")
+AMERICAN = re.compile(rf"(?:\+?1[ \u00a0.\-]?)?(?:\([2-9]\d\d\){SPACE}?|[2-9]\d\d(?P<dot>[.\-]))[2-9]\d\d(?(dot)(?P=dot)|[ .\-])\d{{4}}(?!\d)|"
+                      r"\+1[ .\-]?\(?[2-9]\d\d\)?[ .\-]?[2-9]\d\d[ .\-]?\d{4}(?!\d)")
+# Groupings that hold by themselves, each beside where it is at home. 0 is what is dialled before an area code.
+NATIONAL = re.compile("|".join((
+    r"0[1-9](?P<a>[ .\-])\d\d(?:(?P=a)\d\d){3}",                # France
+    r"0\d\d(?P<b>[ .])\d{3}(?P=b)\d\d(?P=b)\d\d",               # Switzerland
+    r"[1-9]\d \d{3} \d\d \d\d", r"[6-9]\d\d \d\d \d\d \d\d",     # Spain, Poland
+    r"[1-9]\d\d \d{3}-\d\d-\d\d",                               # Russia
+    r"1[3-9]\d(?P<c>[ \-])\d{4}(?P=c)\d{4}",                    # China
+    r"[1-9]\d 9\d{4}-\d{4}",                                    # Brazil
+    r"0[1-9]\d{8,9}",                                           # the 0, and no grouping
+    rf"0[1-9]\d{{0,4}}(?:{SPACE}?/{SPACE}?|{SPACE}|{DASH})\d{{2,8}}(?:(?:{SPACE}|{DASH})\d{{2,6}}){{0,3}}")))
+IDENTIFIER = re.compile(r"(?:\b(?:id|ids|no|nr|num|number|nummer|numéro|ref|reference|referenz|order|job|case|code|ticket|isbn|issn|ean|"
+                        r"iban|bic|vat|ust|be|siren|siret|sap|material|article|artikel|invoice|account|konto|policy|auftrag|kunde|"
+                        r"customer|project|projekt|patent|license|licence|serial|part|postal|zip|plz)|[#№°º])[\s.:#=\-]*$", re.IGNORECASE)
+UNIT = re.compile(r"\s?(?:[%€$£¥₹]|(?:eur|usd|gbp|chf|pln|sek|nok|dkk|czk|inr|jpy|cny|rub|brl|mxn|zar|aud|cad|kwh|mwh|kw|mw|km|m²|m2|kg|"
+                  r"hours|users|customers|people|employees|units|visitors|sites|tons|stunden|kunden|mitarbeiter)\b)", re.IGNORECASE)
+YEAR = re.compile(r"(?:19|20)\d\d")
+
+
+def hide_contacts(text, count):
+    """The text with e-mail addresses, phone numbers and links replaced; adds to `count` what it replaced. Until nothing is
+    found any more: a placeholder is an end of a word that there was none before."""
+    before = None
+    while text != before:
+        before = text
+        for name, pattern in (("LINK", LINK), ("EMAIL", EMAIL)):
+            text, found = pattern.subn(f"[{name}]", text)
+            count[name] += found
+        text = hide_phones(text, count)
+    return text
+
+
+def hide_phones(text, count):
+    done, at = [], 0
+    while found := CANDIDATE.search(text, at):
+        start, at = found.span("number")
+        if length := phone(found):
+            count["PHONE"] += 1
+            done += [text[:start], "[PHONE]"]
+            text, at = text[start + length:], 0     # from here on as at a second time, which must find nothing
+    return "".join(done) + text
+
+
+def phone(found):
+    """How many characters at the beginning of a candidate's run are a telephone number: 0 where it may be anything else."""
+    run, before, after = found["number"], found.string[:found.start()][-30:], found.string[found.end():][:30]
+    groups = [g.span() for g in re.finditer(r"\d+", run)]
+    period = period_at(run, groups)
+    # Without a word, + or brackets an identifier looks the same: where one is named, or where a period of years follows.
+    alone = period == len(groups) and not IDENTIFIER.search(before)
+    if (american := AMERICAN.match(run)) and (
+            found["word"] or set("+(") & set(american[0]) or alone and not YEAR.fullmatch(american[0][-4:])):
+        return american.end()
+    numbers = [run[:end] for _, end in groups[:period]]
+    for number in reversed(numbers):
+        if is_dialled(number):
+            return len(number)
+    numbers = [n for n in numbers if not is_amount(n) and not UNIT.match((run + after)[len(n):])]
+    tests = [is_with_area, is_national, lambda n: is_after_word(n, found)] if found["word"] else [is_with_area]
+    for test in tests:
+        for number in reversed(numbers):
+            if test(number):
+                return len(number)
+    whole = alone and run in numbers and not re.match(r"(?!x\d)[^\W\d_]|[@_]", after)
+    return len(run) if whole and is_national(run) else 0
+
+
+def period_at(run, groups):
+    """The index of the group with which a date or a period of years begins, or their number: a number often stands before one."""
+    for i, (start, end) in enumerate(groups):
+        if not YEAR.fullmatch(run[start:end]):
+            continue
+        between = [run[a[1]:b[0]] for a, b in zip(groups[max(i - 2, 0):i], groups[max(i - 1, 0):i + 1])]     # signs before the year
+        size = [b - a for a, b in groups[max(i - 2, 0):i]]
+        following = run[slice(*groups[i + 1])] if i + 1 < len(groups) else ""
+        joined = run[end:groups[i + 1][0]] if following else ""
+        if between and between[-1] in (".", "/") and size[-1] <= 2:           # 05/2014, 12.05.2014: and the day before it
+            return i - 2 if len(between) == 2 and between[0] == between[1] and size[0] <= 2 else i - 1
+        if YEAR.fullmatch(following) or (joined in ("-", "/", ".") and len(following) == 2 and i == 0):       # 2014 - 2019, 2014-05
+            return i
+        if i == len(groups) - 1 and between and between[-1].strip() == "" and sum(b - a for a, b in groups[:i]) >= 10:
+            return i                                                           # +49 30 1234567 2015
+    return len(groups)
+
+
+def digits_of(number):
+    return re.findall(r"\d+", number)
+
+
+def is_dialled(number):
+    """With a + or 00 and a country's code: 8 to 15 digits. In groups of thousands, at least 10, and not all round."""
+    groups = digits_of(number)
+    size, thousands = sum(map(len, groups)), len(groups) > 1 and all(len(g) == 3 for g in groups[1:])
+    if PLUS.match(number):
+        return 8 <= size <= 15 and not (thousands and (size < 10 or "000" in groups))
+    return bool(ZEROS.match(number)) and 11 <= size <= 17 and len(groups) > 2 and not any(map(YEAR.fullmatch, groups))
+
+
+def is_with_area(number):
+    """With an area code in brackets: 9 to 13 digits, and behind the brackets no year, no thousands and no range."""
+    found = AREA.fullmatch(number)
+    if not found or not 9 <= sum(map(len, digits_of(number))) <= 13 or YEAR.fullmatch(found["area"]):
+        return False
+    rest = digits_of(found["rest"])
+    thousands = found["area"][0] != "0" and len(rest) > 1 and all(len(g) == 3 for g in rest[1:])
+    a_range = len(rest) == 2 and len(rest[0]) == len(rest[1]) >= 5             # (10) 45000-55000
+    round_ones = all(g.endswith("00") for g in rest)                            # (12) 4000-5000
+    return not (YEAR.fullmatch(rest[0]) or thousands or a_range or round_ones or min(map(len, rest)) == 1)
+
+
+def is_after_word(number, found):
+    """Seven to fifteen digits. Groups of three could be thousands: only where the word says that a number follows."""
+    groups = digits_of(number)
+    size, thousands = sum(map(len, groups)), len(groups) > 1 and all(len(g) == 3 for g in groups[1:])
+    says_so = found["sign"].strip() or not re.fullmatch(ADJECTIVES, found["word"], re.IGNORECASE)
+    return 7 <= size <= 15 and (not thousands or bool(says_so) and "." not in number and size >= 9)
+
+
+def is_amount(number):
+    """An amount, a range of amounts, an address of the Internet or a list of versions."""
+    groups = digits_of(number)
+    versions = "." in number and any(len(g) == 1 for g in groups[1:])           # 3.11.4
+    address = re.fullmatch(r"\d{1,3}(?:\.\d{1,3}){3}", number)
+    ends = re.split(rf"{SPACE}?{DASH}{SPACE}?", number)
+    a_range = len(ends) == 2 and all(e.endswith("00") for e in ends)
+    return bool(versions or address or a_range or "000" in groups or re.fullmatch(r"\d+\.\d+", number))
+
+
+def is_national(number):
+    """A grouping of NATIONAL, of 9 to 12 digits, none of them a year."""
+    groups = digits_of(number)
+    if not NATIONAL.fullmatch(number) or not 9 <= sum(map(len, groups)) <= 12:
+        return False
+    years = any(YEAR.fullmatch(g) or re.fullmatch(r"(?:19|20)\d\d[01]\d[0-3]\d", g) for g in groups)
+    return not years and {len(g) for g in groups} not in ({4}, {5}, {3})        # hours, postcodes, identifiers

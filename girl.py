@@ -33,6 +33,7 @@ from model import LanguageModel, RewardModel, generate, merge_lora, twin
 from run import (BadInput, Stage, alone, autocast, check_folder, check_same, checksum, checksums, finished, flag, generator,
                  load_tensors, peak_rss_mb, pick_device, read_json, read_summary, save_tensors, sha256, with_checksum,
                  write_json)
+from texts import is_utf16, normalize
 from weights import StartFlags, check_links, load_model, load_pretrained, put, read_config, read_lora, save_model
 
 
@@ -76,6 +77,7 @@ def train_reward(stage, run, folder, flags, seed, device):
             raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that model "
                            "writes")
         start = load_pretrained(flags, codec, init_seed, device)
+        start.config.keep_contacts = generator_model.config.keep_contacts
     else:
         start = generator_model
     model, reader = new_reward_model(start, run / "sft", bool(flags.init or init_of(run)), init_seed)
@@ -127,9 +129,12 @@ def train_ppo(stage, run, folder, flags, seed, device):
 
 # ------------------------------------------------------------------------------------------------- uses of a run
 def read_text(path):
+    """The text of a file, in which `as_trained` still has to replace contacts, or not: that is up to the model."""
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = raw.decode("utf-8-sig").strip()
+        if is_utf16(raw):
+            raise BadInput(f"{path}: every other byte is 0, as in UTF-16; save the file as UTF-8")
+        text = normalize(raw.decode("utf-8"), False)
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 text (byte {e.start}); save the file as UTF-8")
     except (OSError, ValueError, AttributeError) as e:      # the last two where standard input is closed
@@ -137,6 +142,11 @@ def read_text(path):
     if not text:
         raise BadInput(f"{path}: empty; put the text of one CV or JD into it")
     return text
+
+
+def as_trained(text, model):
+    """A text as this model's training data had it."""
+    return normalize(text, not model.config.keep_contacts)
 
 
 def write_for(args, device):
@@ -148,14 +158,15 @@ def write_for(args, device):
     cv = read_text(args.cv)
     model = load_model(args.model, LanguageModel, device).eval()
     codec = load_codec(args.model, model.config)
-    prompts = [codec.prompt(cv)] * args.number
+    prompts = [codec.prompt(as_trained(cv, model))] * args.number
     with torch.no_grad(), autocast(device):
         out = generate(model, prompts, codec.max_jd, temperature, args.top_p, generator(args.seed, "generate", device=device))
     texts = [codec.text(o) for o in out]
     say_what_was_cut(args, codec)
     if args.reward:
         reward_model = load_model(args.reward, RewardModel, device).eval()
-        scores = reward.score_texts(reward_model, load_codec(args.reward, reward_model.config), [(cv, t) for t in texts])
+        pairs = [(as_trained(cv, reward_model), t) for t in texts]
+        scores = reward.score_texts(reward_model, load_codec(args.reward, reward_model.config), pairs)
         texts = [f"[{s:+.3f}]\n{t}" for s, t in sorted(zip(scores, texts), key=lambda st: -st[0])]
     print("\n\n".join(texts))
 
@@ -163,7 +174,8 @@ def write_for(args, device):
 def score_one(args, device):
     model = load_model(args.reward, RewardModel, device).eval()
     codec = load_codec(args.reward, model.config)
-    print(f"{reward.score_texts(model, codec, [(read_text(args.cv), read_text(args.jd))])[0]:.4f}")
+    cv, jd = (as_trained(read_text(path), model) for path in (args.cv, args.jd))
+    print(f"{reward.score_texts(model, codec, [(cv, jd)])[0]:.4f}")
     say_what_was_cut(args, codec)
 
 
@@ -209,11 +221,18 @@ def write_data(args, flags, start):
             raise BadInput("data: --from needs --cv and --jd, and at most one of --accepted, --rejected-cv, --rejected-jd")
         if len(set(named.values())) < len(named):
             raise BadInput("data: --cv, --jd and the others must name different columns")
+        if args.encoding:
+            table.check_encoding(args.encoding)
+        if args.delimiter:
+            args.delimiter = table.check_delimiter(args.delimiter)
         if os.path.dirname(os.path.realpath(args.source)) == os.path.realpath(args.out):
             raise BadInput(f"{args.source}: lies in the folder that is to be written anew; choose another --out")
-        table.import_table(args.source, args.out, named, args.keep_contacts, args.seed)
+        table.import_table(args.source, args.out, named, args.keep_contacts, args.seed, args.encoding, args.delimiter,
+                           args.split_by or "group")
     elif named:
         raise BadInput(f"data: --{next(iter(named)).replace('_', '-')} names a column of a table; give the table with --from FILE")
+    elif given := [name for name in ("encoding", "delimiter", "keep_contacts", "split_by") if getattr(args, name)]:
+        raise BadInput(f"data: --{given[0].replace('_', '-')} says how a table is read; give the table with --from FILE")
     else:
         market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
     write_json(Path(args.out) / "summary.json", with_checksum({
@@ -394,8 +413,8 @@ def recommend_run(args, device):
         need(run, stage)
     models, train = recommend.load_run(run, device, args.seed), read_records(folder / "train.jsonl")
     if args.cv:
-        cv = read_text(args.cv)
-        recommend.find_jobs(models, cv, recommend.read_pool(args.pool), args.top, train, truth)
+        cv, pool = as_trained(read_text(args.cv), models.girl), recommend.read_pool(args.pool, not models.girl.config.keep_contacts)
+        recommend.find_jobs(models, cv, pool, args.top, train, truth)
         if cv in models.codec.cut_cvs:
             print(f"{args.cv}: the CV was cut at {models.codec.max_cv} tokens", file=sys.stderr)
     else:
@@ -479,6 +498,12 @@ def build_parser():
                        "rejected-cv": "of CVs that were turned down for the JD",
                        "rejected-jd": "of JDs that were turned down for the CV"}.items():
         d.add_argument(f"--{name}", metavar="COLUMN", help=f"the column {text}")
+    d.add_argument("--encoding", metavar="NAME", help="the file's encoding, by its name in Python: cp1252, gbk, shift_jis, ... (default: "
+                   "UTF-8, or what its first bytes say)")
+    d.add_argument("--delimiter", metavar="C", help="what stands between two cells: one character, or tab (default: found out by the "
+                   "header)")
+    d.add_argument("--split-by", choices=("group", "cv"), help="group: all decisions that share a CV or a JD go to one split; cv: CVs and "
+                   "JDs are split each by themselves, and decisions between two splits are dropped (default group)")
     d.add_argument("--keep-contacts", action="store_true", help="leave e-mail addresses, phone numbers and links as they are")
     add_flags(parsers["train"], StartFlags)
     parsers["reward"].add_argument("--judge", action="store_true", help="train the independent judge instead, from half B")
@@ -539,7 +564,8 @@ def parse(argv):
     what was set on the command line stays."""
     top, parsers = build_parser()
     args = top.parse_args(argv)
-    for name in ("run", "data", "out", "source", "model", "reward", "cv", "jd", "pool", "verdicts", "export_pairs"):
+    for name in ("run", "data", "out", "source", "model", "reward", "cv", "jd", "pool", "verdicts", "export_pairs",
+                 "encoding", "delimiter"):
         value = getattr(args, name, None)
         if value is not None and (not value or "\0" in value):
             flag_name = name.replace("_", "-").replace("source", "from")

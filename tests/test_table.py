@@ -205,7 +205,7 @@ def test_odd_cells_are_handled_and_counted(tmp_path):
     ("+49\u00a030\u00a01234567", "[PHONE]"), ("0301-234-567x12", "[PHONE]x12"), ("mail: a@b.org,0301234567", "mail: [EMAIL],[PHONE]"),
     ("jane.dev/work and t.me/jane", "[LINK] and [LINK]"), ("and/or, TCP/IP, C/C++, 24/7, Node.js/React", None), ("version 2.0/3.1", None),
     ("(2014 - 2019)", None), ("2014-2019", None), ("03/2014 - 05/2019", None), ("12.05.2019", None), ("2019-05-12", None),
-    ("5 years, 10,000 users, $120,000.00, 3.14159265", None), ("ISO 9001:2015 and Python 3.11.4", None), ("me@home", None), ("C++ / C# (2010)", None), ("job 16-05885", None), ("(555-2019)", "[PHONE])")])
+    ("5 years, 10,000 users, $120,000.00, 3.14159265", None), ("ISO 9001:2015 and Python 3.11.4", None), ("me@home", None), ("C++ / C# (2010)", None), ("job 16-05885", None), ("(555-2019)", None)])
 def test_contacts_become_placeholders_and_dates_stay(text, hidden):
     assert table.hide_contacts(text, Counter()) == (hidden or text)
 

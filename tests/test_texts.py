@@ -209,7 +209,7 @@ def test_a_telephone_number_is_replaced_and_the_text_around_it_stays(text):
     before, rest = text.split("<")
     number, after = rest.split(">")
     count = Counter()
-    assert hide_contacts(before + number + after, count) == f"{before}[PHONE]{after}" and count == {"PHONE": 1}
+    assert hide_contacts(before + number + after, count) == f"{before}[PHONE]{after}" and +count == {"PHONE": 1}
 
 
 @pytest.mark.parametrize("text", NO_NUMBERS)
@@ -258,6 +258,6 @@ def test_twice_gives_the_same_as_once():
 
 
 def test_utf_16_is_known_by_its_zeros():
-    for text in ("a cook", "Köchin für Cafés\n" * 10, "x, " + "厨师 " * 3):
+    for text in ("a cook", "Köchin für Cafés\n" * 10, "cook, " + "厨师 " * 3):
         assert is_utf16(text.encode("utf-16-le")) and is_utf16(text.encode("utf-16-be")) and not is_utf16(text.encode())
     assert not is_utf16(b"a\0cook\0") and not is_utf16(b"")

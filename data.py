@@ -95,7 +95,8 @@ def parse_record(raw, where):
     if not isinstance(raw, dict) or set(raw) != set(Record._fields):
         found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
         raise BadInput(f"{where}: expected the keys cv, jd, accepted; found {found}")
-    cv, jd = (normalize(text_of(raw, key, where), False) for key in ("cv", "jd"))     # contacts: as they are written there
+    # Contacts stay as they are written there.
+    cv, jd = (normalize(text_of(raw, key, where), False) for key in ("cv", "jd"))
     if not cv:
         raise BadInput(f"{where}: cv is empty")
     if not isinstance(raw["accepted"], bool):
@@ -170,7 +171,8 @@ def read_half(folder, part, *files):
     """The decisions on half A or B of the train CVs. Generator and reward model learn from A, the judge and the recommender
     from B, so that nothing is measured on what it was taught."""
     records = [r for name in files or ("train.jsonl",) for r in read_records(Path(folder) / name)]
-    side = halves(records, read_import(folder).get("split_by", "group") if made_of_table(folder) else "cv")
+    by = read_import(folder).get("split_by", "group") if made_of_table(folder) else "cv"
+    side = halves(records, by)
     return [r for r in records if side[r.cv] == part]
 
 
@@ -179,21 +181,23 @@ def made_of_table(folder):
 
 
 def read_import(folder):
-    """What `data --from` noted about its table; without the keys that it did not have in earlier versions."""
-    return read_json(Path(folder) / "import.json", "make the data set again with  python girl.py data --from FILE")
+    """What `data --from` noted about its table. Earlier versions did not note all of it."""
+    return read_json(Path(folder) / "import.json",
+                     "make the data set again with  python girl.py data --from FILE")
 
 
 def keeps_contacts(folder):
-    """Are contacts in these texts as somebody wrote them? They are replaced in what `data` made (the market has none), but for
-    `--keep-contacts`; a data set that was written by hand is used as it is."""
+    """Do these texts have contacts as somebody wrote them? Not in a data set that `data` made (the
+    market has none) without `--keep-contacts`; one that was written by hand is used as it is."""
     if (Path(folder) / "market.json").exists():
         return False
     return not made_of_table(folder) or read_import(folder).get("contacts_replaced") is None
 
 
 def halves(records, split_by):
-    """CV -> half. By "cv" it is drawn by a hash of the CV alone: so in the market, and in a table of which each CV was judged for
-    many JDs, where all hangs together. A JD may then be in both halves."""
+    """CV -> half. By "cv" a hash of the CV decides alone, in the market and in a table whose CVs were
+    each judged for many JDs: by "group" all of these would be in one half. A JD can then be in both
+    halves."""
     return halves_by_group(records) if split_by == "group" else {r.cv: half(r.cv) for r in records}
 
 

@@ -129,7 +129,7 @@ def train_ppo(stage, run, folder, flags, seed, device):
 
 # ------------------------------------------------------------------------------------------------- uses of a run
 def read_text(path):
-    """The text of a file, in which `as_trained` still has to replace contacts, or not: that is up to the model."""
+    """The text of a file. Its contacts stay until the model is known: see as_trained."""
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         if is_utf16(raw):
@@ -165,8 +165,8 @@ def write_for(args, device):
     say_what_was_cut(args, codec)
     if args.reward:
         reward_model = load_model(args.reward, RewardModel, device).eval()
-        pairs = [(as_trained(cv, reward_model), t) for t in texts]
-        scores = reward.score_texts(reward_model, load_codec(args.reward, reward_model.config), pairs)
+        codec = load_codec(args.reward, reward_model.config)
+        scores = reward.score_texts(reward_model, codec, [(as_trained(cv, reward_model), t) for t in texts])
         texts = [f"[{s:+.3f}]\n{t}" for s, t in sorted(zip(scores, texts), key=lambda st: -st[0])]
     print("\n\n".join(texts))
 
@@ -214,6 +214,9 @@ def make_data(args):
         write_data(args, flags, time.time())
 
 
+TABLE_FLAGS = ("encoding", "delimiter", "split_by", "keep_contacts")
+
+
 def write_data(args, flags, start):
     named = {name: getattr(args, name) for name in ("cv", "jd", "accepted", "rejected_cv", "rejected_jd") if getattr(args, name)}
     if args.source:
@@ -227,12 +230,13 @@ def write_data(args, flags, start):
             args.delimiter = table.check_delimiter(args.delimiter)
         if os.path.dirname(os.path.realpath(args.source)) == os.path.realpath(args.out):
             raise BadInput(f"{args.source}: lies in the folder that is to be written anew; choose another --out")
-        table.import_table(args.source, args.out, named, args.keep_contacts, args.seed, args.encoding, args.delimiter,
-                           args.split_by or "group")
+        table.import_table(args.source, args.out, named, args.keep_contacts, args.seed,
+                           args.encoding, args.delimiter, args.split_by or "group")
     elif named:
         raise BadInput(f"data: --{next(iter(named)).replace('_', '-')} names a column of a table; give the table with --from FILE")
-    elif given := [name for name in ("encoding", "delimiter", "keep_contacts", "split_by") if getattr(args, name)]:
-        raise BadInput(f"data: --{given[0].replace('_', '-')} says how a table is read; give the table with --from FILE")
+    elif given := [name for name in TABLE_FLAGS if getattr(args, name)]:
+        raise BadInput(f"data: --{given[0].replace('_', '-')} says how a table is read; give the "
+                       "table with --from FILE")
     else:
         market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
     write_json(Path(args.out) / "summary.json", with_checksum({
@@ -413,7 +417,8 @@ def recommend_run(args, device):
         need(run, stage)
     models, train = recommend.load_run(run, device, args.seed), read_records(folder / "train.jsonl")
     if args.cv:
-        cv, pool = as_trained(read_text(args.cv), models.girl), recommend.read_pool(args.pool, not models.girl.config.keep_contacts)
+        cv = as_trained(read_text(args.cv), models.girl)
+        pool = recommend.read_pool(args.pool, not models.girl.config.keep_contacts)
         recommend.find_jobs(models, cv, pool, args.top, train, truth)
         if cv in models.codec.cut_cvs:
             print(f"{args.cv}: the CV was cut at {models.codec.max_cv} tokens", file=sys.stderr)
@@ -498,12 +503,14 @@ def build_parser():
                        "rejected-cv": "of CVs that were turned down for the JD",
                        "rejected-jd": "of JDs that were turned down for the CV"}.items():
         d.add_argument(f"--{name}", metavar="COLUMN", help=f"the column {text}")
-    d.add_argument("--encoding", metavar="NAME", help="the file's encoding, by its name in Python: cp1252, gbk, shift_jis, ... (default: "
-                   "UTF-8, or what its first bytes say)")
-    d.add_argument("--delimiter", metavar="C", help="what stands between two cells: one character, or tab (default: found out by the "
-                   "header)")
-    d.add_argument("--split-by", choices=("group", "cv"), help="group: all decisions that share a CV or a JD go to one split; cv: CVs and "
-                   "JDs are split each by themselves, and decisions between two splits are dropped (default group)")
+    d.add_argument("--encoding", metavar="NAME", help="the file's encoding, as Python names it: "
+                   "cp1252, gbk, shift_jis, ... (default: UTF-8, or what its first bytes say)")
+    d.add_argument("--delimiter", metavar="C", help="what separates the cells: one character, "
+                   "or tab (default: found by the header)")
+    d.add_argument("--split-by", choices=("group", "cv"),
+                   help="group: decisions that share a CV or a JD stay in one split; cv: CVs and JDs "
+                   "are split separately, and decisions between two splits are dropped (default "
+                   "group)")
     d.add_argument("--keep-contacts", action="store_true", help="leave e-mail addresses, phone numbers and links as they are")
     add_flags(parsers["train"], StartFlags)
     parsers["reward"].add_argument("--judge", action="store_true", help="train the independent judge instead, from half B")

@@ -508,8 +508,8 @@ def hard_ones(cvs, jds, own, codec, market):
 
 # ------------------------------------------------------------------------------------------------- jobs for one CV
 def read_pool(path, hide=True):
-    """The different JDs of a .jsonl file; each line is an object with a text "jd", whatever else it holds. With `hide`, contacts
-    in them become placeholders."""
+    """The different JDs of a .jsonl file; each line is an object with a text "jd", whatever else it
+    holds. With `hide`, contacts in the JDs become placeholders."""
     example, jds = '{"jd": "..."}', {}
     for where, raw in json_lines(path, f"give a file of lines like {example}"):
         if not isinstance(raw, dict) or "jd" not in raw:

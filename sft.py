@@ -23,8 +23,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (Codec, bucketed, check_splits, keeps_contacts, load_tokenizer, pad_right, read_half, read_records,
-                  save_tokenizer, train_tokenizer)
+from data import (Codec, bucketed, check_splits, keeps_contacts, load_tokenizer, pad_right,
+                  read_half, read_records, save_tokenizer, train_tokenizer)
 from model import Config, LanguageModel, generate, logits_size, rows_that_fit
 from reward import reading_loss
 from run import BadInput, Optimizer, autocast, flag, generator, save_tensors

@@ -1,10 +1,10 @@
-"""What every text that comes in goes through: of a table, a data set, a file with a CV, a pool of jobs.
+"""What every text that comes in goes through: of a table, a data set, a CV's file, a pool of jobs.
 
-    normalize(text, hide)      one text in, one text out, wherever it was read: so it has the same tokens everywhere
+    normalize(text, hide)      the same text has the same tokens, wherever it was read
 
-Contacts are found with precision first: a salary, a period of years or a version is data, and must stay. A telephone number is
-taken for one only where it cannot be anything else: with a + or an area code in brackets, after a word such as "Tel.", or in a
-grouping of digits that no amount, date, range, version or address has. The others stay.
+A salary, a period of years or a version is data and must stay, so only certain telephone numbers
+are replaced: those with a + or an area code in brackets, those after a word such as "Tel.", and
+those in a grouping of digits that no amount, date, range, version or address has. Others stay.
 """
 import re
 import unicodedata
@@ -12,50 +12,65 @@ from collections import Counter
 
 
 def normalize(text, hide, count=None):
-    """The text as all stages see it; with `hide`, its contacts become placeholders, and `count` counts them.
+    """The text as all stages see it. With `hide` its contacts become placeholders; `count` counts
+    them. Normalizing twice gives the same as once.
 
-    It undoes what programs do to a text on its way, which nobody who reads it sees: line ends of Windows and of old Macs,
-    a byte-order mark, blanks around it, the non-breaking space of web pages and word processors, and letters in pieces (in
-    Unicode's form NFD, as macOS writes them, an e and an accent; NFC is one letter). What somebody typed stays: blanks and
-    dashes of other widths, full-width letters (NFKC would change these), odd characters. Twice gives the same as once."""
+    This undoes what programs do to a text, unseen by who reads it: line ends of Windows and old
+    Macs, byte-order marks, blanks around the text, the non-breaking spaces of web pages and word
+    processors, and letters in pieces (macOS writes an e and an accent, Unicode's form NFD; in NFC
+    that is one character). All else stays as somebody typed it: other blanks and dashes,
+    full-width letters (NFKC would change them), odd characters such as NUL."""
     text = text.replace("\ufeff", "").replace("\u00a0", " ")
     text = unicodedata.normalize("NFC", re.sub("\r\n?", "\n", text)).strip()
     return hide_contacts(text, Counter() if count is None else count) if hide else text
 
 
 def is_utf16(content):
-    """Bytes of UTF-16 without a byte-order mark: in most texts every other byte is 0. (In UTF-8 they would be read as NULs.)"""
+    """Are these bytes UTF-16 without a byte-order mark? Every other byte is 0 then in most texts, and
+    would be read as a NUL character of UTF-8."""
     return max(content[0::2].count(0), content[1::2].count(0)) > len(content) / 4
 
 
 # -------------------------------------------------------------------------------------------------------- contacts
-# A link begins with a scheme or www, or is a path on a host; ASP.NET/C# is none. Lookbehinds keep a search from starting again
-# inside a long word.
-LINK = re.compile(r"(?:https?://|(?<![^\W\d])www\.|(?<![\w.@+-])(?!(?:asp|vb|ado|ml|ef|socket|draw)\.(?:net|io)/)(?:[\w-]{1,63}\.){1,3}"
-                  r"(?:com|org|net|io|dev|me|co|ai|app|edu|info|de|uk|fr|eu)/)[^\s<>()\[\]\"']*[\w/]", re.IGNORECASE)
-# The host ends in a name: react@18.2.0 is a version, 10@2.50 a price. Several that nothing stands between count as one.
-EMAIL = re.compile(r"(?<![\w.+-])(?:[\w.+-]{1,64}@(?!\d+\.\d)(?:[\w-]{1,63}\.){1,8}[^\W\d_]{2,24}(?![^\W_]))+")
+# A link begins with a scheme or www, or is a path on a host; ASP.NET/C# is none. Lookbehinds keep a
+# search from starting again inside a long word.
+LINK = re.compile(
+    r"(?:https?://|(?<![^\W\d])www\.|"
+    r"(?<![\w.@+-])(?!(?:asp|vb|ado|ml|ef|socket|draw)\.(?:net|io)/)(?:[\w-]{1,63}\.){1,3}"
+    r"(?:com|org|net|io|dev|me|co|ai|app|edu|info|de|uk|fr|eu)/)"
+    r"[^\s<>()\[\]\"']*[\w/]", re.IGNORECASE)
+# The host ends in letters: react@18.2.0 is a version, 10@2.50 a price. Addresses without anything
+# between them count as one.
+EMAIL = re.compile(r"(?<![\w.+-])(?:[\w.+-]{1,64}@(?!\d+\.\d)(?:[\w-]{1,63}\.){1,8}"
+                   r"[^\W\d_]{2,24}(?![^\W_]))+")
 
 SPACE, DASH = r"[ \u00a0]", r"[\-\u2010-\u2013]"
-# A run of at least six digits, with at most three signs between two of them; a bracket before it only where it closes soon.
-RUN = rf"(?:\+{SPACE}?)?(?:\((?=\+?\d{{1,5}}\)))?\+?\d(?:[ \u00a0().\-\u2010-\u2013/]{{0,3}}\d){{5,32}}(?!\d)"
-# Words before a number. After those of ADJECTIVES an amount may stand as well ("mobile 120 000 000 users").
+# Six digits or more, with at most three signs between two of them; an open bracket only if it closes.
+RUN = (rf"(?:\+{SPACE}?)?(?:\((?=\+?\d{{1,5}}\)))?\+?"
+       r"\d(?:[ \u00a0().\-\u2010-\u2013/]{0,3}\d){5,32}(?!\d)")
+# Words before a number. After ADJECTIVES an amount may stand too ("mobile 120 000 000 users").
 ADJECTIVES = "mobile|mobil|phone|telephone|cell|fax|handy|portable|whatsapp|call|hotline|gsm"
-WORDS = (f"{ADJECTIVES}|tel|tél|tlf|telf|telefon|telefono|teléfono|telefone|telefoon|téléphone|telefax|mobiltelefon|móvil|movil|"
-         "celular|cellulare|cellphone|handynummer|mobilnummer|telefonnummer|natel|komórka|viber|тел|телефон|моб|电话|手机|電話|携帯|전화|"
-         "휴대폰|contact no|contact number")
-CUE = (rf"(?<![\w\[])(?P<word>{WORDS})(?:\.?{SPACE}?(?:number|nummer|num|no|nr|n[°º]))?(?:{SPACE}?\([^\W\d]{{1,10}}\))?"
+WORDS = (f"{ADJECTIVES}|tel|tél|tlf|telf|telefon|telefono|teléfono|telefone|telefoon|téléphone|"
+         "telefax|mobiltelefon|móvil|movil|celular|cellulare|cellphone|handynummer|mobilnummer|"
+         "telefonnummer|natel|komórka|viber|тел|телефон|моб|电话|手机|電話|携帯|전화|휴대폰|"
+         "contact no|contact number")
+CUE = (rf"(?<![\w\[])(?P<word>{WORDS})(?:\.?{SPACE}?(?:number|nummer|num|no|nr|n[°º]))?"
+       rf"(?:{SPACE}?\([^\W\d]{{1,10}}\))?"
        rf"(?P<sign>\.?{SPACE}{{0,3}}[:：=]\s{{0,3}}|\.{SPACE}{{0,3}}|{SPACE}{{1,3}}|(?=[+(]))")
-CANDIDATE = re.compile(rf"(?:{CUE}|(?<![\w+.#@&=/$€£¥₹-])(?<!\d[ \u00a0.,/\-\u2013]))(?P<number>{RUN})", re.IGNORECASE)
+NO_CUE = r"(?<![\w+.#@&=/$€£¥₹-])(?<!\d[ \u00a0.,/\-\u2013])"
+CANDIDATE = re.compile(rf"(?:{CUE}|{NO_CUE})(?P<number>{RUN})", re.IGNORECASE)
 
 # Country codes, by the ITU's list.
 COUNTRY = (r"(?:1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|"
            r"(?:2[1-689]|3[578]|42|50|59|6[7-9]|8[058]|9[679])\d)")
 PLUS = re.compile(rf"\(?\+{SPACE}?\(?{COUNTRY}")
 ZEROS = re.compile(rf"00{SPACE}?{COUNTRY}[ \u00a0\-/.(]")
-AREA = re.compile(rf"(?:[178]{SPACE}?)?\((?P<area>0|0[1-9]\d{{0,4}}|[1-9]\d{{1,4}})\){SPACE}?[/\-]?{SPACE}?(?P<rest>\d.*)")
-AMERICAN = re.compile(rf"(?:\+?1[ \u00a0.\-]?)?(?:\([2-9]\d\d\){SPACE}?|[2-9]\d\d(?P<dot>[.\-]))[2-9]\d\d(?(dot)(?P=dot)|[ .\-])\d{{4}}(?!\d)|"
-                      r"\+1[ .\-]?\(?[2-9]\d\d\)?[ .\-]?[2-9]\d\d[ .\-]?\d{4}(?!\d)")
+AREA = re.compile(rf"(?:[178]{SPACE}?)?\((?P<area>0|0[1-9]\d{{0,4}}|[1-9]\d{{1,4}})\)"
+                  rf"{SPACE}?[/\-]?{SPACE}?(?P<rest>\d.*)")
+AMERICAN = re.compile(
+    rf"(?:\+?1[ \u00a0.\-]?)?(?:\([2-9]\d\d\){SPACE}?|[2-9]\d\d(?P<dot>[.\-]))"
+    r"[2-9]\d\d(?(dot)(?P=dot)|[ .\-])\d{4}(?!\d)|"
+    r"\+1[ .\-]?\(?[2-9]\d\d\)?[ .\-]?[2-9]\d\d[ .\-]?\d{4}(?!\d)")
 # Groupings that hold by themselves, each beside where it is at home. 0 is what is dialled before an area code.
 NATIONAL = re.compile("|".join((
     r"0[1-9](?P<a>[ .\-])\d\d(?:(?P=a)\d\d){3}",                # France
@@ -65,18 +80,23 @@ NATIONAL = re.compile("|".join((
     r"1[3-9]\d(?P<c>[ \-])\d{4}(?P=c)\d{4}",                    # China
     r"[1-9]\d 9\d{4}-\d{4}",                                    # Brazil
     r"0[1-9]\d{8,9}",                                           # the 0, and no grouping
-    rf"0[1-9]\d{{0,4}}(?:{SPACE}?/{SPACE}?|{SPACE}|{DASH})\d{{2,8}}(?:(?:{SPACE}|{DASH})\d{{2,6}}){{0,3}}")))
-IDENTIFIER = re.compile(r"(?:\b(?:id|ids|no|nr|num|number|nummer|numéro|ref|reference|referenz|order|job|case|code|ticket|isbn|issn|ean|"
-                        r"iban|bic|vat|ust|be|siren|siret|sap|material|article|artikel|invoice|account|konto|policy|auftrag|kunde|"
-                        r"customer|project|projekt|patent|license|licence|serial|part|postal|zip|plz)|[#№°º])[\s.:#=\-]*$", re.IGNORECASE)
-UNIT = re.compile(r"\s?(?:[%€$£¥₹]|(?:eur|usd|gbp|chf|pln|sek|nok|dkk|czk|inr|jpy|cny|rub|brl|mxn|zar|aud|cad|kwh|mwh|kw|mw|km|m²|m2|kg|"
-                  r"hours|users|customers|people|employees|units|visitors|sites|tons|stunden|kunden|mitarbeiter)\b)", re.IGNORECASE)
+    rf"0[1-9]\d{{0,4}}(?:{SPACE}?/{SPACE}?|{SPACE}|{DASH})\d{{2,8}}"        # most of Europe, Asia
+    rf"(?:(?:{SPACE}|{DASH})\d{{2,6}}){{0,3}}")))
+IDENTIFIER = re.compile(
+    r"(?:\b(?:id|ids|no|nr|num|number|nummer|numéro|ref|reference|referenz|order|job|case|code|ticket|"
+    r"isbn|issn|ean|iban|bic|vat|ust|be|siren|siret|sap|material|article|artikel|invoice|account|"
+    r"konto|policy|auftrag|kunde|customer|project|projekt|patent|license|licence|serial|part|"
+    r"postal|zip|plz)|[#№°º])[\s.:#=\-]*$", re.IGNORECASE)
+UNIT = re.compile(
+    r"\s?(?:[%€$£¥₹]|(?:eur|usd|gbp|chf|pln|sek|nok|dkk|czk|inr|jpy|cny|rub|brl|mxn|zar|aud|cad|kwh|"
+    r"mwh|kw|mw|km|m²|m2|kg|hours|users|customers|people|employees|units|visitors|sites|tons|"
+    r"stunden|kunden|mitarbeiter)\b)", re.IGNORECASE)
 YEAR = re.compile(r"(?:19|20)\d\d")
 
 
 def hide_contacts(text, count):
-    """The text with e-mail addresses, phone numbers and links replaced; adds to `count` what it replaced. Until nothing is
-    found any more: a placeholder is an end of a word that there was none before."""
+    """The text with e-mail addresses, phone numbers and links replaced; adds to `count` what it
+    replaced. Again until nothing is found: a placeholder may have freed what stood beside it."""
     before = None
     while text != before:
         before = text
@@ -94,7 +114,7 @@ def hide_phones(text, count):
         if length := phone(found):
             count["PHONE"] += 1
             done += [text[:start], "[PHONE]"]
-            text, at = text[start + length:], 0     # from here on as at a second time, which must find nothing
+            text, at = text[start + length:], 0     # as if it stood behind a placeholder
     return "".join(done) + text
 
 
@@ -123,20 +143,27 @@ def phone(found):
 
 
 def period_at(run, groups):
-    """The index of the group with which a date or a period of years begins, or their number: a number often stands before one."""
+    """Index of the group with which a date or a period of years begins; their number if none does.
+    A telephone number may stand before one."""
+    def between(i):
+        """What stands before group i."""
+        return run[groups[i - 1][1]:groups[i][0]] if 0 < i < len(groups) else None
+
+    def size(i):
+        return groups[i][1] - groups[i][0]
     for i, (start, end) in enumerate(groups):
         if not YEAR.fullmatch(run[start:end]):
             continue
-        between = [run[a[1]:b[0]] for a, b in zip(groups[max(i - 2, 0):i], groups[max(i - 1, 0):i + 1])]     # signs before the year
-        size = [b - a for a, b in groups[max(i - 2, 0):i]]
-        following = run[slice(*groups[i + 1])] if i + 1 < len(groups) else ""
-        joined = run[end:groups[i + 1][0]] if following else ""
-        if between and between[-1] in (".", "/") and size[-1] <= 2:           # 05/2014, 12.05.2014: and the day before it
-            return i - 2 if len(between) == 2 and between[0] == between[1] and size[0] <= 2 else i - 1
-        if YEAR.fullmatch(following) or (joined in ("-", "/", ".") and len(following) == 2 and i == 0):       # 2014 - 2019, 2014-05
+        if between(i) in (".", "/") and size(i - 1) <= 2:                   # 05/2014, 12.05.2014
+            day = between(i - 1) == between(i) and size(i - 2) <= 2
+            return i - 2 if day else i - 1
+        if i + 1 < len(groups) and YEAR.fullmatch(run[slice(*groups[i + 1])]):      # 2014 - 2019
             return i
-        if i == len(groups) - 1 and between and between[-1].strip() == "" and sum(b - a for a, b in groups[:i]) >= 10:
-            return i                                                           # +49 30 1234567 2015
+        if i == 0 and between(1) in ("-", "/", ".") and size(1) == 2:       # 2014-05
+            return i
+        before = sum(map(size, range(i)))
+        if i + 1 == len(groups) and before >= 10 and not between(i).strip():
+            return i                                                        # +49 30 1234567 2015
     return len(groups)
 
 

@@ -195,9 +195,9 @@ def keeps_contacts(folder):
 
 
 def halves(records, split_by):
-    """CV -> half. By "cv" a hash of the CV decides alone, in the market and in a table whose CVs were
-    each judged for many JDs: by "group" all of these would be in one half. A JD can then be in both
-    halves."""
+    """CV -> half. By "cv" a hash of the CV decides alone: in the market, and in a table whose CVs
+    were each judged for many JDs, all of which would be in one half by "group". A JD can then be
+    in both halves."""
     return halves_by_group(records) if split_by == "group" else {r.cv: half(r.cv) for r in records}
 
 

@@ -166,7 +166,8 @@ def write_for(args, device):
     if args.reward:
         reward_model = load_model(args.reward, RewardModel, device).eval()
         codec = load_codec(args.reward, reward_model.config)
-        scores = reward.score_texts(reward_model, codec, [(as_trained(cv, reward_model), t) for t in texts])
+        pairs = [(as_trained(cv, reward_model), text) for text in texts]
+        scores = reward.score_texts(reward_model, codec, pairs)
         texts = [f"[{s:+.3f}]\n{t}" for s, t in sorted(zip(scores, texts), key=lambda st: -st[0])]
     print("\n\n".join(texts))
 
@@ -508,9 +509,9 @@ def build_parser():
     d.add_argument("--delimiter", metavar="C", help="what separates the cells: one character, "
                    "or tab (default: found by the header)")
     d.add_argument("--split-by", choices=("group", "cv"),
-                   help="group: decisions that share a CV or a JD stay in one split; cv: CVs and JDs "
-                   "are split separately, and decisions between two splits are dropped (default "
-                   "group)")
+                   help="group: decisions that share a CV or a JD stay in one split; cv: CVs and "
+                   "JDs are split separately, and decisions between two splits are dropped "
+                   "(default group)")
     d.add_argument("--keep-contacts", action="store_true", help="leave e-mail addresses, phone numbers and links as they are")
     add_flags(parsers["train"], StartFlags)
     parsers["reward"].add_argument("--judge", action="store_true", help="train the independent judge instead, from half B")
@@ -571,8 +572,8 @@ def parse(argv):
     what was set on the command line stays."""
     top, parsers = build_parser()
     args = top.parse_args(argv)
-    for name in ("run", "data", "out", "source", "model", "reward", "cv", "jd", "pool", "verdicts", "export_pairs",
-                 "encoding", "delimiter"):
+    for name in ("run", "data", "out", "source", "model", "reward", "cv", "jd", "pool", "verdicts",
+                 "export_pairs", "encoding", "delimiter"):
         value = getattr(args, name, None)
         if value is not None and (not value or "\0" in value):
             flag_name = name.replace("_", "-").replace("source", "from")

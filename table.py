@@ -348,9 +348,9 @@ def split(path, records, by, draw):
         raise BadInput(f"{path}: of {len(records)} decisions {sum(map(len, splits.values()))} have "
                        "CV and JD in one split; that is too few to have an accepted pair in train, "
                        "valid and test; give more rows, or another --seed")
-    raise BadInput(f"{path}: {len(records)} decisions hang together in {groups} groups that share a "
-                   "CV or a JD; that is too few to have an accepted pair in train, valid and test "
-                   "and no text in two of them; give --split-by cv, which drops the decisions "
+    raise BadInput(f"{path}: {len(records)} decisions hang together in {groups} groups that share "
+                   "a CV or a JD; that is too few to have an accepted pair in train, valid and "
+                   "test and no text in two of them; give --split-by cv, which drops the decisions "
                    "between two splits, or rows with other CVs and JDs")
 
 
@@ -380,7 +380,8 @@ def import_table(path, out, columns, keep_contacts, seed, encoding=None, delimit
     if not any(r.accepted for r in records):
         raise BadInput(f"{path}: no accepted pair of a CV and a JD in {len(rows)} rows ({count['empty']} with an empty cell), "
                        f"beside {how['rows_with_other_number_of_cells']} with another number of "
-                       "cells than the header; look at the file's delimiter (--delimiter C) and columns")
+                       "cells than the header; look at the file's delimiter (--delimiter C) and "
+                       "columns")
     splits, groups = split(path, records, split_by, draw)
     dropped = len(records) - sum(map(len, splits.values()))
     if all(r.accepted for r in records):

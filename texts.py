@@ -26,12 +26,12 @@ def normalize(text, hide, count=None):
 
 
 def is_utf16(content):
-    """Are these bytes UTF-16 without a byte-order mark? Every other byte is 0 then in most texts, and
-    would be read as a NUL character of UTF-8."""
+    """Are these bytes UTF-16 without a byte-order mark? In most texts every other byte is 0 then,
+    which UTF-8 takes for a NUL character."""
     return max(content[0::2].count(0), content[1::2].count(0)) > len(content) / 4
 
 
-# -------------------------------------------------------------------------------------------------------- contacts
+# ---------------------------------------------------------------------------------------- contacts
 # A link begins with a scheme or www, or is a path on a host; ASP.NET/C# is none. Lookbehinds keep a
 # search from starting again inside a long word.
 LINK = re.compile(
@@ -45,7 +45,7 @@ EMAIL = re.compile(r"(?<![\w.+-])(?:[\w.+-]{1,64}@(?!\d+\.\d)(?:[\w-]{1,63}\.){1
                    r"[^\W\d_]{2,24}(?![^\W_]))+")
 
 SPACE, DASH = r"[ \u00a0]", r"[\-\u2010-\u2013]"
-# Six digits or more, with at most three signs between two of them; an open bracket only if it closes.
+# Six digits or more, with at most three signs between two of them. An open bracket has to close.
 RUN = (rf"(?:\+{SPACE}?)?(?:\((?=\+?\d{{1,5}}\)))?\+?"
        r"\d(?:[ \u00a0().\-\u2010-\u2013/]{0,3}\d){5,32}(?!\d)")
 # Words before a number. After ADJECTIVES an amount may stand too ("mobile 120 000 000 users").
@@ -71,7 +71,7 @@ AMERICAN = re.compile(
     rf"(?:\+?1[ \u00a0.\-]?)?(?:\([2-9]\d\d\){SPACE}?|[2-9]\d\d(?P<dot>[.\-]))"
     r"[2-9]\d\d(?(dot)(?P=dot)|[ .\-])\d{4}(?!\d)|"
     r"\+1[ .\-]?\(?[2-9]\d\d\)?[ .\-]?[2-9]\d\d[ .\-]?\d{4}(?!\d)")
-# Groupings that hold by themselves, each beside where it is at home. 0 is what is dialled before an area code.
+# Groupings of digits that only telephone numbers have. A 0 is dialled before an area code.
 NATIONAL = re.compile("|".join((
     r"0[1-9](?P<a>[ .\-])\d\d(?:(?P=a)\d\d){3}",                # France
     r"0\d\d(?P<b>[ .])\d{3}(?P=b)\d\d(?P=b)\d\d",               # Switzerland
@@ -83,13 +83,13 @@ NATIONAL = re.compile("|".join((
     rf"0[1-9]\d{{0,4}}(?:{SPACE}?/{SPACE}?|{SPACE}|{DASH})\d{{2,8}}"        # most of Europe, Asia
     rf"(?:(?:{SPACE}|{DASH})\d{{2,6}}){{0,3}}")))
 IDENTIFIER = re.compile(
-    r"(?:\b(?:id|ids|no|nr|num|number|nummer|numéro|ref|reference|referenz|order|job|case|code|ticket|"
-    r"isbn|issn|ean|iban|bic|vat|ust|be|siren|siret|sap|material|article|artikel|invoice|account|"
-    r"konto|policy|auftrag|kunde|customer|project|projekt|patent|license|licence|serial|part|"
+    r"(?:\b(?:id|ids|no|nr|num|number|nummer|numéro|ref|reference|referenz|order|job|case|code|"
+    r"ticket|isbn|issn|ean|iban|bic|vat|ust|be|siren|siret|sap|material|article|artikel|invoice|"
+    r"account|konto|policy|auftrag|kunde|customer|project|projekt|patent|license|licence|serial|part|"
     r"postal|zip|plz)|[#№°º])[\s.:#=\-]*$", re.IGNORECASE)
 UNIT = re.compile(
-    r"\s?(?:[%€$£¥₹]|(?:eur|usd|gbp|chf|pln|sek|nok|dkk|czk|inr|jpy|cny|rub|brl|mxn|zar|aud|cad|kwh|"
-    r"mwh|kw|mw|km|m²|m2|kg|hours|users|customers|people|employees|units|visitors|sites|tons|"
+    r"\s?(?:[%€$£¥₹]|(?:eur|usd|gbp|chf|pln|sek|nok|dkk|czk|inr|jpy|cny|rub|brl|mxn|zar|aud|cad|"
+    r"kwh|mwh|kw|mw|km|m²|m2|kg|hours|users|customers|people|employees|units|visitors|sites|tons|"
     r"stunden|kunden|mitarbeiter)\b)", re.IGNORECASE)
 YEAR = re.compile(r"(?:19|20)\d\d")
 
@@ -119,21 +119,27 @@ def hide_phones(text, count):
 
 
 def phone(found):
-    """How many characters at the beginning of a candidate's run are a telephone number: 0 where it may be anything else."""
-    run, before, after = found["number"], found.string[:found.start()][-30:], found.string[found.end():][:30]
+    """How many characters at the beginning of a CANDIDATE's number are a telephone number; 0 if it
+    may be anything else."""
+    run, text = found["number"], found.string
+    before = text[max(found.start() - 30, 0):found.start()]
+    after = text[found.end():found.end() + 30]
     groups = [g.span() for g in re.finditer(r"\d+", run)]
     period = period_at(run, groups)
-    # Without a word, + or brackets an identifier looks the same: where one is named, or where a period of years follows.
+    # Without a word, + or brackets it may be an identifier, if one is named or a period follows.
     alone = period == len(groups) and not IDENTIFIER.search(before)
-    if (american := AMERICAN.match(run)) and (
-            found["word"] or set("+(") & set(american[0]) or alone and not YEAR.fullmatch(american[0][-4:])):
-        return american.end()
+    if american := AMERICAN.match(run):
+        marked = found["word"] or set("+(") & set(american[0])
+        if marked or alone and not YEAR.fullmatch(american[0][-4:]):
+            return american.end()
     numbers = [run[:end] for _, end in groups[:period]]
     for number in reversed(numbers):
         if is_dialled(number):
             return len(number)
     numbers = [n for n in numbers if not is_amount(n) and not UNIT.match((run + after)[len(n):])]
-    tests = [is_with_area, is_national, lambda n: is_after_word(n, found)] if found["word"] else [is_with_area]
+    tests = [is_with_area]
+    if found["word"]:
+        tests += [is_national, lambda number: is_after_word(number, found)]
     for test in tests:
         for number in reversed(numbers):
             if test(number):
@@ -171,33 +177,40 @@ def digits_of(number):
     return re.findall(r"\d+", number)
 
 
+def are_thousands(groups):
+    """12 500 000, but also 612 345 678, a Spanish number."""
+    return len(groups) > 1 and len(groups[0]) <= 3 and all(len(g) == 3 for g in groups[1:])
+
+
 def is_dialled(number):
-    """With a + or 00 and a country's code: 8 to 15 digits. In groups of thousands, at least 10, and not all round."""
+    """With a + or 00 and a country's code: 8 to 15 digits, but for +100 000 000 users."""
     groups = digits_of(number)
-    size, thousands = sum(map(len, groups)), len(groups) > 1 and all(len(g) == 3 for g in groups[1:])
+    size, years = sum(map(len, groups)), any(map(YEAR.fullmatch, groups))
     if PLUS.match(number):
-        return 8 <= size <= 15 and not (thousands and (size < 10 or "000" in groups))
-    return bool(ZEROS.match(number)) and 11 <= size <= 17 and len(groups) > 2 and not any(map(YEAR.fullmatch, groups))
+        return 8 <= size <= 15 and not (are_thousands(groups) and (size < 10 or "000" in groups))
+    return bool(ZEROS.match(number)) and 11 <= size <= 17 and len(groups) > 2 and not years
 
 
 def is_with_area(number):
-    """With an area code in brackets: 9 to 13 digits, and behind the brackets no year, no thousands and no range."""
+    """With an area code in brackets: 9 to 13 digits, and no year, amount or range after them."""
     found = AREA.fullmatch(number)
-    if not found or not 9 <= sum(map(len, digits_of(number))) <= 13 or YEAR.fullmatch(found["area"]):
+    if not found or not 9 <= sum(map(len, digits_of(number))) <= 13:
         return False
-    rest = digits_of(found["rest"])
-    thousands = found["area"][0] != "0" and len(rest) > 1 and all(len(g) == 3 for g in rest[1:])
+    area, rest = found["area"], digits_of(found["rest"])
+    years = YEAR.fullmatch(area) or YEAR.fullmatch(rest[0])
+    thousands = area[0] != "0" and are_thousands(rest)
     a_range = len(rest) == 2 and len(rest[0]) == len(rest[1]) >= 5             # (10) 45000-55000
     round_ones = all(g.endswith("00") for g in rest)                            # (12) 4000-5000
-    return not (YEAR.fullmatch(rest[0]) or thousands or a_range or round_ones or min(map(len, rest)) == 1)
+    return not (years or thousands or a_range or round_ones or min(map(len, rest)) == 1)
 
 
 def is_after_word(number, found):
-    """Seven to fifteen digits. Groups of three could be thousands: only where the word says that a number follows."""
+    """Seven to fifteen digits. Thousands only after a word or sign that no amount can follow."""
     groups = digits_of(number)
-    size, thousands = sum(map(len, groups)), len(groups) > 1 and all(len(g) == 3 for g in groups[1:])
-    says_so = found["sign"].strip() or not re.fullmatch(ADJECTIVES, found["word"], re.IGNORECASE)
-    return 7 <= size <= 15 and (not thousands or bool(says_so) and "." not in number and size >= 9)
+    size = sum(map(len, groups))
+    certain = found["sign"].strip() or not re.fullmatch(ADJECTIVES, found["word"], re.IGNORECASE)
+    thousands = are_thousands(groups) and not (certain and "." not in number and size >= 9)
+    return 7 <= size <= 15 and not thousands
 
 
 def is_amount(number):
@@ -207,7 +220,8 @@ def is_amount(number):
     address = re.fullmatch(r"\d{1,3}(?:\.\d{1,3}){3}", number)
     ends = re.split(rf"{SPACE}?{DASH}{SPACE}?", number)
     a_range = len(ends) == 2 and all(e.endswith("00") for e in ends)
-    return bool(versions or address or a_range or "000" in groups or re.fullmatch(r"\d+\.\d+", number))
+    decimal = re.fullmatch(r"\d+\.\d+", number)
+    return bool(versions or address or a_range or decimal or "000" in groups)
 
 
 def is_national(number):
@@ -216,4 +230,4 @@ def is_national(number):
     if not NATIONAL.fullmatch(number) or not 9 <= sum(map(len, groups)) <= 12:
         return False
     years = any(YEAR.fullmatch(g) or re.fullmatch(r"(?:19|20)\d\d[01]\d[0-3]\d", g) for g in groups)
-    return not years and {len(g) for g in groups} not in ({4}, {5}, {3})        # hours, postcodes, identifiers
+    return not years and {len(g) for g in groups} not in ({3}, {4}, {5})    # ids, hours, postcodes

@@ -1,11 +1,18 @@
 """What every text goes through: the same text wherever it was read, and contacts, but nothing else, replaced."""
+import json
 import random
+import shutil
 import unicodedata
 from collections import Counter
 
 import pytest
 
+import girl
+from conftest import argv, refused, tiny
+from data import Codec, save_tokenizer
+from recommend import read_pool
 from texts import hide_contacts, is_utf16, normalize
+from weights import read_config, save_model
 
 # The number stands between < and >; the text around it must stay.
 NUMBERS = """
@@ -261,3 +268,111 @@ def test_utf_16_is_known_by_its_zeros():
     for text in ("a cook", "Köchin für Cafés\n" * 10, "cook, " + "厨师 " * 3):
         assert is_utf16(text.encode("utf-16-le")) and is_utf16(text.encode("utf-16-be")) and not is_utf16(text.encode())
     assert not is_utf16(b"a\0cook\0") and not is_utf16(b"")
+
+
+# ------------------------------------------------------------------------- wherever a text comes in
+CV = "Profile: cook, senior, 9 years.\nPlace: Bath, Café 9.\nWrite to x@example.org or +49 30 1234567"
+JD = "Wanted: cook, Bath.\nCafé. Mail y@example.org"
+OTHERS = [lambda t: t.replace("\n", "\r\n"), lambda t: t.replace("\n", "\r"), lambda t: "\ufeff" + t, lambda t: f"\n {t}\r\n\t", lambda t: t.replace(" ", "\u00a0"),
+          lambda t: unicodedata.normalize("NFD", t), lambda t: normalize(t, True)]
+
+
+def score(reward, folder, capsys, cv=CV, jd=JD):
+    for name, text in (("cv", cv), ("jd", jd)):
+        (folder / f"{name}.txt").write_bytes(text.encode())
+    capsys.readouterr()
+    assert girl.main(["score", "--reward", str(reward), "--cv", str(folder / "cv.txt"), "--jd", str(folder / "jd.txt")]) == 0
+    return capsys.readouterr().out
+
+
+def test_one_text_has_one_score_however_it_was_saved(whole, tmp_path, capsys):
+    reward = whole / "run" / "reward"
+    first = score(reward, tmp_path, capsys)
+    for other in OTHERS:
+        assert other(CV) != CV and score(reward, tmp_path, capsys, cv=other(CV)) == score(reward, tmp_path, capsys, jd=other(JD)) == first
+    assert score(reward, tmp_path, capsys, cv=CV.replace("cook", "nurse")) != first
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "cp1252"])
+def test_a_cv_in_another_encoding_is_refused(whole, tmp_path, capsys, encoding):
+    (tmp_path / "cv.txt").write_bytes(CV.encode(encoding))
+    refused(capsys, ["generate", "--model", str(whole / "run" / "ppo"), "--cv", str(tmp_path / "cv.txt")], "cv.txt: ", "save the file as UTF-8")
+
+
+def test_a_pool_holds_each_text_once(tmp_path):
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"jd": text}) + "\n" for text in [JD, " "] + [other(JD) for other in OTHERS]))
+    assert read_pool(tmp_path / "pool.jsonl", True) == [normalize(JD, True)]
+    assert read_pool(tmp_path / "pool.jsonl", False) == [JD, normalize(JD, True)]
+
+
+@pytest.fixture(scope="module")
+def by_hand(whole, tmp_path_factory):
+    """A run on a data set that nobody made here: its contacts are as they are written."""
+    folder = tmp_path_factory.mktemp("by-hand")
+    shutil.copytree(whole / "data", folder / "data")
+    for name in ("market.json", "summary.json"):
+        (folder / "data" / name).unlink()
+    for stage in ("sft", "reward", "judge", "ppo"):
+        assert girl.main(argv(stage, folder / "run", folder / "data")) == 0
+    return folder / "run"
+
+
+def test_all_models_of_a_run_keep_contacts_or_hide_them_as_its_data_do(whole, by_hand, tmp_path, capsys):
+    for stage in ("sft", "reward", "judge", "ppo"):
+        assert read_config(by_hand / stage)[0].keep_contacts is True and read_config(whole / "run" / stage)[0].keep_contacts is False
+    hidden = normalize(CV, True)
+    assert score(by_hand / "reward", tmp_path, capsys, cv=hidden) != score(by_hand / "reward", tmp_path, capsys)
+    assert score(by_hand / "reward", tmp_path, capsys) == score(by_hand / "reward", tmp_path, capsys, cv=CV.replace("\n", "\r\n"))
+
+
+def test_each_model_reads_the_cv_as_its_own_data_were(whole, by_hand, tmp_path, monkeypatch):
+    real, seen = Codec.prompt, []
+    monkeypatch.setattr(Codec, "prompt", lambda self, cv: seen.append(cv) or real(self, cv))
+    (tmp_path / "cv.txt").write_text(CV)
+    for generator, reward, texts in ((by_hand, whole / "run", [CV, normalize(CV, True)]), (whole / "run", by_hand, [normalize(CV, True), CV])):
+        seen.clear()
+        assert girl.main(["generate", "--model", str(generator / "ppo"), "--reward", str(reward / "reward"), "--cv", str(tmp_path / "cv.txt")]) == 0
+        assert seen == texts
+
+
+def test_recommend_reads_cv_and_pool_as_the_data_were(whole, by_hand, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(girl.recommend, "find_jobs", lambda models, cv, pool, *rest: found.append((cv, pool)))
+    (tmp_path / "cv.txt").write_text(CV)
+    (tmp_path / "pool.jsonl").write_text(json.dumps({"jd": JD}))
+    for run in (whole / "run", by_hand):
+        data = whole / "data" if run != by_hand else by_hand.parent / "data"
+        assert girl.main(["recommend", "--run", str(run), "--data", str(data), "--cv", str(tmp_path / "cv.txt"), "--pool", str(tmp_path / "pool.jsonl")]) == 0
+    assert found == [(normalize(CV, True), [normalize(JD, True)]), (CV, [JD])]
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora-rank", "2"]])
+def test_a_pretrained_model_keeps_contacts_as_its_data_do(whole, by_hand, tmp_path, flags):
+    codec, lm = tiny()
+    save_model(tmp_path / "base", lm)
+    save_tokenizer(tmp_path / "base", codec)
+    start = ["--init", str(tmp_path / "base"), *flags]
+    assert girl.main(argv("sft", tmp_path / "run", by_hand.parent / "data", "--max-cv", "40", "--max-jd", "40", *start)) == 0
+    assert girl.main(argv("reward", tmp_path / "run", by_hand.parent / "data", *start)) == 0
+    for stage in ("sft", "reward"):
+        assert read_config(tmp_path / "run" / stage)[0].keep_contacts is True
+
+
+def test_a_model_without_the_field_hides_contacts(whole, tmp_path):
+    shutil.copytree(whole / "run" / "ppo", tmp_path / "ppo")
+    path = tmp_path / "ppo" / "config.json"
+    raw = json.loads(path.read_text())
+    del raw["keep_contacts"]
+    path.write_text(json.dumps(raw))
+    assert read_config(tmp_path / "ppo")[0].keep_contacts is False
+
+
+def test_a_dense_table_feeds_all_stages(tmp_path):
+    """Split by CV, both halves have what stages 1 and 2 learn from."""
+    draw = random.Random(0)
+    rows = [json.dumps({"cv": f"Cook {p // 40}", "jd": f"Kitchen {p % 40}", "fit": draw.choice(["yes", "no"])}) for p in draw.sample(range(60 * 40), 900)]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    assert girl.main(["data", "--from", str(tmp_path / "t.jsonl"), "--cv", "cv", "--jd", "jd", "--accepted", "fit", "--split-by", "cv",
+                      "--out", str(tmp_path / "data")]) == 0
+    for stage in ("sft", "reward", "judge"):
+        assert girl.main(argv(stage, tmp_path / "run", tmp_path / "data")) == 0

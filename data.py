@@ -19,6 +19,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from run import BadInput, read_json, write_bytes, write_json
+from texts import normalize
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"      # ids 0 and 1 of our own tokenizer
 TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"        # ChatML, where a pretrained model's vocabulary has it
@@ -94,12 +95,13 @@ def parse_record(raw, where):
     if not isinstance(raw, dict) or set(raw) != set(Record._fields):
         found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
         raise BadInput(f"{where}: expected the keys cv, jd, accepted; found {found}")
-    cv, jd = (text_of(raw, key, where) for key in ("cv", "jd"))
-    if not cv.strip():
+    # Contacts stay as they are written there.
+    cv, jd = (normalize(text_of(raw, key, where), False) for key in ("cv", "jd"))
+    if not cv:
         raise BadInput(f"{where}: cv is empty")
     if not isinstance(raw["accepted"], bool):
         raise BadInput(f"{where}: accepted must be true or false, found {repr(raw['accepted'])[:40]}")
-    if raw["accepted"] and not jd.strip():
+    if raw["accepted"] and not jd:
         raise BadInput(f"{where}: jd is empty, and accepted; only what was turned down may be empty")
     return Record(cv, jd, raw["accepted"])
 
@@ -169,8 +171,34 @@ def read_half(folder, part, *files):
     """The decisions on half A or B of the train CVs. Generator and reward model learn from A, the judge and the recommender
     from B, so that nothing is measured on what it was taught."""
     records = [r for name in files or ("train.jsonl",) for r in read_records(Path(folder) / name)]
-    side = halves_by_group(records) if (Path(folder) / "import.json").exists() else {r.cv: half(r.cv) for r in records}
+    by = read_import(folder).get("split_by", "group") if made_of_table(folder) else "cv"
+    side = halves(records, by)
     return [r for r in records if side[r.cv] == part]
+
+
+def made_of_table(folder):
+    return (Path(folder) / "import.json").exists()
+
+
+def read_import(folder):
+    """What `data --from` noted about its table. Earlier versions did not note all of it."""
+    return read_json(Path(folder) / "import.json",
+                     "make the data set again with  python girl.py data --from FILE")
+
+
+def keeps_contacts(folder):
+    """Do these texts have contacts as somebody wrote them? Not in a data set that `data` made (the
+    market has none) without `--keep-contacts`; one that was written by hand is used as it is."""
+    if (Path(folder) / "market.json").exists():
+        return False
+    return not made_of_table(folder) or read_import(folder).get("contacts_replaced") is None
+
+
+def halves(records, split_by):
+    """CV -> half. By "cv" a hash of the CV decides alone: in the market, and in a table whose CVs
+    were each judged for many JDs, all of which would be in one half by "group". A JD can then be
+    in both halves."""
+    return halves_by_group(records) if split_by == "group" else {r.cv: half(r.cv) for r in records}
 
 
 def halves_by_group(records):

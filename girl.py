@@ -30,9 +30,10 @@ import sft
 import table
 from data import SPLITS, Codec, files_of, load_codec, load_tokenizer, read_half, read_records, save_tokenizer
 from model import LINEAR, LanguageModel, RewardModel, generate, is_target, merge_lora, twin
-from run import (BadInput, Stage, alone, autocast, check_folder, check_same, checksum, checksums, code_checksum, differences, finished, flag, generator,
-                 load_tensors, peak_rss_mb, pick_device, read_json, read_summary, save_tensors, sha256, with_checksum,
-                 write_json)
+from run import (BadInput, Stage, alone, autocast, check_folder, check_same, checksum, checksums, code_checksum, differences,
+                 finished, flag, generator, load_tensors, peak_rss_mb, pick_device, read_json, read_summary, save_tensors,
+                 sha256, with_checksum, write_json)
+from texts import is_utf16, normalize
 from weights import StartFlags, check_links, is_reward, load_model, load_pretrained, put, read_config, read_lora, save_model
 
 
@@ -76,6 +77,7 @@ def train_reward(stage, run, folder, flags, seed, device):
             raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that model "
                            "writes")
         start = load_pretrained(flags, codec, init_seed, device)
+        start.config.keep_contacts = generator_model.config.keep_contacts
     else:
         start = generator_model
     model, reader = new_reward_model(start, run / "sft", bool(flags.init or init_of(run)), init_seed)
@@ -136,9 +138,12 @@ def train_ppo(stage, run, folder, flags, seed, device):
 
 # ------------------------------------------------------------------------------------------------- uses of a run
 def read_text(path):
+    """The text of a file. Its contacts stay until the model is known: see as_trained."""
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = raw.decode("utf-8-sig").strip()
+        if is_utf16(raw):
+            raise BadInput(f"{path}: every other byte is 0, as in UTF-16; save the file as UTF-8")
+        text = normalize(raw.decode("utf-8"), False)
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 text (byte {e.start}); save the file as UTF-8")
     except (OSError, ValueError, AttributeError) as e:      # the last two where standard input is closed
@@ -146,6 +151,11 @@ def read_text(path):
     if not text:
         raise BadInput(f"{path}: empty; put the text of one CV or JD into it")
     return text
+
+
+def as_trained(text, model):
+    """A text as this model's training data had it."""
+    return normalize(text, not model.config.keep_contacts)
 
 
 def write_for(args, device):
@@ -157,7 +167,7 @@ def write_for(args, device):
     cv = read_text(args.cv)
     model = load_model(args.model, LanguageModel, device).eval()
     codec = load_codec(args.model, model.config)
-    prompts = [codec.prompt(cv)] * args.number
+    prompts = [codec.prompt(as_trained(cv, model))] * args.number
     with torch.no_grad(), autocast(device):
         out = generate(model, prompts, codec.max_jd, temperature, args.top_p, generator(args.seed, "generate", device=device))
     texts = [codec.text(o) for o in out]
@@ -166,7 +176,9 @@ def write_for(args, device):
         print(f"{unfinished} of {len(out)} JDs did not end within {codec.max_jd} tokens", file=sys.stderr)
     if args.reward:
         reward_model = load_model(args.reward, RewardModel, device).eval()
-        scores = reward.score_texts(reward_model, load_codec(args.reward, reward_model.config), [(cv, t) for t in texts])
+        codec = load_codec(args.reward, reward_model.config)
+        pairs = [(as_trained(cv, reward_model), text) for text in texts]
+        scores = reward.score_texts(reward_model, codec, pairs)
         texts = [f"[{s:+.3f}]\n{t}" for s, t in sorted(zip(scores, texts), key=lambda st: -st[0])]
     print("\n\n".join(texts))
 
@@ -174,7 +186,8 @@ def write_for(args, device):
 def score_one(args, device):
     model = load_model(args.reward, RewardModel, device).eval()
     codec = load_codec(args.reward, model.config)
-    print(f"{reward.score_texts(model, codec, [(read_text(args.cv), read_text(args.jd))])[0]:.4f}")
+    cv, jd = (as_trained(read_text(path), model) for path in (args.cv, args.jd))
+    print(f"{reward.score_texts(model, codec, [(cv, jd)])[0]:.4f}")
     say_what_was_cut(args, codec)
 
 
@@ -214,6 +227,9 @@ def make_data(args):
         write_data(args, flags, time.time())
 
 
+TABLE_FLAGS = ("encoding", "delimiter", "split_by", "keep_contacts")
+
+
 def write_data(args, flags, start):
     named = {name: getattr(args, name) for name in ("cv", "jd", "accepted", "rejected_cv", "rejected_jd") if getattr(args, name)}
     if args.source:
@@ -221,11 +237,19 @@ def write_data(args, flags, start):
             raise BadInput("data: --from needs --cv and --jd, and at most one of --accepted, --rejected-cv, --rejected-jd")
         if len(set(named.values())) < len(named):
             raise BadInput("data: --cv, --jd and the others must name different columns")
+        if args.encoding:
+            table.check_encoding(args.encoding)
+        if args.delimiter:
+            args.delimiter = table.check_delimiter(args.delimiter)
         if os.path.dirname(os.path.realpath(args.source)) == os.path.realpath(args.out):
             raise BadInput(f"{args.source}: lies in the folder that is to be written anew; choose another --out")
-        table.import_table(args.source, args.out, named, args.keep_contacts, args.seed)
+        table.import_table(args.source, args.out, named, args.keep_contacts, args.seed,
+                           args.encoding, args.delimiter, args.split_by or "group")
     elif named:
         raise BadInput(f"data: --{next(iter(named)).replace('_', '-')} names a column of a table; give the table with --from FILE")
+    elif given := [name for name in TABLE_FLAGS if getattr(args, name)]:
+        raise BadInput(f"data: --{given[0].replace('_', '-')} says how a table is read; give the "
+                       "table with --from FILE")
     else:
         market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
     write_json(Path(args.out) / "summary.json", with_checksum({
@@ -429,8 +453,9 @@ def recommend_run(args, device):
         need(run, stage)
     models, train = recommend.load_run(run, device, args.seed), read_records(folder / "train.jsonl")
     if args.cv:
-        cv = read_text(args.cv)
-        recommend.find_jobs(models, cv, recommend.read_pool(args.pool), args.top, train, truth)
+        cv = as_trained(read_text(args.cv), models.girl)
+        pool = recommend.read_pool(args.pool, not models.girl.config.keep_contacts)
+        recommend.find_jobs(models, cv, pool, args.top, train, truth)
         if cv in models.codec.cut_cvs:
             print(f"{args.cv}: the CV was cut at {models.codec.max_cv} tokens", file=sys.stderr)
     else:
@@ -514,6 +539,14 @@ def build_parser():
                        "rejected-cv": "of CVs that were turned down for the JD",
                        "rejected-jd": "of JDs that were turned down for the CV"}.items():
         d.add_argument(f"--{name}", metavar="COLUMN", help=f"the column {text}")
+    d.add_argument("--encoding", metavar="NAME", help="the file's encoding, as Python names it: "
+                   "cp1252, gbk, shift_jis, ... (default: UTF-8, or what its first bytes say)")
+    d.add_argument("--delimiter", metavar="C", help="what separates the cells: one character, "
+                   "or tab (default: found by the header)")
+    d.add_argument("--split-by", choices=("group", "cv"),
+                   help="group: decisions that share a CV or a JD stay in one split; cv: CVs and "
+                   "JDs are split separately, and decisions between two splits are dropped "
+                   "(default group)")
     d.add_argument("--keep-contacts", action="store_true", help="leave e-mail addresses, phone numbers and links as they are")
     add_flags(parsers["train"], StartFlags)
     parsers["reward"].add_argument("--judge", action="store_true", help="train the independent judge instead, from half B")
@@ -574,7 +607,8 @@ def parse(argv):
     what was set on the command line stays."""
     top, parsers = build_parser()
     args = top.parse_args(argv)
-    for name in ("run", "data", "out", "source", "model", "reward", "cv", "jd", "pool", "verdicts", "export_pairs"):
+    for name in ("run", "data", "out", "source", "model", "reward", "cv", "jd", "pool", "verdicts",
+                 "export_pairs", "encoding", "delimiter"):
         value = getattr(args, name, None)
         if value is not None and (not value or "\0" in value):
             flag_name = name.replace("_", "-").replace("source", "from")

@@ -43,6 +43,7 @@ from data import Codec, json_lines, load_codec, pad_right, text_of
 from evaluate import alike, bootstrap_ci95, read_results, write_jds, write_results
 from model import LanguageModel, RewardModel
 from run import BadInput, Stage, autocast, flag, generator, peak_rss_mb
+from texts import normalize
 from weights import load_model
 
 BLOCKS = 1                  # of the body's blocks that the encoder uses: early states still say which words there are
@@ -535,14 +536,15 @@ def hard_ones(cvs, jds, own, codec, market):
 
 
 # ------------------------------------------------------------------------------------------------- jobs for one CV
-def read_pool(path):
-    """The different JDs of a .jsonl file; each line is an object with a text "jd", whatever else it holds."""
+def read_pool(path, hide=True):
+    """The different JDs of a .jsonl file; each line is an object with a text "jd", whatever else it
+    holds. With `hide`, contacts in the JDs become placeholders."""
     example, jds = '{"jd": "..."}', {}
     for where, raw in json_lines(path, f"give a file of lines like {example}"):
         if not isinstance(raw, dict) or "jd" not in raw:
             raise BadInput(f"{where}: expected a line like {example}")
-        jds[text_of(raw, "jd", where)] = True
-    jds = [jd for jd in jds if jd.strip()]
+        jds[normalize(text_of(raw, "jd", where), hide)] = True
+    jds = [jd for jd in jds if jd]
     if not jds:
         raise BadInput(f"{path}: no JDs; expected lines like {example}")
     return jds

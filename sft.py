@@ -24,8 +24,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (Codec, bucketed, check_splits, load_tokenizer, pad_right, read_half, read_records, save_tokenizer,
-                  train_tokenizer)
+from data import (Codec, bucketed, check_splits, keeps_contacts, load_tokenizer, pad_right,
+                  read_half, read_records, save_tokenizer, train_tokenizer)
 from model import Config, LanguageModel, generate, logits_size, rows_that_fit
 from reward import reading_loss
 from run import BadInput, Optimizer, autocast, flag, generator, save_tensors
@@ -122,6 +122,7 @@ def train(stage, folder, flags, seed, device):
         stage.say(f"sft: valid NLL of the pretrained model {before['valid_nll_before']:.4f}")
     else:
         model = new_model(codec, pairs, flags, init_seed).to(device)
+    model.config.keep_contacts = keeps_contacts(folder)
     model.model.checkpointing = flags.checkpointing
     reader = nn.Linear(model.config.hidden_size, 1).to(device)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from data import (END_OF_TURN, EOS, PAD, TURN, Codec, Record, bucketed, half, load_codec, load_tokenizer, pad_right, read_records,
-                  save_tokenizer, train_tokenizer, write_records)
+from data import (END_OF_TURN, EOS, PAD, TURN, Codec, Record, bucketed, check_splits, half, keeps_contacts, load_codec, load_tokenizer,
+                  pad_right, read_records, save_tokenizer, train_tokenizer, write_records)
 from fuzz import tricky_tokenizers
 from run import BadInput
 
@@ -28,8 +28,26 @@ def test_reading_good_records(tmp_path):
     assert read_records(path) == [Record("a nurse", "a ward", True), Record("café", "", False)]
 
 
+def test_line_ends_blanks_and_letters_in_pieces_make_no_other_text(tmp_path):
+    other = b'{"cv": " caf\\u00e9\\r\\ncook\\t", "jd": "\\ufeffcafe\\u0301\\rx@y.org \\u00a0b", "accepted": true}'
+    (tmp_path / "train.jsonl").write_bytes(other)
+    assert read_records(tmp_path / "train.jsonl") == [Record("café\ncook", "café\nx@y.org  b", True)]
+    for split, text in (("train", "caf\u00e9 cook"), ("valid", "x"), ("test", " cafe\u0301\u00a0cook\r\n")):
+        write_records(tmp_path / f"{split}.jsonl", [Record(f"cv {split}", text, True)])
+    with pytest.raises(BadInput, match="test.jsonl:1: its JD stands in train.jsonl too"):
+        check_splits(tmp_path)
+
+
+def test_contacts_are_kept_where_nothing_says_that_they_were_replaced(tmp_path):
+    assert keeps_contacts(tmp_path)
+    for name, content, kept in (("import.json", {"contacts_replaced": {"EMAIL": 0}}, False),
+                                ("import.json", {"contacts_replaced": None}, True), ("market.json", {}, False)):
+        (tmp_path / name).write_text(json.dumps(content))
+        assert keeps_contacts(tmp_path) == kept
+
+
 def test_written_records_are_read_again(tmp_path):
-    records = [Record("line\nbreak \u2028 \x85 \r tab\t", 'quote " and \\', True), Record("日本 🙂", "", False)]
+    records = [Record("line\nbreak \u2028 \x85 \t tab", 'quote " and \\', True), Record("日本 🙂", "", False)]
     write_records(tmp_path / "new" / "x.jsonl", records)
     assert read_records(tmp_path / "new" / "x.jsonl") == records
 

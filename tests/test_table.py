@@ -1,6 +1,7 @@
 """A table of one's own into a data set: every cell is accounted for, and no text is on two sides."""
 import csv
 import json
+import random
 import time
 from collections import Counter
 
@@ -9,7 +10,7 @@ import pytest
 import girl
 import table
 from conftest import refused
-from data import Record, connected, half, read_half, read_records
+from data import Record, check_splits, connected, half, read_half, read_records
 
 
 def people(n):
@@ -205,7 +206,7 @@ def test_odd_cells_are_handled_and_counted(tmp_path):
     ("+49\u00a030\u00a01234567", "[PHONE]"), ("0301-234-567x12", "[PHONE]x12"), ("mail: a@b.org,0301234567", "mail: [EMAIL],[PHONE]"),
     ("jane.dev/work and t.me/jane", "[LINK] and [LINK]"), ("and/or, TCP/IP, C/C++, 24/7, Node.js/React", None), ("version 2.0/3.1", None),
     ("(2014 - 2019)", None), ("2014-2019", None), ("03/2014 - 05/2019", None), ("12.05.2019", None), ("2019-05-12", None),
-    ("5 years, 10,000 users, $120,000.00, 3.14159265", None), ("ISO 9001:2015 and Python 3.11.4", None), ("me@home", None), ("C++ / C# (2010)", None), ("job 16-05885", None), ("(555-2019)", "[PHONE])")])
+    ("5 years, 10,000 users, $120,000.00, 3.14159265", None), ("ISO 9001:2015 and Python 3.11.4", None), ("me@home", None), ("C++ / C# (2010)", None), ("job 16-05885", None), ("(555-2019)", None)])
 def test_contacts_become_placeholders_and_dates_stay(text, hidden):
     assert table.hide_contacts(text, Counter()) == (hidden or text)
 
@@ -265,3 +266,252 @@ def test_other_files_are_refused(name, content, says, tmp_path, capsys):
 def test_columns_without_a_table_are_refused(tmp_path, capsys):
     assert girl.main(["data", "--out", str(tmp_path), "--cv", "x"]) == 2
     assert "give the table with --from FILE" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- encodings
+GERMAN = "cv,jd\r\n" + "".join(f"Köchin {i} für Cafés,Gesucht: Köchin {i}\r\n" for i in range(40))
+CHINESE = "cv,jd\r\n" + "".join(f"厨师{i}号,招聘厨师{i}\r\n" for i in range(40))
+JAPANESE = "cv,jd\r\n" + "".join(f"コック{i}人、東京,シェフ募集{i}\r\n" for i in range(40))
+RUSSIAN = "cv,jd\r\n" + "".join(f"Повар {i} из Москвы,Нужен повар {i}\r\n" for i in range(40))
+POLISH = "cv,jd\r\n" + "".join(f"Główny kucharz {i} z Łodzi,Pracownik kuchni {i} w Łodzi\r\n" for i in range(40))
+
+
+def data_command(path, out, *flags):
+    return ["data", "--from", str(path), "--cv", "cv", "--jd", "jd", "--out", str(out), *flags]
+
+
+def written(path, content):
+    path.write_bytes(content)
+    return path
+
+
+STRAY = GERMAN.encode().replace("Köchin 7 für".encode(), "Köchin 7".encode() + b"\x92s " + "für".encode())
+
+
+@pytest.mark.parametrize("content, line, says", [
+    (STRAY, 9, "byte 92 is not UTF-8, and 160 other characters are"), (STRAY.replace(b"\r\n", b"\n"), 9, "byte 92"),
+    (STRAY.replace(b"\r\n", b"\r"), 9, "byte 92"), (b"\xef\xbb\xbf" + STRAY, 9, "byte 92 is no utf-8-sig text"),
+    (b"\xef\xbb\xbfcv,jd\n\x92,b\n", 2, "byte 92"),
+    (GERMAN.encode() + "Köln,Bär\r\n".encode("cp1252") * 3, 42, "byte f6 is not UTF-8, and 160"),
+    ("Köln,Bär\r\n".encode("cp1252") * 99 + GERMAN.encode(), 1, "cannot be told"),
+    (CHINESE.encode("gbk"), 2, "cannot be told"), (CHINESE.encode("big5", "replace"), 2, "byte"), (JAPANESE.encode("shift_jis"), 2, "cannot be told"),
+    (JAPANESE.encode("euc_jp"), 2, "cannot be told"), (RUSSIAN.encode("cp1251"), 2, "cannot be told"), (RUSSIAN.encode("koi8-r"), 2, "cannot be told"),
+    (POLISH.encode("cp1250"), 2, "cannot be told"), (GERMAN.encode("mac_roman"), 2, "cannot be told"), (GERMAN.encode("cp850"), 2, "cannot be told"),
+    (GERMAN.encode("utf-16-le"), 1, "every other byte is 0"), (GERMAN.encode("utf-16-be"), 1, "every other byte is 0"),
+    ((GERMAN + "a\0b,c\r\n").encode(), 42, "a NUL character"), (GERMAN.encode("utf-16")[:-1], 42, "is no utf-16 text"),
+    (("cv,jd\n" + "don’t cook,x\n" * 40).encode("cp1252") + b"\x81,b\n", 42, "byte 81 is neither UTF-8 nor cp1252")])
+def test_a_file_in_another_encoding_is_refused_with_its_line(content, line, says, tmp_path, capsys):
+    """A guess would change rows that are right."""
+    for name in ("t.csv", "t.jsonl"):
+        path = written(tmp_path / name, content)
+        refused(capsys, data_command(path, tmp_path / "out"), f"{name}:{line}: ", says, "--encoding")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content, encoding", [
+    (CHINESE, "gbk"), (JAPANESE, "shift_jis"), (RUSSIAN, "koi8-r"), (POLISH, "cp1250"), (GERMAN, "mac_roman"), (GERMAN, "utf-16-le"), (GERMAN, "utf-32")])
+def test_an_encoding_can_be_named(content, encoding, tmp_path):
+    assert run(written(tmp_path / "t.csv", content.encode(encoding)), tmp_path / "out", "--encoding", encoding) == 0
+    splits, report = result(tmp_path / "out")
+    assert {r.cv for r in everything(splits)} == {line.split(",")[0] for line in content.splitlines()[1:]}
+    assert report["encoding"] == report["asked"]["encoding"] == encoding
+
+
+@pytest.mark.parametrize("content, encoding, line", [(GERMAN.encode(), "ascii", 2), (CHINESE.encode("gbk") + b"ok,ok\n\xff,b\n", "gbk", 43),
+                                                     (GERMAN.encode(), "utf-16-le", 1)])
+def test_a_named_encoding_that_is_not_the_files_is_refused_with_its_line(content, encoding, line, tmp_path, capsys):
+    refused(capsys, data_command(written(tmp_path / "t.csv", content), tmp_path / "out", "--encoding", encoding), f"t.csv:{line}: ")
+
+
+@pytest.mark.parametrize("name", ["rot13", "base64", "hex", "no-such", "utf-8\0x"])
+def test_what_is_no_encoding_of_text_is_refused(name, tmp_path, capsys):
+    command = data_command(written(tmp_path / "t.csv", GERMAN.encode()), tmp_path / "out", "--encoding", name)
+    refused(capsys, command, "--encoding")
+
+
+def test_a_guess_shows_a_word(tmp_path, capsys):
+    assert run(written(tmp_path / "t.csv", GERMAN.encode("cp1252")), tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "The encoding is a guess: in cp1252 a word of the file is 'Köchin'. If that is wrong, give --encoding NAME." in said
+    assert result(tmp_path / "out")[1]["encoding_guessed_from"] == "Köchin"
+    assert run(written(tmp_path / "t.csv", GERMAN.encode()), tmp_path / "out") == 0 and "guess:" not in capsys.readouterr().out
+
+
+def test_english_with_typographic_signs_is_western(tmp_path):
+    rows = [p | {"cv": p["cv"] + " – “best” chef’s résumé, £45,000 · 20 °C… naïve café"} for p in people(20)]
+    assert run(write_csv(tmp_path / "t.csv", rows, encoding="cp1252"), tmp_path / "out") == 0
+    assert {r.cv for r in everything(result(tmp_path / "out")[0])} == {r["cv"] for r in rows}
+
+
+def test_what_was_garbled_before_is_said(tmp_path, capsys):
+    rows = people(40)
+    rows[0]["cv"], rows[1]["jd"] = "K\ufffdchin f\ufffdr alle", "GemÃ¼se putzen"
+    assert run(write_csv(tmp_path / "t.csv", rows), tmp_path / "out") == 0
+    said, report = capsys.readouterr().out, result(tmp_path / "out")[1]
+    assert (report["lost_characters_(U+FFFD)"], report["garbled_texts"]) == (2, 1)
+    assert "2 characters are U+FFFD" in said and "1 texts look like UTF-8 that was read in another encoding before" in said
+
+
+# ------------------------------------------------------------------------- delimiters and headers
+BODY = [(f"Cook {i}", f"Wanted: cook {i}") for i in range(40)]
+
+
+def lines(head, row, end="\r\n"):
+    return head + "".join(row.format(cv=cv, jd=jd) + end for cv, jd in BODY)
+
+
+@pytest.mark.parametrize("text", [
+    lines('cv;jd;"hired (yes, no, or empty)"\r\n', "{cv};{jd};yes"), lines('"note\n(by hand)";cv;jd\r\n', "x;{cv};{jd}"),
+    lines("sep=;\r\ncv;jd\r\n", "{cv};{jd}"), lines('"sep=|"\r\ncv|jd|a;b;c;d\r\n', "{cv}|{jd}|x"), lines("SEP=\t\r\ncv\tjd\r\n", "{cv}\t{jd}"),
+    lines("cv, jd\n", '"{cv}", "{jd}"', "\n"), lines('"cv" ,"jd"\n'.replace('" ', '"'), ' "{cv}",   "{jd}"'), lines('\ufeff"cv","jd"\r\n', '"{cv}","{jd}"'),
+    lines("cv;jd;\r\n", "{cv};{jd};"), lines("cv;jd;\r\n", "{cv};{jd}"), lines("cv;jd\r\n", "{cv};{jd};;"), lines("cv;jd;;\r\n", "{cv};{jd};;"),
+    lines("\r\n  \r\n;;\r\ncv;jd\r\n", "{cv};{jd}"), lines("cv,jd,a;b;c;d;e\r\n", "{cv},{jd},x"), lines("cv|jd\r", "{cv}|{jd}", "\r"),
+    "\ufeff".join([lines("cv,jd\n", "{cv},{jd}", "\n"), ""]), lines('cv,jd\n', '"{cv}\ufeff",\ufeff"{jd}"')])
+def test_a_header_is_read_as_csv(text, tmp_path):
+    assert run(written(tmp_path / "t.csv", text.encode()), tmp_path / "out") == 0
+    splits, report = result(tmp_path / "out")
+    assert {r[:2] for r in everything(splits) if r.accepted} == set(BODY)
+    assert report["rows"] == 40 and report["rows_with_other_number_of_cells"] == 0
+
+
+@pytest.mark.parametrize("name, delimiter", [(":", ":"), ("tab", "\t"), ("\\t", "\t"), ("\t", "\t"), ("~", "~")])
+def test_a_delimiter_can_be_named(name, delimiter, tmp_path):
+    text = lines(f"cv{delimiter}jd{delimiter}a,b,c,d\r\n", "{cv}" + delimiter + "{jd}" + delimiter + "x").replace("Wanted: ", "Wanted ")
+    assert run(written(tmp_path / "t.csv", text.encode()), tmp_path / "out", "--delimiter", name) == 0
+    assert result(tmp_path / "out")[1]["delimiter"] == delimiter
+
+
+@pytest.mark.parametrize("name, flags, text, says", [
+    ("t.csv", ["--delimiter", ";;"], "cv;jd\n", "--delimiter ';;' must be one character, or tab"), ("t.csv", ["--delimiter", '"'], "cv;jd\n", "must be one character"),
+    ("t.csv", ["--delimiter", " "], "cv;jd\n", "must be one character"), ("t.csv", ["--delimiter", ""], "cv;jd\n", "--delimiter must name something"),
+    ("t.jsonl", ["--delimiter", ";"], "{}\n", "t.jsonl: a .jsonl file has no delimiter"),
+    ("t.csv", ["--delimiter", ";"], lines("cv,jd\n", "{cv},{jd}"), "t.csv:2: no column 'cv'; there are 'cv,jd'"),
+    ("t.csv", [], lines("CV;Jd\n", "{cv};{jd}"), "t.csv:2: no column 'cv'; there are 'CV', 'Jd'"),
+    ("t.csv", [], lines("text\n", "{cv}"), "no column 'cv'; there are 'text'"), ("t.csv", [], lines("'cv','jd'\n", "'{cv}','{jd}'"), "there are \"'cv'\", \"'jd'\""),
+    ("t.csv", [], lines("a,b,c\n", "{cv},{jd}"), "t.csv:1: no column 'cv'; there are 'a', 'b', 'c'"),
+    ("t.csv", [], lines("cv,jd\n", "{cv},{jd}") + '"a \\"b\\" c",d\n' + "e,f\n", "t.csv:42: the row that begins here is not a table"),
+    ("t.csv", [], lines("cv,jd\n", "{cv},{jd}") + '"a \\"b\\" c",d\n', "double a quote within a cell, instead of a backslash"),
+    ("t.csv", [], lines("sep=,\r\ncv,jd\n", "{cv},{jd}") + '"a\nb"x,d\n', "t.csv:43: the row that begins here")])
+def test_a_table_that_can_be_read_in_two_ways_is_refused(name, flags, text, says, tmp_path, capsys):
+    refused(capsys, data_command(written(tmp_path / name, text.encode()), tmp_path / "out", *flags), says)
+
+
+@pytest.mark.parametrize("flags", [["--encoding", "gbk"], ["--delimiter", ";"], ["--split-by", "cv"], ["--split-by", "group"], ["--keep-contacts"]])
+def test_how_a_table_is_read_goes_with_a_table(flags, tmp_path, capsys):
+    refused(capsys, ["data", "--smoke", "--out", str(tmp_path / "out"), *flags], f"{flags[0]} says how a table is read; give the table with --from FILE")
+
+
+# ---------------------------------------------------------------------------------- missing cells
+@pytest.mark.parametrize("word", ["NULL", "null", "nan", "NaN", "N/A", "NA", "n/a", "None", "none", "#N/A", "\\N", "<NA>", " null ", "-", "#N/A N/A"])
+def test_a_cell_that_says_missing_is_missing(word, tmp_path):
+    rows = [p | {"hired": "yes"} for p in people(40)]
+    rows[0]["cv"], rows[1]["jd"], rows[2]["hired"], rows[3]["other"] = [word] * 4
+    path = write_csv(tmp_path / "t.csv", rows)
+    for flags, empty in (([], 2), (["--accepted", "hired"], 3), (["--rejected-cv", "other"], 2)):
+        assert run(path, tmp_path / "out", *flags) == 0
+        splits, report = result(tmp_path / "out")
+        assert report["rows_with_an_empty_cell"] == empty and report["rows_without_a_rejection"] == ("other" in flags)
+        assert report["cells_that_say_missing"] == {word.strip(): empty + ("other" in flags)}
+        assert not any(word.strip() in r[:2] for r in everything(splits))
+
+
+def test_a_text_that_holds_such_a_word_is_a_text(tmp_path):
+    rows = people(20)
+    rows[0]["cv"], rows[1]["cv"], rows[2]["cv"] = "NULL pointers debugged", "Nan Miller, cook", "none / - /"
+    assert run(write_csv(tmp_path / "t.csv", rows), tmp_path / "out") == 0
+    splits, report = result(tmp_path / "out")
+    assert {r["cv"] for r in rows} == {r.cv for r in everything(splits)} and report["cells_that_say_missing"] == {}
+
+
+def test_answers_as_numbers(tmp_path):
+    words = ["1.0", "0.0", "1", "0", "1.00", "0.", "", "nan"]
+    rows = [p | {"hired": words[i % 8]} for i, p in enumerate(people(80))]
+    path = tmp_path / "t.jsonl"
+    as_json = {"1.0": 1.0, "0.0": 0.0, "1": 1, "0": False, "1.00": True, "0.": "0.0", "": None, "nan": float("nan")}
+    path.write_text("".join(json.dumps(r | {"hired": as_json[r["hired"]]}) + "\n" for r in rows))
+    for table_path in (write_csv(tmp_path / "t.csv", rows), path):
+        assert run(table_path, tmp_path / "out", "--accepted", "hired") == 0
+        splits, report = result(tmp_path / "out")
+        assert {r.cv: r.accepted for r in everything(splits)} == {r["cv"]: r["hired"][0] == "1" for i, r in enumerate(rows) if i % 8 < 6}
+        assert report["rows_with_an_empty_cell"] == 20
+    for bad in ("0.5", "2.0", "10"):
+        assert run(write_csv(tmp_path / "t.csv", [p | {"hired": bad} for p in people(9)]), tmp_path / "out", "--accepted", "hired") == 2
+
+
+def test_json_has_its_own_missing_cells(tmp_path, capsys):
+    path = tmp_path / "t.jsonl"
+    good = "".join(json.dumps({"cv": f"Cook {i}", "jd": f"Wanted: cook {i}"}) + "\n" for i in range(30))
+    path.write_text(good + '{"cv": NaN, "jd": "x"}\n{"cv": "y", "jd": null}\n{"cv": "NaN", "jd": "z"}\n')
+    assert run(path, tmp_path / "out") == 0
+    report = result(tmp_path / "out")[1]
+    assert report["rows_with_an_empty_cell"] == 3 and report["cells_that_say_missing"] == {"NaN": 2}
+    for odd, says in (("Infinity", "t.jsonl:31: cv is inf"), ("-Infinity", "cv is -inf"), ("7", "cv must be a text, found int")):
+        path.write_text(good + '{"cv": %s, "jd": "x"}\n' % odd)
+        refused(capsys, data_command(path, tmp_path / "out"), says)
+
+
+# ------------------------------------------------------------------------------------ split by CV
+def dense(tmp_path, cvs=640, jds=280, decisions=6240):
+    """As in public data sets: each CV was judged for many JDs, and all hangs together."""
+    draw = random.Random(1)
+    rows = [{"cv": f"Candidate {p // jds}: cook", "jd": f"Job {p % jds}: kitchen", "fit": draw.choice(["yes", "no"])}
+            for p in draw.sample(range(cvs * jds), decisions)]
+    return write_csv(tmp_path / "dense.csv", rows), rows
+
+
+def test_a_dense_table_is_split_by_cv_and_the_decisions_between_are_counted(tmp_path, capsys):
+    path, rows = dense(tmp_path)
+    refused(capsys, data_command(path, tmp_path / "no", "--accepted", "fit"), "hang together in 1 groups", "give --split-by cv")
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert run(path, tmp_path / name, "--accepted", "fit", "--split-by", "cv", "--seed", seed) == 0
+    splits, report = result(tmp_path / "a")
+    kept = everything(splits)
+    assert set(kept) <= {Record(r["cv"], r["jd"], r["fit"] == "yes") for r in rows} and len(set(kept)) == len(kept)
+    assert report["dropped_between_splits"] == 6240 - len(kept) and report["split_by"] == report["asked"]["split_by"] == "cv"
+    assert "dropped between splits            " + str(6240 - len(kept)) in capsys.readouterr().out
+    assert all(100 < n for n in report["decisions"].values()) and report["decisions"]["train"] > 2800
+    for k in (0, 1):
+        texts = [{r[k] for r in splits[s]} for s in splits]
+        assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+    assert (tmp_path / "a/test.jsonl").read_bytes() == (tmp_path / "b/test.jsonl").read_bytes() != (tmp_path / "c/test.jsonl").read_bytes()
+    check_splits(tmp_path / "a")
+
+
+def test_the_halves_of_a_dense_table_both_have_acceptances_and_rejections(tmp_path):
+    assert run(dense(tmp_path)[0], tmp_path / "out", "--accepted", "fit", "--split-by", "cv") == 0
+    parts = [read_half(tmp_path / "out", part) for part in "AB"]
+    for records in parts:
+        assert 500 < sum(r.accepted for r in records) < len(records) - 500
+    assert not {r.cv for r in parts[0]} & {r.cv for r in parts[1]}
+
+
+def test_a_data_set_of_an_earlier_version_has_the_halves_that_it_had(tmp_path):
+    assert run(write_csv(tmp_path / "t.csv", people(100)), tmp_path / "out", "--rejected-cv", "other") == 0
+    before = read_half(tmp_path / "out", "A")
+    report = result(tmp_path / "out")[1]
+    new = ("asked", "split_by", "delimiter", "cells_that_say_missing", "dropped_between_splits", "encoding_guessed_from")
+    (tmp_path / "out" / "import.json").write_text(json.dumps({k: v for k, v in report.items() if k not in new}))
+    assert read_half(tmp_path / "out", "A") == before and 60 < len(before) < 100
+    (tmp_path / "out" / "import.json").write_text(json.dumps(report | {"split_by": "cv"}))
+    assert read_half(tmp_path / "out", "A") != before
+
+
+def test_a_jd_of_one_cv_costs_no_decision(tmp_path):
+    assert run(write_csv(tmp_path / "t.csv", people(200)), tmp_path / "out", "--rejected-jd", "no", "--split-by", "cv") == 0
+    report = result(tmp_path / "out")[1]
+    assert report["dropped_between_splits"] == 0 and report["decisions"] == {"train": 280, "valid": 60, "test": 60}
+
+
+def test_a_half_without_acceptances_is_said_with_the_remedy(tmp_path, capsys):
+    """Three groups, one for each split: all of train is in one half."""
+    rows = [{"cv": f"Cook {i} of {g}", "jd": f"Job {(i + k) % n} of {g}", "fit": "no" if k == 2 else "yes"}
+            for g, n in enumerate((40, 5, 5)) for i in range(n) for k in range(3)]
+    path = write_csv(tmp_path / "t.csv", rows)
+    assert run(path, tmp_path / "out", "--accepted", "fit") == 0
+    assert "of train has no accepted decision" in (said := capsys.readouterr().out) and "give more rows, or --split-by cv." in said
+    assert run(write_csv(tmp_path / "t.csv", people(200)), tmp_path / "out") == 0 and "of train has no" not in capsys.readouterr().out
+
+
+def test_a_table_too_small_to_split_by_cv_is_refused(tmp_path, capsys):
+    refused(capsys, data_command(written(tmp_path / "t.csv", b"cv,jd\n" + b"a,b\n" * 5), tmp_path / "out", "--split-by", "cv"),
+            "of 1 decisions 1 have CV and JD in one split", "give more rows")

@@ -1,0 +1,233 @@
+"""What every text that comes in goes through: of a table, a data set, a CV's file, a pool of jobs.
+
+    normalize(text, hide)      the same text has the same tokens, wherever it was read
+
+A salary, a period of years or a version is data and must stay, so only certain telephone numbers
+are replaced: those with a + or an area code in brackets, those after a word such as "Tel.", and
+those in a grouping of digits that no amount, date, range, version or address has. Others stay.
+"""
+import re
+import unicodedata
+from collections import Counter
+
+
+def normalize(text, hide, count=None):
+    """The text as all stages see it. With `hide` its contacts become placeholders; `count` counts
+    them. Normalizing twice gives the same as once.
+
+    This undoes what programs do to a text, unseen by who reads it: line ends of Windows and old
+    Macs, byte-order marks, blanks around the text, the non-breaking spaces of web pages and word
+    processors, and letters in pieces (macOS writes an e and an accent, Unicode's form NFD; in NFC
+    that is one character). All else stays as somebody typed it: other blanks and dashes,
+    full-width letters (NFKC would change them), odd characters such as NUL."""
+    text = text.replace("\ufeff", "").replace("\u00a0", " ")
+    text = unicodedata.normalize("NFC", re.sub("\r\n?", "\n", text)).strip()
+    return hide_contacts(text, Counter() if count is None else count) if hide else text
+
+
+def is_utf16(content):
+    """Are these bytes UTF-16 without a byte-order mark? In most texts every other byte is 0 then,
+    which UTF-8 takes for a NUL character."""
+    return max(content[0::2].count(0), content[1::2].count(0)) > len(content) / 4
+
+
+# ---------------------------------------------------------------------------------------- contacts
+# A link begins with a scheme or www, or is a path on a host; ASP.NET/C# is none. Lookbehinds keep a
+# search from starting again inside a long word.
+LINK = re.compile(
+    r"(?:https?://|(?<![^\W\d])www\.|"
+    r"(?<![\w.@+-])(?!(?:asp|vb|ado|ml|ef|socket|draw)\.(?:net|io)/)(?:[\w-]{1,63}\.){1,3}"
+    r"(?:com|org|net|io|dev|me|co|ai|app|edu|info|de|uk|fr|eu)/)"
+    r"[^\s<>()\[\]\"']*[\w/]", re.IGNORECASE)
+# The host ends in letters: react@18.2.0 is a version, 10@2.50 a price. Addresses without anything
+# between them count as one.
+EMAIL = re.compile(r"(?<![\w.+-])(?:[\w.+-]{1,64}@(?!\d+\.\d)(?:[\w-]{1,63}\.){1,8}"
+                   r"[^\W\d_]{2,24}(?![^\W_]))+")
+
+SPACE, DASH = r"[ \u00a0]", r"[\-\u2010-\u2013]"
+# Six digits or more, with at most three signs between two of them. An open bracket has to close.
+RUN = (rf"(?:\+{SPACE}?)?(?:\((?=\+?\d{{1,5}}\)))?\+?"
+       r"\d(?:[ \u00a0().\-\u2010-\u2013/]{0,3}\d){5,32}(?!\d)")
+# Words before a number. After ADJECTIVES an amount may stand too ("mobile 120 000 000 users").
+ADJECTIVES = "mobile|mobil|phone|telephone|cell|fax|handy|portable|whatsapp|call|hotline|gsm"
+WORDS = (f"{ADJECTIVES}|tel|tél|tlf|telf|telefon|telefono|teléfono|telefone|telefoon|téléphone|"
+         "telefax|mobiltelefon|móvil|movil|celular|cellulare|cellphone|handynummer|mobilnummer|"
+         "telefonnummer|natel|komórka|viber|тел|телефон|моб|电话|手机|電話|携帯|전화|휴대폰|"
+         "contact no|contact number")
+CUE = (rf"(?<![\w\[])(?P<word>{WORDS})(?:\.?{SPACE}?(?:number|nummer|num|no|nr|n[°º]))?"
+       rf"(?:{SPACE}?\([^\W\d]{{1,10}}\))?"
+       rf"(?P<sign>\.?{SPACE}{{0,3}}[:：=]\s{{0,3}}|\.{SPACE}{{0,3}}|{SPACE}{{1,3}}|(?=[+(]))")
+NO_CUE = r"(?<![\w+.#@&=/$€£¥₹-])(?<!\d[ \u00a0.,/\-\u2013])"
+CANDIDATE = re.compile(rf"(?:{CUE}|{NO_CUE})(?P<number>{RUN})", re.IGNORECASE)
+
+# Country codes, by the ITU's list.
+COUNTRY = (r"(?:1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|"
+           r"(?:2[1-689]|3[578]|42|50|59|6[7-9]|8[058]|9[679])\d)")
+PLUS = re.compile(rf"\(?\+{SPACE}?\(?{COUNTRY}")
+ZEROS = re.compile(rf"00{SPACE}?{COUNTRY}[ \u00a0\-/.(]")
+AREA = re.compile(rf"(?:[178]{SPACE}?)?\((?P<area>0|0[1-9]\d{{0,4}}|[1-9]\d{{1,4}})\)"
+                  rf"{SPACE}?[/\-]?{SPACE}?(?P<rest>\d.*)")
+AMERICAN = re.compile(
+    rf"(?:\+?1[ \u00a0.\-]?)?(?:\([2-9]\d\d\){SPACE}?|[2-9]\d\d(?P<dot>[.\-]))"
+    r"[2-9]\d\d(?(dot)(?P=dot)|[ .\-])\d{4}(?!\d)|"
+    r"\+1[ .\-]?\(?[2-9]\d\d\)?[ .\-]?[2-9]\d\d[ .\-]?\d{4}(?!\d)")
+# Groupings of digits that only telephone numbers have. A 0 is dialled before an area code.
+NATIONAL = re.compile("|".join((
+    r"0[1-9](?P<a>[ .\-])\d\d(?:(?P=a)\d\d){3}",                # France
+    r"0\d\d(?P<b>[ .])\d{3}(?P=b)\d\d(?P=b)\d\d",               # Switzerland
+    r"[1-9]\d \d{3} \d\d \d\d", r"[6-9]\d\d \d\d \d\d \d\d",     # Spain, Poland
+    r"[1-9]\d\d \d{3}-\d\d-\d\d",                               # Russia
+    r"1[3-9]\d(?P<c>[ \-])\d{4}(?P=c)\d{4}",                    # China
+    r"[1-9]\d 9\d{4}-\d{4}",                                    # Brazil
+    r"0[1-9]\d{8,9}",                                           # the 0, and no grouping
+    rf"0[1-9]\d{{0,4}}(?:{SPACE}?/{SPACE}?|{SPACE}|{DASH})\d{{2,8}}"        # most of Europe, Asia
+    rf"(?:(?:{SPACE}|{DASH})\d{{2,6}}){{0,3}}")))
+IDENTIFIER = re.compile(
+    r"(?:\b(?:id|ids|no|nr|num|number|nummer|numéro|ref|reference|referenz|order|job|case|code|"
+    r"ticket|isbn|issn|ean|iban|bic|vat|ust|be|siren|siret|sap|material|article|artikel|invoice|"
+    r"account|konto|policy|auftrag|kunde|customer|project|projekt|patent|license|licence|serial|part|"
+    r"postal|zip|plz)|[#№°º])[\s.:#=\-]*$", re.IGNORECASE)
+UNIT = re.compile(
+    r"\s?(?:[%€$£¥₹]|(?:eur|usd|gbp|chf|pln|sek|nok|dkk|czk|inr|jpy|cny|rub|brl|mxn|zar|aud|cad|"
+    r"kwh|mwh|kw|mw|km|m²|m2|kg|hours|users|customers|people|employees|units|visitors|sites|tons|"
+    r"stunden|kunden|mitarbeiter)\b)", re.IGNORECASE)
+YEAR = re.compile(r"(?:19|20)\d\d")
+
+
+def hide_contacts(text, count):
+    """The text with e-mail addresses, phone numbers and links replaced; adds to `count` what it
+    replaced. Again until nothing is found: a placeholder may have freed what stood beside it."""
+    before = None
+    while text != before:
+        before = text
+        for name, pattern in (("LINK", LINK), ("EMAIL", EMAIL)):
+            text, found = pattern.subn(f"[{name}]", text)
+            count[name] += found
+        text = hide_phones(text, count)
+    return text
+
+
+def hide_phones(text, count):
+    done, at = [], 0
+    while found := CANDIDATE.search(text, at):
+        start, at = found.span("number")
+        if length := phone(found):
+            count["PHONE"] += 1
+            done += [text[:start], "[PHONE]"]
+            text, at = text[start + length:], 0     # as if it stood behind a placeholder
+    return "".join(done) + text
+
+
+def phone(found):
+    """How many characters at the beginning of a CANDIDATE's number are a telephone number; 0 if it
+    may be anything else."""
+    run, text = found["number"], found.string
+    before = text[max(found.start() - 30, 0):found.start()]
+    after = text[found.end():found.end() + 30]
+    groups = [g.span() for g in re.finditer(r"\d+", run)]
+    period = period_at(run, groups)
+    # Without a word, + or brackets it may be an identifier, if one is named or a period follows.
+    alone = period == len(groups) and not IDENTIFIER.search(before)
+    if american := AMERICAN.match(run):
+        marked = found["word"] or set("+(") & set(american[0])
+        if marked or alone and not YEAR.fullmatch(american[0][-4:]):
+            return american.end()
+    numbers = [run[:end] for _, end in groups[:period]]
+    for number in reversed(numbers):
+        if is_dialled(number):
+            return len(number)
+    numbers = [n for n in numbers if not is_amount(n) and not UNIT.match((run + after)[len(n):])]
+    tests = [is_with_area]
+    if found["word"]:
+        tests += [is_national, lambda number: is_after_word(number, found)]
+    for test in tests:
+        for number in reversed(numbers):
+            if test(number):
+                return len(number)
+    whole = alone and run in numbers and not re.match(r"(?!x\d)[^\W\d_]|[@_]", after)
+    return len(run) if whole and is_national(run) else 0
+
+
+def period_at(run, groups):
+    """Index of the group with which a date or a period of years begins; their number if none does.
+    A telephone number may stand before one."""
+    def between(i):
+        """What stands before group i."""
+        return run[groups[i - 1][1]:groups[i][0]] if 0 < i < len(groups) else None
+
+    def size(i):
+        return groups[i][1] - groups[i][0]
+    for i, (start, end) in enumerate(groups):
+        if not YEAR.fullmatch(run[start:end]):
+            continue
+        if between(i) in (".", "/") and size(i - 1) <= 2:                   # 05/2014, 12.05.2014
+            day = between(i - 1) == between(i) and size(i - 2) <= 2
+            return i - 2 if day else i - 1
+        if i + 1 < len(groups) and YEAR.fullmatch(run[slice(*groups[i + 1])]):      # 2014 - 2019
+            return i
+        if i == 0 and between(1) in ("-", "/", ".") and size(1) == 2:       # 2014-05
+            return i
+        before = sum(map(size, range(i)))
+        if i + 1 == len(groups) and before >= 10 and not between(i).strip():
+            return i                                                        # +49 30 1234567 2015
+    return len(groups)
+
+
+def digits_of(number):
+    return re.findall(r"\d+", number)
+
+
+def are_thousands(groups):
+    """12 500 000, but also 612 345 678, a Spanish number."""
+    return len(groups) > 1 and len(groups[0]) <= 3 and all(len(g) == 3 for g in groups[1:])
+
+
+def is_dialled(number):
+    """With a + or 00 and a country's code: 8 to 15 digits, but for +100 000 000 users."""
+    groups = digits_of(number)
+    size, years = sum(map(len, groups)), any(map(YEAR.fullmatch, groups))
+    if PLUS.match(number):
+        return 8 <= size <= 15 and not (are_thousands(groups) and (size < 10 or "000" in groups))
+    return bool(ZEROS.match(number)) and 11 <= size <= 17 and len(groups) > 2 and not years
+
+
+def is_with_area(number):
+    """With an area code in brackets: 9 to 13 digits, and no year, amount or range after them."""
+    found = AREA.fullmatch(number)
+    if not found or not 9 <= sum(map(len, digits_of(number))) <= 13:
+        return False
+    area, rest = found["area"], digits_of(found["rest"])
+    years = YEAR.fullmatch(area) or YEAR.fullmatch(rest[0])
+    thousands = area[0] != "0" and are_thousands(rest)
+    a_range = len(rest) == 2 and len(rest[0]) == len(rest[1]) >= 5             # (10) 45000-55000
+    round_ones = all(g.endswith("00") for g in rest)                            # (12) 4000-5000
+    return not (years or thousands or a_range or round_ones or min(map(len, rest)) == 1)
+
+
+def is_after_word(number, found):
+    """Seven to fifteen digits. Thousands only after a word or sign that no amount can follow."""
+    groups = digits_of(number)
+    size = sum(map(len, groups))
+    certain = found["sign"].strip() or not re.fullmatch(ADJECTIVES, found["word"], re.IGNORECASE)
+    thousands = are_thousands(groups) and not (certain and "." not in number and size >= 9)
+    return 7 <= size <= 15 and not thousands
+
+
+def is_amount(number):
+    """An amount, a range of amounts, an address of the Internet or a list of versions."""
+    groups = digits_of(number)
+    versions = "." in number and any(len(g) == 1 for g in groups[1:])           # 3.11.4
+    address = re.fullmatch(r"\d{1,3}(?:\.\d{1,3}){3}", number)
+    ends = re.split(rf"{SPACE}?{DASH}{SPACE}?", number)
+    a_range = len(ends) == 2 and all(e.endswith("00") for e in ends)
+    decimal = re.fullmatch(r"\d+\.\d+", number)
+    return bool(versions or address or a_range or decimal or "000" in groups)
+
+
+def is_national(number):
+    """A grouping of NATIONAL, of 9 to 12 digits, none of them a year."""
+    groups = digits_of(number)
+    if not NATIONAL.fullmatch(number) or not 9 <= sum(map(len, groups)) <= 12:
+        return False
+    years = any(YEAR.fullmatch(g) or re.fullmatch(r"(?:19|20)\d\d[01]\d[0-3]\d", g) for g in groups)
+    return not years and {len(g) for g in groups} not in ({3}, {4}, {5})    # ids, hours, postcodes

@@ -141,9 +141,9 @@ def read_text(path):
     """The text of a file. Its contacts stay until the model is known: see as_trained."""
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = normalize(raw.decode("utf-8"), False)
         if is_utf16(raw):
             raise BadInput(f"{path}: every other byte is 0, as in UTF-16; save the file as UTF-8")
-        text = normalize(raw.decode("utf-8"), False)
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 text (byte {e.start}); save the file as UTF-8")
     except (OSError, ValueError, AttributeError) as e:      # the last two where standard input is closed

@@ -172,15 +172,15 @@ def write_for(args, device):
         out = generate(model, prompts, codec.max_jd, temperature, args.top_p, generator(args.seed, "generate", device=device))
     texts = [codec.text(o) for o in out]
     say_what_was_cut(args, codec)
-    if unfinished := sum(o[-1] != codec.eos for o in out):
-        print(f"{unfinished} of {len(out)} JDs did not end within {codec.max_jd} tokens", file=sys.stderr)
     if args.reward:
         reward_model = load_model(args.reward, RewardModel, device).eval()
-        codec = load_codec(args.reward, reward_model.config)
+        reward_codec = load_codec(args.reward, reward_model.config)
         pairs = [(as_trained(cv, reward_model), text) for text in texts]
-        scores = reward.score_texts(reward_model, codec, pairs)
+        scores = reward.score_texts(reward_model, reward_codec, pairs)
         texts = [f"[{s:+.3f}]\n{t}" for s, t in sorted(zip(scores, texts), key=lambda st: -st[0])]
-    print("\n\n".join(texts))
+    print("\n\n".join(texts), flush=True)
+    if unfinished := sum(o[-1] != codec.eos for o in out):
+        print(f"{unfinished} of {len(out)} JDs did not end within {codec.max_jd} tokens", file=sys.stderr)
 
 
 def score_one(args, device):
@@ -294,7 +294,7 @@ def code_of(name):
     measures = ["sft.py", "ppo.py", "evaluate.py"]
     own = {"sft": ["sft.py"], "ppo": ["ppo.py"], "evaluate": measures, "recommend": [*measures, "recommend.py"]}.get(name, [])
     files = ["data.py", "model.py", "weights.py", "run.py", "reward.py", *own]
-    return {file: code_checksum(Path(__file__).with_name(file)) for file in files}
+    return {file: code_checksum(Path(sft.__file__).with_name(file)) for file in files}
 
 
 BEFORE = {"sft": (), "reward": ("sft",), "judge": ("sft",), "ppo": ("sft", "reward"), "recommend": ("sft", "reward", "ppo"),

@@ -123,6 +123,9 @@ up to 100 000 000 a year
 Rs. 12,00,000 - 18,00,000
 (10) 45000-55000
 (12) 4000-5000 EUR
+(12) 1500 2500
+(50) 120 450 300
+(10) 45000-55550
 Budget 250 000 000 SEK
 200 300 400 500
 2014 - 2019
@@ -191,6 +194,8 @@ GPA 3.85/4.00, 1350/1600
 telephone sales 2015 - 2018 12 000 customers
 mobile 2.0 2015-2020
 mobile 120 000 000 users
+mobile 8000000 users
+phone 1234567 EUR
 WhatsApp 2 000 000 000 users
 phone 2015-2018
 Fax 2012-05-14
@@ -254,6 +259,7 @@ def test_contacts_are_replaced_where_it_is_asked_for_and_counted():
 
 
 def test_twice_gives_the_same_as_once():
+    assert normalize("+49.030.1234567a.com/x", True) == "[PHONE][LINK]"
     draw = random.Random(0)
     pieces = ["tel ", "Phone: ", "[PHONE]", "(", "+49 ", "030", "1234567", " ", "/", "-", ".", "2015", "ann@x.org", "www.a.de/x", "\r", "\n", "\ufeff",
               "e", "\u0301", "\u00a0", "(415)", "555-0199", "a.com/", "@", ",", "x"]

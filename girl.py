@@ -134,7 +134,7 @@ def read_text(path):
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         if is_utf16(raw):
             raise BadInput(f"{path}: every other byte is 0, as in UTF-16; save the file as UTF-8")
-        text = normalize(raw.decode("utf-8"), False)
+        text = raw.decode("utf-8-sig").strip()
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 text (byte {e.start}); save the file as UTF-8")
     except (OSError, ValueError, AttributeError) as e:      # the last two where standard input is closed

@@ -101,6 +101,7 @@ Celular <11 3456-7890>
 <+65 6123 4567>
 <+971 50 123 4567>
 <+49 30 1234567> 2015 - 2018
+<+49 30 1234567> 2015
 Phone <030 1234567> 05/2014 - 06/2016
 Fax: <+32 2 555 12 12>
 WhatsApp <+234 803 123 4567>
@@ -129,6 +130,7 @@ Rs. 12,00,000 - 18,00,000
 mobile 120 450 300 clicks
 mobile 3.11.4 3.12.1
 phone 192.168.10.200
+phone 250 000 12 34
 phone 192.168.10.200 8080
 mobile 1200000 - 1500000
 (50) 120 450 300
@@ -229,6 +231,12 @@ def test_a_telephone_number_is_replaced_and_the_text_around_it_stays(text):
     number, after = rest.split(">")
     count = Counter()
     assert hide_contacts(before + number + after, count) == f"{before}[PHONE]{after}" and +count == {"PHONE": 1}
+
+
+def test_numbers_in_a_row_are_all_replaced():
+    for text, hidden in (("Tel. 030 1234567 / 0170 1234567", "Tel. [PHONE] / [PHONE]"), ("Phone: 415-555-0199, Fax: 415-555-0200", "Phone: [PHONE], Fax: [PHONE]"),
+                         ("Tel +49 30 1234567 or +49 170 1234567.", "Tel [PHONE] or [PHONE].")):
+        assert hide_contacts(text, Counter()) == hidden
 
 
 @pytest.mark.parametrize("text", NO_NUMBERS)

@@ -132,13 +132,13 @@ def read_text(path):
     """The text of a file. Its contacts stay until the model is known: see as_trained."""
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        if is_utf16(raw):
-            raise BadInput(f"{path}: every other byte is 0, as in UTF-16; save the file as UTF-8")
         text = raw.decode("utf-8-sig").strip()
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 text (byte {e.start}); save the file as UTF-8")
     except (OSError, ValueError, AttributeError) as e:      # the last two where standard input is closed
         raise BadInput(f"{path}: {getattr(e, 'strerror', None) or 'cannot be read'}; give a text file, or - for standard input")
+    if is_utf16(raw):
+        raise BadInput(f"{path}: every other byte is 0, as in UTF-16; save the file as UTF-8")
     if not text:
         raise BadInput(f"{path}: empty; put the text of one CV or JD into it")
     return text

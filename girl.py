@@ -142,12 +142,12 @@ def read_text(path):
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         text = normalize(raw.decode("utf-8"), False)
-        if is_utf16(raw):
-            raise BadInput(f"{path}: every other byte is 0, as in UTF-16; save the file as UTF-8")
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 text (byte {e.start}); save the file as UTF-8")
     except (OSError, ValueError, AttributeError) as e:      # the last two where standard input is closed
         raise BadInput(f"{path}: {getattr(e, 'strerror', None) or 'cannot be read'}; give a text file, or - for standard input")
+    if is_utf16(raw):
+        raise BadInput(f"{path}: every other byte is 0, as in UTF-16; save the file as UTF-8")
     if not text:
         raise BadInput(f"{path}: empty; put the text of one CV or JD into it")
     return text

@@ -91,6 +91,7 @@ UNIT = re.compile(
     r"\s?(?:[%€$£¥₹]|(?:eur|usd|gbp|chf|pln|sek|nok|dkk|czk|inr|jpy|cny|rub|brl|mxn|zar|aud|cad|"
     r"kwh|mwh|kw|mw|km|m²|m2|kg|hours|users|customers|people|employees|units|visitors|sites|tons|"
     r"stunden|kunden|mitarbeiter)\b)", re.IGNORECASE)
+ADDRESS = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}(?![.\d])")       # of the Internet
 YEAR = re.compile(r"(?:19|20)\d\d")
 
 
@@ -136,6 +137,8 @@ def phone(found):
     for number in reversed(numbers):
         if is_dialled(number):
             return len(number)
+    if numbers and is_amount(numbers[-1]) or ADDRESS.match(run):        # the beginning of one, too
+        return 0
     numbers = [n for n in numbers if not is_amount(n) and not UNIT.match((run + after)[len(n):])]
     tests = [is_with_area]
     if found["word"]:
@@ -214,14 +217,13 @@ def is_after_word(number, found):
 
 
 def is_amount(number):
-    """An amount, a range of amounts, an address of the Internet or a list of versions."""
+    """An amount, a range of amounts or a list of versions."""
     groups = digits_of(number)
     versions = "." in number and any(len(g) == 1 for g in groups[1:])           # 3.11.4
-    address = re.fullmatch(r"\d{1,3}(?:\.\d{1,3}){3}", number)
     ends = re.split(rf"{SPACE}?{DASH}{SPACE}?", number)
     a_range = len(ends) == 2 and all(e.endswith("00") for e in ends)
     decimal = re.fullmatch(r"\d+\.\d+", number)
-    return bool(versions or address or a_range or decimal or "000" in groups)
+    return bool(versions or a_range or decimal or "000" in groups)
 
 
 def is_national(number):

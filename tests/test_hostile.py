@@ -229,7 +229,7 @@ BAD_CALLS = {
     "a column twice": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b"cv,jd,cv\na,b,c\n"), "file.csv:1: the column 'cv' stands twice"),
     "a key twice in a row": (["data", "--from", "{file}.jsonl", *TABLE[3:]], lambda path: path.with_suffix(".jsonl").write_bytes(b'{"cv": "a", "jd": "b", "cv": "c"}'),
                              "file.jsonl:1: not JSON (a key stands twice"),
-    "a table of tabs with commas": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b"cv\tjd, or so\nx\ty\n"), "1 with another number of cells"),
+    "a table of tabs with commas": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b"cv\tjd, or so\nx\ty\n"), "no column 'jd'; there are 'cv', 'jd, or so'"),
     "no run": (["evaluate", "--run", ""], None, "--run must name something, found ''"),
     "a path with NUL": (["sft", "--run", "{tmp}/new", "--data", "a\0b"], None, "--data must name something, found 'a\\x00b'"),
     "a name of 300 characters": (["sft", "--run", "{tmp}/" + "x" * 300, "--data", "{data}"], None, "File name too long"),

@@ -294,7 +294,7 @@ STRAY = GERMAN.encode().replace("Köchin 7 für".encode(), "Köchin 7".encode() 
     (b"\xef\xbb\xbfcv,jd\n\x92,b\n", 2, "byte 92"),
     (GERMAN.encode() + "Köln,Bär\r\n".encode("cp1252") * 3, 42, "byte f6 is not UTF-8, and 160"),
     ("Köln,Bär\r\n".encode("cp1252") * 99 + GERMAN.encode(), 1, "cannot be told"),
-    (CHINESE.encode("gbk"), 2, "cannot be told"), (CHINESE.encode("big5", "replace"), 2, "byte"), (JAPANESE.encode("shift_jis"), 2, "cannot be told"),
+    ("Köln,Bär\r\n".encode("cp1252") * 400 + "Köln,Bär\r\n".encode(), 1, "cannot be told"), (CHINESE.encode("gbk"), 2, "cannot be told"), (CHINESE.encode("big5", "replace"), 2, "byte"), (JAPANESE.encode("shift_jis"), 2, "cannot be told"),
     (JAPANESE.encode("euc_jp"), 2, "cannot be told"), (RUSSIAN.encode("cp1251"), 2, "cannot be told"), (RUSSIAN.encode("koi8-r"), 2, "cannot be told"),
     (POLISH.encode("cp1250"), 2, "cannot be told"), (GERMAN.encode("mac_roman"), 2, "cannot be told"), (GERMAN.encode("cp850"), 2, "cannot be told"),
     (GERMAN.encode("utf-16-le"), 1, "every other byte is 0"), (GERMAN.encode("utf-16-be"), 1, "every other byte is 0"),
@@ -362,7 +362,7 @@ def lines(head, row, end="\r\n"):
 
 @pytest.mark.parametrize("text", [
     lines('cv;jd;"hired (yes, no, or empty)"\r\n', "{cv};{jd};yes"), lines('"note\n(by hand)";cv;jd\r\n', "x;{cv};{jd}"),
-    lines("sep=;\r\ncv;jd\r\n", "{cv};{jd}"), lines('"sep=|"\r\ncv|jd|a;b;c;d\r\n', "{cv}|{jd}|x"), lines("SEP=\t\r\ncv\tjd\r\n", "{cv}\t{jd}"),
+    lines("sep=;\r\ncv;jd\r\n", "{cv};{jd}"), lines('"sep=|"\r\ncv|jd|a;b;c;d\r\n', "{cv}|{jd}|x"), lines("SEP=\t\r\ncv\tjd\r\n", "{cv}\t{jd}"), lines("sep=~\r\ncv~jd\r\n", "{cv}~{jd}"),
     lines("cv, jd\n", '"{cv}", "{jd}"', "\n"), lines('"cv" ,"jd"\n'.replace('" ', '"'), ' "{cv}",   "{jd}"'), lines('\ufeff"cv","jd"\r\n', '"{cv}","{jd}"'),
     lines("cv;jd;\r\n", "{cv};{jd};"), lines("cv;jd;\r\n", "{cv};{jd}"), lines("cv;jd\r\n", "{cv};{jd};;"), lines("cv;jd;;\r\n", "{cv};{jd};;"),
     lines("\r\n  \r\n;;\r\ncv;jd\r\n", "{cv};{jd}"), lines("cv,jd,a;b;c;d;e\r\n", "{cv},{jd},x"), lines("cv|jd\r", "{cv}|{jd}", "\r"),

@@ -11,7 +11,6 @@ import torch
 import torch.nn as nn
 
 import model
-import mutants
 import ppo
 from conftest import CVS
 from data import pad_right
@@ -884,11 +883,3 @@ def test_26_the_value_head_moves_toward_the_returns(
     optimizer = torch.optim.Adam(policy.value_head.parameters(), lr=0.05)
     ppo.update(policy, optimizer, e, old, flags, generator(0), CPU)
     assert error() < 0.8 * before
-
-
-# ------------------------------------------------------------------------- the tests of these tests
-def test_the_list_of_mutants_fits_the_project():
-    """`python tests/mutants.py` breaks one line at a time; does the test fail that it names?"""
-    assert list(mutants.stale()) == []
-    broken = {statement for of_a_test in mutants.MUTANTS.values() for statement, *_ in of_a_test}
-    assert broken == set(range(1, 34))

@@ -329,10 +329,12 @@ def test_19_a_persistently_negative_kl_is_a_fault(kls, faults):
 
 
 def test_19_the_fault_is_logged_and_reported(policy, reward_model, codec, stage, monkeypatch):
+    """From the fifth iteration on, until one outweighs the others."""
+    kls = iter([-0.15] * 6 + [5.0])
     spy(monkeypatch, ppo, "rollout",
-        lambda result, *args: result[3].update(kl=-0.15, kl_error=0.1))
-    train(policy, reward_model, codec, stage, CVS[:2], iterations=6, ppo_epochs=1)
-    assert [row["kl_fault"] for row in stage.rows] == [False] * 4 + [True] * 2
+        lambda result, *args: result[3].update(kl=next(kls), kl_error=0.1))
+    train(policy, reward_model, codec, stage, CVS[:2], iterations=7, ppo_epochs=1)
+    assert [row["kl_fault"] for row in stage.rows] == [False] * 4 + [True] * 2 + [False]
     assert sum("FAULT" in line for line in stage.lines) == 2
 
 

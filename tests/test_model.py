@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from model import Config, LanguageModel, RewardModel, RMSNorm, generate, rotary_table, rotate, rows_that_fit, sample
+from model import (Config, LanguageModel, LoRA, RewardModel, RMSNorm, add_lora, generate,
+                   merge_lora, rotary_table, rotate, rows_that_fit, sample)
 from run import BadInput
 from weights import load_model, save_model
 
@@ -308,6 +309,24 @@ def test_the_ends_of_the_uniform_draw_no_impossible_token(rand, drawn, monkeypat
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, rand))
     logits = torch.tensor([[0.0, 0.4, 0.0, 0.6, 0.0]]).log()
     assert sample(logits).tolist() == [drawn]
+
+
+# ---------------------------------------------------------------------------------------- adapters
+@torch.no_grad()
+def test_fresh_adapters_change_nothing_and_merging_changes_nothing():
+    model, ids = tiny(), random_ids(2, 6)
+    plain = model(ids)
+    add_lora(model, LoRA("", 2, 6.0, ["q_proj", "down_proj"]))
+    assert torch.equal(model(ids), plain)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 2 and all(".lora_" in name for name in trained)      # A and B
+    for p in trained.values():
+        p.normal_(std=0.1)
+    adapted = model(ids)
+    merge_lora(model)
+    torch.testing.assert_close(model(ids), adapted, atol=1e-4, rtol=1e-4)
+    assert not any("lora" in name for name, _ in model.named_modules())
+    assert (adapted - plain).abs().max() > 0.1
 
 
 # --------------------------------------------------------------------------------------------- weights in and out

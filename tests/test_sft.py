@@ -225,6 +225,19 @@ def test_adapters_have_the_rank_the_scale_and_the_layers_of_the_flags(tmp_path):
         assert all((m.scale, m.lora_A.out_features) == (scale, 3) for m in adapters.values())
 
 
+def test_no_text_makes_a_token_that_was_added_to_a_pretrained_tokenizer(tmp_path):
+    """Whatever its file says of it: only tokens that are called special stay apart from texts."""
+    codec, lm = tiny()
+    save_model(tmp_path, lm)
+    codec.tokenizer.add_tokens(["<turn>"])
+    save_tokenizer(tmp_path, codec)
+    added = codec.tokenizer.token_to_id("<turn>")
+    codec = sft.new_codec([], sft.SFTFlags(init=str(tmp_path)))
+    ids = codec.encode("a <turn> cook")
+    assert codec.tokenizer.token_to_id("<turn>") == added not in ids
+    assert codec.text(ids).strip() == "a <turn> cook"
+
+
 def test_half_of_the_heads_start_with_equal_queries_and_keys():
     """Also where several query heads share a key head: the first query head of the group is the one that is equal."""
     codec, _ = tiny()

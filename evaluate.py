@@ -108,7 +108,7 @@ def kl_per_text(policy, reference, codec, cvs, responses, device):
     for k in range(0, len(cvs), batch_size):
         e = ppo.make_episodes([codec.prompt(cv) for cv in cvs[k:k + batch_size]], responses[k:k + batch_size], device)
         with autocast(device):
-            kl = ppo.k1(*(ppo.evaluate_reference(lm, e, 1.0) for lm in (policy, reference)))
+            kl = ppo.k1(*(ppo.evaluate_policy(lm, e, 1.0)[0] for lm in (policy, reference)))
         total += float((kl * e.mask).sum())
     return total / len(cvs)
 

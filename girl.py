@@ -123,16 +123,17 @@ def new_reward_model(lm, folder, pretrained, seed):
 
 
 def train_ppo(stage, run, folder, flags, seed, device):
-    policy = ppo.Policy(load_model(need(run, "sft"), LanguageModel, device)).to(device)
-    codec = load_codec(run / "sft", policy.lm.config)
-    reward_model = load_model(need(run, "reward"), RewardModel, device, beside=policy.lm)
+    policy = load_model(need(run, "sft"), LanguageModel, device)
+    codec = load_codec(run / "sft", policy.config)
+    reward_model = load_model(need(run, "reward"), RewardModel, device, beside=policy)
     truth = market.true_match if (folder / "market.json").exists() else None
     cvs = sorted({r.cv for r in read_half(folder, "A")})
-    ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, device, truth)
+    _, critic = ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, device, truth)
     stage.check_lock()
-    save_model(stage.folder, policy.lm)
+    save_model(stage.folder, policy)
     save_tokenizer(stage.folder, codec)
-    save_tensors(stage.folder / "value_head.safetensors", {k: v.cpu() for k, v in policy.value_head.state_dict().items()})
+    weight = critic.weight()
+    save_tensors(stage.folder / "value_head.safetensors", {"weight": weight[None, :-1].contiguous(), "bias": weight[-1:].contiguous()})
     stage.finish(**stage.rows[-1])
 
 
@@ -257,6 +258,14 @@ def write_data(args, flags, start):
         "asked": data_asked(args), "inputs": {}, "sha256": checksums(files_of(args.out))}))
 
 
+def check_rules(folder):
+    """Refuse simulated data that were made by other rules than market.py has now: their true match would be another."""
+    path, rules = Path(folder) / "market.json", code_checksum(market.__file__)
+    if path.exists() and read_json(path).get("rules", rules) != rules:      # an earlier version noted none
+        raise BadInput(f"{path}: market.py changed since these data were made, so that their true match would be another; make new "
+                       "data and a new run (--out DIR), or bring back the old market.py")
+
+
 def folders(args):
     """The run's folder, its data, and the market's module where these are simulated."""
     run = Path(args.run)
@@ -310,7 +319,7 @@ def models_before(run, name):
 def what_it_learns_from(run, folder, name, init=""):
     """Checksums of a stage's data, of the stages before it, and of the pretrained models that it and they began with."""
     check_folder(folder)
-    market.check_rules(folder)
+    check_rules(folder)
     of_data = ("train.jsonl", "valid.jsonl", "probes.jsonl", "market.json", "import.json")
     found, bases = {f: sha256(folder / f) for f in of_data if (folder / f).exists()}, {"--init": init} if init else {}
     for stage in BEFORE[name]:
@@ -351,7 +360,7 @@ def run_all(args, device):
     """`train`: every stage of a run, then the evaluation. What bash train.sh calls."""
     run, common = Path(args.run), ["--seed", str(args.seed)] + (["--smoke"] if args.smoke else [])
     start = [x for f in fields(StartFlags) if getattr(args, f.name) for x in flag_words(f, getattr(args, f.name))]
-    market.check_rules(Path(args.data or run / "data"))        # before its stages do, in processes of their own
+    check_rules(Path(args.data or run / "data"))        # before its stages do, in processes of their own
     if args.data is None:
         args.data = str(run / "data")
         command = ["data", "--out", args.data] + common

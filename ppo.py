@@ -7,16 +7,17 @@ Stiennon et al. 2020, arXiv 2009.01325):
 1. Rollout: the policy writes a JD for each of some CVs, sampled from its full distribution.
 2. Score: U reads each finished JD; one that was cut off gets a fixed penalty. Each token costs
    beta * (log pi - log pi_ref): in sum, score - beta * KL(G || G_SFT).
-3. Advantages by GAE (Schulman et al. 2015, arXiv 1506.02438) from the value head, whitened over the rollout.
-4. Update: some epochs over the rollout in minibatches, with the clipped ratio and the clipped value loss.
+3. Advantages by GAE (Schulman et al. 2015, arXiv 1506.02438) from the critic's values, whitened over the rollout.
+4. Update: some epochs over the rollout in minibatches, with the clipped ratio.
 
-Policy and critic share one body: the value head is one more linear layer on the same hidden states. It starts at
-zero, so that before it has learned anything it says "as good as the average SFT sample", which is what the score's
-mean 0 stands for.
+The critic is a linear head on the states of the frozen reward model. The policy's own states hardly know what a text will be
+worth; the reward model's do, and the pass that scores a text has them at every position: it is causal, so that a state knows
+only the text so far. (Stiennon et al. 2020 and Ouyang et al. 2022 start their critic from the reward model, too.) The head is
+fitted by least squares: before iteration 1 to samples of the SFT model, then to every rollout, after its values were used.
 
 Left out: reward whitening (found harmful: each rollout's own spread would set the scale of the score, and beta would mean
-something else every time), a separate critic, an entropy bonus, early stopping by KL within an iteration, advantages without
-a critic (RLOO, GRPO). Under bf16 autocast (CUDA) the logits are rounded to bf16, before the
+something else every time), a critic that is trained by gradients, an entropy bonus, early stopping by KL within an iteration,
+advantages without a critic (RLOO, GRPO). Under bf16 autocast (CUDA) the logits are rounded to bf16, before the
 log-softmax in float32: there the first ratio is 1 only to that precision.
 
 Shapes: B episodes, R response tokens (padded), T prompt + response (padded), C hidden size, V vocabulary.
@@ -27,10 +28,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from data import pad_right
-from model import cache_size, generate, logits_size, rows_that_fit, scalar, twin
-from reward import score_rows
+from model import cache_size, generate, logits_size, rows_that_fit, twin
 from run import BadInput, NotFinite, autocast, flag, generator
 
 
@@ -43,8 +44,6 @@ class PPOFlags:
     accumulate: int = flag(1, "micro-batches that a minibatch is cut into, to save memory")
     lr: float = flag(2.5e-4, "learning rate; falls linearly to 0")
     clip: float = flag(0.2, "epsilon of the clipped ratio")
-    value_clip: float = flag(0.2, "how far a value may move from the rollout's before its loss is clipped")
-    value_coef: float = flag(0.5, "weight of the value loss")
     kl_coef: float = flag(0.05, "beta, the price of a nat of KL to the SFT model, in standard deviations of the score")
     kl_target: float = flag(0.0, "nats per text that the adaptive controller steers to; 0 keeps beta fixed")
     kl_horizon: int = flag(2000, "episodes over which the adaptive controller corrects an error")
@@ -95,27 +94,25 @@ def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2015, equation 16), backwards in time; the value after the end is 0.
 
     A_t = delta_t + gamma lam A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t.
-    Returns unwhitened advantages and the returns A + V that the value head learns, both [B, R] and 0 at pads."""
+    [B, R] each -> unwhitened advantages [B, R], 0 at pads."""
     values = values * mask
     advantages, following, next_value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]                            # [B]
         following = (delta + gamma * lam * following) * mask[:, t]                           # [B], 0 while on pads
         advantages[:, t], next_value = following, values[:, t]
-    return advantages, (advantages + values) * mask
+    return advantages
+
+
+def returns_to_go(rewards, mask, gamma):
+    """What was earned from each token on: the sum of gamma^l r_{t+l}, which is A + V where lambda is 1. [B, R] -> [B, R]."""
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
 
 
 def policy_loss(log_ratio, advantages, clip):
     """Per token: max(-A r, -A clip(r, 1 - eps, 1 + eps)), equation 7 of the PPO paper with the sign turned."""
     ratio = log_ratio.exp()
     return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
-
-
-def value_loss(values, old_values, returns, clip):
-    """Per token: half the larger of the squared errors, of the value and of the value clipped around the old one. (Not in the
-    PPO paper, but in its authors' code: github.com/openai/baselines, ppo2/model.py.)"""
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 def explained_variance(values, returns, mask):
@@ -139,15 +136,31 @@ class KLController:
 
 
 # ------------------------------------------------------------------------------------------- policy and rollout
-class Policy(nn.Module):
-    """The generator with a value head beside its language-model head."""
+class Critic:
+    """V, the value of a text so far: linear in the reward model's state, fitted by least squares to all returns so far, where a
+    rollout counts KEPT of the one after it, since the policy moves. (A small RIDGE keeps the solution finite.)"""
 
-    def __init__(self, lm):
-        super().__init__()
-        self.lm = lm
-        self.value_head = nn.Linear(lm.config.hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+    KEPT, RIDGE = 0.7, 1e-3
+
+    def __init__(self, C):
+        self.xx, self.xy = torch.zeros(C + 1, C + 1, dtype=torch.float64), torch.zeros(C + 1, dtype=torch.float64)
+
+    def weight(self):
+        """The solution w of (X'X + ridge) w = X'y; its last number is the bias. [C + 1]"""
+        ridge = self.RIDGE * self.xx.diagonal().mean() + 1e-9
+        return torch.linalg.solve(self.xx + ridge * torch.eye(len(self.xx)), self.xy).float()
+
+    def values(self, states):
+        """States [B, R, C], one position before each token -> values [B, R]."""
+        weight = self.weight().to(states.device)
+        return states.float() @ weight[:-1] + weight[-1]
+
+    def fit(self, states, returns, mask):
+        """Take in a rollout: states [B, R, C], returns [B, R]."""
+        x = F.pad(states[mask], (0, 1), value=1.0).cpu().double()                            # [tokens, C + 1]
+        y = returns[mask].cpu().double()                                                     # [tokens]
+        self.xx = self.KEPT * self.xx + x.T @ x
+        self.xy = self.KEPT * self.xy + x.T @ y
 
 
 class Episodes(NamedTuple):
@@ -170,8 +183,12 @@ def make_episodes(prompts, responses, device):
 
 
 def response_states(body, e):
-    """Hidden states [B, R, C] one position before each response token: they predict it, and value the text so far."""
-    hidden = body(e.ids)                                                                     # [B, T, C]
+    """Hidden states [B, R, C] one position before each response token: they predict it."""
+    return before_each_token(body(e.ids), e)
+
+
+def before_each_token(hidden, e):
+    """Of hidden states [B, T, C] those one position before each response token: [B, R, C]."""
     at = e.prompt_lengths[:, None] - 1 + torch.arange(e.tokens.shape[1], device=e.ids.device)    # [B, R]
     at = at.clamp(max=e.ids.shape[1] - 1)                   # only pads reach beyond; the mask hides them
     return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))                  # [B, R, C]
@@ -185,26 +202,27 @@ def log_probs(lm, states, tokens, temperature):
     return logp.gather(-1, tokens[..., None]).squeeze(-1), entropy
 
 
-def evaluate_policy(policy, e, temperature):
-    """log pi, entropy and value of each response token, all from the same states: three tensors [B, R]."""
-    states = response_states(policy.lm.model, e)
-    logp, entropy = log_probs(policy.lm, states, e.tokens, temperature)
-    return logp, entropy, scalar(policy.value_head, states)
+def evaluate_policy(lm, e, temperature):
+    """log pi and entropy of each response token: [B, R] both."""
+    return log_probs(lm, response_states(lm.model, e), e.tokens, temperature)
 
 
 @torch.no_grad()
-def evaluate_reference(reference, e, temperature):
-    return log_probs(reference, response_states(reference.model, e), e.tokens, temperature)[0]
-
-
-def score_responses(reward_model, prompts, responses, eos, cut_off_score):
-    """U of each finished JD, the fixed penalty for one without end-of-text; and which are finished. [B] both."""
-    scores = torch.tensor(score_rows(reward_model, [p + r for p, r in zip(prompts, responses)]), dtype=torch.float32)
-    ended = torch.tensor([r[-1] == eos for r in responses])
+def score_responses(reward_model, e, eos, cut_off_score):
+    """U of each finished JD, the fixed penalty for one without end-of-text; which are finished [B]; and the states of the same
+    pass for the critic, one position before each response token [B, R, C]."""
+    rows, lengths = torch.arange(len(e.ids), device=e.ids.device), e.mask.sum(1)             # [B], [B]
+    hidden = reward_model.model(e.ids)                                                       # [B, T, C]
+    scores = reward_model.head(hidden[rows, e.prompt_lengths + lengths - 1])                 # [B]
+    if not scores.isfinite().all():
+        raise BadInput("the reward model's scores are not finite: its training went astray (lower its --lr), or its weights are "
+                       "damaged")
+    ended = e.tokens[rows, lengths - 1] == eos                                               # [B]
+    states = before_each_token(hidden, e)
     if ended.sum() > 1 and not scores[ended].std() > 1e-6:
         raise BadInput(f"ppo: the reward model gives all {int(ended.sum())} finished JDs of a rollout the same score, "
                        f"{scores[ended][0]:.3f}: nothing can be learned from it; train it longer or on more decisions")
-    return torch.where(ended, scores, torch.full_like(scores, cut_off_score)), ended
+    return torch.where(ended, scores, torch.full_like(scores, cut_off_score)), ended, states
 
 
 # ------------------------------------------------------------------------------------------------------- update
@@ -215,16 +233,14 @@ def minibatches(n, size, generator):
 
 def minibatch_loss(policy, e, old, flags, tokens_in_step):
     """Loss of some episodes, divided by the tokens of the whole optimizer step: micro-batches add up to the big batch."""
-    logp, entropy, values = evaluate_policy(policy, e, flags.temperature)
+    logp, entropy = evaluate_policy(policy, e, flags.temperature)
     log_ratio = ((logp - old["logp"]) * e.mask).clamp(-20, 20)
     pg = policy_loss(log_ratio, old["advantages"], flags.clip) * e.mask
-    vf = value_loss(values, old["values"], old["returns"], flags.value_clip) * e.mask
-    loss = (pg.sum() + flags.value_coef * vf.sum()) / tokens_in_step
+    loss = pg.sum() / tokens_in_step
     with torch.no_grad():
         ratio = log_ratio.exp()
         sums = {"approx_kl": 0.5 * log_ratio ** 2, "clip_frac": (ratio - 1).abs() > flags.clip, "entropy": entropy,
-                "ratio_mean": ratio, "ratio_var": (ratio - 1) ** 2, "policy_loss": pg, "value_loss": vf,
-                "value_clip_frac": (values - old["values"]).abs() > flags.value_clip}
+                "ratio_mean": ratio, "ratio_var": (ratio - 1) ** 2, "policy_loss": pg}
         sums = {name: float((x * e.mask).sum()) for name, x in sums.items()}
     return loss, sums
 
@@ -258,23 +274,28 @@ def update(policy, optimizer, episodes, old, flags, generator, device, done=0, t
 
 
 # -------------------------------------------------------------------------------------------------- the whole stage
-def rollout(policy, reference, reward_model, prompts, codec, flags, beta, generator, device):
+def rollout(policy, reference, reward_model, critic, prompts, codec, flags, beta, generator, device):
     """Steps 1 to 3: write, score, and value. Returns episodes, what the update compares with, responses, and a log."""
     with autocast(device):
-        responses = generate(policy.lm, prompts, codec.max_jd, flags.temperature, generator=generator)
-    scores, ended = score_responses(reward_model, prompts, responses, codec.eos, flags.cut_off_score)
-    e = make_episodes(prompts, responses, device)
-    with torch.no_grad(), autocast(device):
-        # Without the cache, exactly as the update will see it: the first ratio is 1.
-        parts = torch.arange(len(prompts)).split(rows_that_fit(len(prompts), logits_size(policy.lm.config)))
-        logp, _, values = (torch.cat(x) for x in zip(*[evaluate_policy(policy, e.rows(p), flags.temperature) for p in parts]))
-        ref_logp = torch.cat([evaluate_reference(reference, e.rows(p), flags.temperature) for p in parts])
+        responses = generate(policy, prompts, codec.max_jd, flags.temperature, generator=generator)
+    e, found = make_episodes(prompts, responses, device), []
+    # Without the cache, exactly as the update will see it: the first ratio is 1.
+    for part in torch.arange(len(prompts)).split(rows_that_fit(len(prompts), logits_size(policy.config))):
+        with torch.no_grad(), autocast(device):
+            logp, ref_logp = (evaluate_policy(lm, e.rows(part), flags.temperature)[0] for lm in (policy, reference))
+            found.append((logp, ref_logp, *score_responses(reward_model, e.rows(part), codec.eos, flags.cut_off_score)))
+    logp, ref_logp, scores, ended, states = map(torch.cat, zip(*found))          # [B, R] twice, [B] twice, [B, R, C]
+    if ended.sum() > 1 and not scores[ended].std() > 1e-6:
+        raise BadInput(f"ppo: the reward model gives all {int(ended.sum())} finished JDs of a rollout the same score, "
+                       f"{scores[ended][0]:.3f}: nothing can be learned from it; train it longer or on more decisions")
     kl = k1(logp, ref_logp) * e.mask                                                         # [B, R]
-    rewards = token_rewards(scores.to(device), kl, e.mask, beta)                             # [B, R]
-    advantages, returns = gae(rewards, values, e.mask, flags.gamma, flags.lam)               # [B, R] each
-    old = {"logp": logp, "values": values * e.mask, "returns": returns,
-           # Whitened over the rollout, not per minibatch: a minibatch's own mean would shift its advantages.
-           "advantages": whiten(advantages, e.mask)}
+    rewards = token_rewards(scores, kl, e.mask, beta)                                        # [B, R]
+    values = critic.values(states) * e.mask                                                  # [B, R]
+    advantages = gae(rewards, values, e.mask, flags.gamma, flags.lam)                        # [B, R]
+    returns = returns_to_go(rewards, e.mask, flags.gamma)                                    # [B, R]
+    critic.fit(states, returns, e.mask)         # for the next rollout: these values came from those before
+    # Whitened over the rollout, not per minibatch: a minibatch's own mean would shift its advantages.
+    old = {"logp": logp, "advantages": whiten(advantages, e.mask)}
     per_text = kl.sum(1)                                                                     # [B]
     log = {"reward": float(scores.mean()), "kl": float(per_text.mean()), "total": float(rewards.sum(1).mean()),
            "kl_k3": float((k3(logp, ref_logp) * e.mask).sum(1).mean()), "beta": beta,
@@ -285,21 +306,33 @@ def rollout(policy, reference, reward_model, prompts, codec, flags, beta, genera
 
 
 def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match=None):
-    """Stage 3. `cvs`: texts to write for; `true_match(cv, jd)`: a number that is logged and never used, or None."""
+    """Stage 3. `cvs`: texts to write for; `true_match(cv, jd)`: a number that is logged and never used, or None.
+    Returns the optimizer and the critic."""
     if not cvs:
         raise BadInput("ppo: there is no CV to write for in half A of train.jsonl; give more decisions")
-    reference = twin(policy.lm).eval().requires_grad_(False)
+    reference = twin(policy).eval().requires_grad_(False)
     reward_model.eval().requires_grad_(False)
-    policy.lm.model.checkpointing = flags.checkpointing
+    policy.model.checkpointing = flags.checkpointing
     # eps 1e-5 as in the original PPO code: with the default 1e-8 tiny second moments make the first steps too large.
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=flags.lr, eps=1e-5)
+    critic = Critic(reward_model.config.hidden_size)
     stage.total(flags.iterations)
     found = stage.resume({"policy": policy}, [optimizer])
     controller = KLController(found.get("beta", flags.kl_coef), flags.kl_target, flags.kl_horizon)
+
+    def draw_cvs(draw):
+        return [cvs[k] for k in torch.randperm(len(cvs), generator=draw)[:flags.episodes]]
+
+    def roll(chosen, when):
+        return rollout(policy, reference, reward_model, critic, [codec.prompt(cv) for cv in chosen], codec, flags, controller.beta,
+                       generator(seed, "ppo-sample", when, device=device), device)
+    if found:
+        critic.xx, critic.xy = (stage.tensors.pop(name) for name in ("critic.xx", "critic.xy"))
+    else:                                   # the critic learns what samples of the SFT model are worth
+        roll(draw_cvs(generator(seed, "ppo", "critic")), "critic")
     for i in range(stage.step, flags.iterations):
         draw = generator(seed, "ppo", i)
-        chosen = [cvs[k] for k in torch.randperm(len(cvs), generator=draw)[:flags.episodes]]
-        prompts = [codec.prompt(cv) for cv in chosen]
+        chosen = draw_cvs(draw)
         for group in optimizer.param_groups:
             group["lr"] = flags.lr * (1 - i / flags.iterations)
 
@@ -310,8 +343,7 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
             found, stage.tensors = {}, {}
         else:
             try:
-                e, old, _, log = rollout(policy, reference, reward_model, prompts, codec, flags, controller.beta,
-                                         generator(seed, "ppo-sample", i, device=device), device)
+                e, old, _, log = roll(chosen, i)
                 if not math.isfinite(sum(log.values())):
                     raise NotFinite("the policy's log-probabilities or values are not finite")
             except NotFinite:
@@ -319,24 +351,24 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
                     raise
                 stage.not_finite(i + 1, chosen, "lower --lr or raise --kl-coef")
             done, totals = 0, {}
+        fitted = {"critic.xx": critic.xx, "critic.xy": critic.xy}
 
         def safe(done, totals):
-            tensors = e._asdict() | old
-            stage.safe(i, tensors, beta=controller.beta, log=log, done=done, totals=totals)
+            stage.safe(i, e._asdict() | old | fitted, beta=controller.beta, log=log, done=done, totals=totals)
         safe(done, totals)
         try:
             log |= update(policy, optimizer, e, old, flags, draw, device, done, totals, safe)
         except NotFinite as episodes:
             stage.not_finite(i + 1, [chosen[k] for k in episodes.args[0]], "lower --lr or raise --kl-coef")
-        controller.update(log["kl"], len(prompts))
+        controller.update(log["kl"], len(chosen))
 
         texts = [codec.text(tokens[mask].tolist()) for tokens, mask in zip(e.tokens, e.mask)]
         log["true_match"] = sum(map(true_match, chosen, texts)) / len(texts) if true_match else None
         log["kl_fault"] = kl_is_negative([*stage.rows, log])
         stage.log(iteration=i + 1, **log)
         report(stage, i, flags, log, chosen, texts)
-        stage.safe(i + 1, beta=controller.beta)
-    return optimizer
+        stage.safe(i + 1, fitted, beta=controller.beta)
+    return optimizer, critic
 
 
 def kl_is_negative(rows):
@@ -385,7 +417,7 @@ def plan(c, flags, rank=0, targets=(), frozen_bytes=4):
     gains = (2 * L + 1) * C + L * (c.qkv_bias * (HD + 2 * KD) + c.qk_norm * 2 * c.head_dim)
     total = blocks + gains + head * (1 if c.tie_word_embeddings else 2)
     adapters = L * sum(rank * sum(shapes[t]) for t in targets)
-    trained = (adapters if rank else total) + C + 1                                          # with the value head
+    trained = adapters if rank else total
 
     # 1. Memory.
     R, T = c.max_jd_tokens, c.max_cv_tokens + c.max_jd_tokens + TEMPLATE

@@ -143,7 +143,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids to hidden states: the body that the language model, the reward model and the critic share."""
+    """Token ids to hidden states: the body of the language model and of the reward model."""
 
     def __init__(self, c):
         super().__init__()

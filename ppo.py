@@ -11,9 +11,11 @@ Stiennon et al. 2020, arXiv 2009.01325):
 4. Update: some epochs over the rollout in minibatches, with the clipped ratio.
 
 The critic is a linear head on the states of the frozen reward model. The policy's own states hardly know what a text will be
-worth; the reward model's do, and the pass that scores a text has them at every position: it is causal, so that a state knows
-only the text so far. (Stiennon et al. 2020 and Ouyang et al. 2022 start their critic from the reward model, too.) The head is
-fitted by least squares: before iteration 1 to samples of the SFT model, then to every rollout, after its values were used.
+worth; the reward model's do, and the pass that scores a text has them at every position. That pass is causal: a state knows
+only the text so far. (Stiennon et al. 2020 and Ouyang et al. 2022 start their critic from the reward model, too.)
+The head is fitted by least squares, which has an exact solution and needs no learning rate. It starts with a rollout of the
+SFT model, before iteration 1, that serves for nothing else. Then it takes in every rollout, after its values for that
+rollout were used: no value knows the returns that it is compared with.
 
 Left out: reward whitening (found harmful: each rollout's own spread would set the scale of the score, and beta would mean
 something else every time), a critic that is trained by gradients, an entropy bonus, early stopping by KL within an iteration,
@@ -218,11 +220,7 @@ def score_responses(reward_model, e, eos, cut_off_score):
         raise BadInput("the reward model's scores are not finite: its training went astray (lower its --lr), or its weights are "
                        "damaged")
     ended = e.tokens[rows, lengths - 1] == eos                                               # [B]
-    states = before_each_token(hidden, e)
-    if ended.sum() > 1 and not scores[ended].std() > 1e-6:
-        raise BadInput(f"ppo: the reward model gives all {int(ended.sum())} finished JDs of a rollout the same score, "
-                       f"{scores[ended][0]:.3f}: nothing can be learned from it; train it longer or on more decisions")
-    return torch.where(ended, scores, torch.full_like(scores, cut_off_score)), ended, states
+    return torch.where(ended, scores, torch.full_like(scores, cut_off_score)), ended, before_each_token(hidden, e)
 
 
 # ------------------------------------------------------------------------------------------------------- update
@@ -433,11 +431,12 @@ def plan(c, flags, rank=0, targets=(), frozen_bytes=4):
     kept += (2 + c.qk_norm * (1 if rank else 2)) * (HD + KD)
     numbers = L * C + kept if flags.checkpointing else L * kept
     together = [rows_that_fit(flags.episodes, row) * row for row in (cache_size(c, T), logits_size(c))]
+    states = flags.episodes * R * C         # for the critic: they are there five times over while it turns them into float64
     memory = {
         # the reward model has no head over the vocabulary
         "weights": frozen_bytes * total + 4 * 3 * adapters if rank else 4 * (3 * total - (0 if c.tie_word_embeddings else head)),
         "gradients": 4 * trained, "Adam": 8 * trained, "activations": frozen_bytes * rows * T * numbers,
-        "logits": 4 * rows * logits_size(c), "rollout": 4 * max(together)}
+        "logits": 4 * rows * logits_size(c), "rollout": 4 * max(max(together) + states, 5 * states)}
     update = memory["gradients"] + memory["activations"] + memory["logits"]
     memory["peak"] = memory["weights"] + memory["Adam"] + max(update, memory["rollout"])
 

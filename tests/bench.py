@@ -98,13 +98,12 @@ def iterations(args):
     model, codec, _ = model_of(args, args.rank)
     flags = ppo.PPOFlags(iterations=2, episodes=args.episodes, minibatch=args.minibatch, accumulate=args.accumulate, ppo_epochs=1,
                          checkpointing=args.checkpointing)
-    policy = ppo.Policy(model)
     # The reward model: a body of its own, or adapters of its own on the same base.
     judge = RewardModel(model.config, body=twin(model.model))
     stage = SimpleNamespace(step=0, total=lambda n: n, log=lambda **row: None, say=print, resume=lambda modules, optimizers: {},
                             safe=lambda step, tensors=None, **numbers: None)
     start = time.time()
-    ppo.train(policy, judge, codec, list(range(100)), flags, 0, stage, pick_device())
+    ppo.train(model, judge, codec, list(range(100)), flags, 0, stage, pick_device())
     lora = model.model.lora
     plan = ppo.plan(model.config, flags, args.rank, lora.target_modules if lora else ())
     print("RESULT " + json.dumps({"base_mb": base, "peak_mb": peak_rss_mb() - base, "plan_mb": plan["memory"]["peak"] / 2 ** 20,

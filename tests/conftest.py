@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import girl                                     # noqa: E402
 from data import EOS, PAD, Codec, train_tokenizer           # noqa: E402
 from model import Config, LanguageModel, RewardModel    # noqa: E402
-from ppo import Policy                          # noqa: E402
+from ppo import Critic                          # noqa: E402
 
 torch.set_num_threads(1)        # models this small are done sooner by one thread
 os.environ["GIRL_DEVICE"] = "cpu"   # what is bit for bit the same here need not be so elsewhere
@@ -50,14 +50,14 @@ def config():
 @pytest.fixture
 def policy(config):
     torch.manual_seed(0)
-    return Policy(LanguageModel(config))
+    return LanguageModel(config)
 
 
 @pytest.fixture
 def reference(policy):
     """Near the policy, but not equal: the KL is not 0."""
     torch.manual_seed(1)
-    lm = copy.deepcopy(policy.lm)
+    lm = copy.deepcopy(policy)
     with torch.no_grad():
         for p in lm.parameters():
             p += 0.05 * torch.randn_like(p)
@@ -68,6 +68,27 @@ def reference(policy):
 def reward_model(config):
     torch.manual_seed(2)
     return RewardModel(config)
+
+
+class NotedCritic(Critic):
+    """Keeps what it said of the last rollout, and what it was fitted to."""
+
+    def values(self, states):
+        self.said = super().values(states)
+        return self.said
+
+    def fit(self, states, returns, mask):
+        self.states, self.returns = states, returns
+        super().fit(states, returns, mask)
+
+
+@pytest.fixture
+def critic(config):
+    """One that says something: a fresh one says 0. Its weights are xy, but for the ridge."""
+    torch.manual_seed(3)
+    c = NotedCritic(config.hidden_size)
+    c.xx, c.xy = torch.eye(len(c.xx)).double(), 0.3 * torch.randn(len(c.xy)).double()
+    return c
 
 
 @pytest.fixture

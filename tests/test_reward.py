@@ -445,11 +445,11 @@ def test_07_the_samples_are_of_different_cvs_drawn_from_the_full_distribution(
         asked.add((temperature, top_p))
         return sample(logits, temperature, top_p, draw)
     monkeypatch.setattr(model, "sample", noted)
-    rows = reward.sample_texts(policy.lm, codec, CVS, 5, 0, stage, CPU, batch_size=2)
+    rows = reward.sample_texts(policy, codec, CVS, 5, 0, stage, CPU, batch_size=2)
     prompts = [codec.prompt(cv) for cv in CVS]
     found = {k for k, p in enumerate(prompts) for row in rows if row[:len(p)] == p and row[len(p):]}
     assert len(found) == len(rows) == 5 and asked == {(1.0, 1.0)}
-    same = reward.sample_texts(policy.lm, codec, CVS[:1] * 6, 6, 0, stage, CPU, batch_size=2)
+    same = reward.sample_texts(policy, codec, CVS[:1] * 6, 6, 0, stage, CPU, batch_size=2)
     assert same[:2] != same[2:4] != same[4:]                # each part has draws of its own
 
 

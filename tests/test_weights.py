@@ -525,15 +525,15 @@ def test_checkpointing_knows_shared_prompts():
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "tie_word_embeddings": False}, {"qk_norm": True, "head_dim": 16}])
 def test_the_plan_counts_the_parameters_there_are(changes, rank):
     targets = ["q_proj", "o_proj", "up_proj"]
-    policy = ppo.Policy(tiny(**changes))
-    judge = RewardModel(policy.lm.config)
-    plan = ppo.plan(policy.lm.config, ppo.PPOFlags(), rank, targets)
-    assert plan["parameters"] == sum(p.numel() for p in policy.lm.parameters())
+    policy = tiny(**changes)
+    judge = RewardModel(policy.config)
+    plan = ppo.plan(policy.config, ppo.PPOFlags(), rank, targets)
+    assert plan["parameters"] == sum(p.numel() for p in policy.parameters())
     if rank:
-        add_lora(policy.lm, LoRA("base", rank, 8.0, targets))
+        add_lora(policy, LoRA("base", rank, 8.0, targets))
     assert plan["trained"] == sum(p.numel() for p in policy.parameters() if p.requires_grad)
     if not rank:
-        weights = 2 * sum(p.numel() for p in policy.lm.parameters()) + sum(p.numel() for p in judge.model.parameters())
+        weights = 2 * sum(p.numel() for p in policy.parameters()) + sum(p.numel() for p in judge.model.parameters())
         assert plan["memory"]["weights"] == 4 * weights
 
 

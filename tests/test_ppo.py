@@ -151,7 +151,7 @@ def test_10_rollout_samples_the_full_distribution(policy, reference, reward_mode
     """Some tokens lie outside the nucleus that holds 80 % of the probability; about one in five should."""
     e, _, _, _ = roll(policy, reference, reward_model, prompts * 4, codec)
     with torch.no_grad():
-        probs = policy_head(ppo.response_states(policy.model, e)).softmax(-1)       # [B, R, V]
+        probs = policy.lm_head(ppo.response_states(policy.model, e)).softmax(-1)       # [B, R, V]
     own = probs.gather(-1, e.tokens[..., None])                                              # [B, R, 1]
     more_likely = (probs * (probs > own)).sum(-1)           # probability of all tokens before this one
     outside = float(((more_likely >= 0.8) & e.mask).sum() / e.mask.sum())
@@ -596,7 +596,7 @@ def test_26_the_ridge_keeps_the_solution_finite_and_is_small():
     critic.fit(states, returns, mask)
     weight, x = critic.weight(), F.pad(states[mask], (0, 1), value=1.0).double()
     ridge = 1e-3 * (x ** 2).sum() / 4 * torch.eye(4) + 1e-9 * torch.eye(4)
-    equal(weight, torch.linalg.inv(x.T @ x + ridge) @ x.T @ returns[mask].double(), 1e-4)
+    equal(weight, (torch.linalg.inv(x.T @ x + ridge) @ x.T @ returns[mask].double()).float(), 1e-4)
     assert float(weight[0]) == pytest.approx(float(weight[1]), abs=1e-4)
     found, best = critic.values(states), least_squares(states[mask][:, [0, 2]], returns[mask], torch.ones(25))
     equal(found, states[..., [0, 2]] @ best[:2] + best[2], 0.02)
@@ -793,7 +793,7 @@ def test_30_a_step_is_the_gradient_of_the_mean_over_its_real_tokens(
     for b, response in enumerate(responses):
         n, states = len(response), policy.model(torch.tensor([prompts[b] + response]))[0]
         states = states[len(prompts[b]) - 1:-1]                                             # [R, C]
-        logp = policy_head(states).log_softmax(-1)[torch.arange(n), response]          # [R]
+        logp = policy.lm_head(states).log_softmax(-1)[torch.arange(n), response]          # [R]
         A, r = old["advantages"][b, :n], (logp - old["logp"][b, :n]).exp()
         terms += [torch.max(-A * r, -A * r.clamp(0.9, 1.1))]
     torch.cat(terms).mean().backward()
@@ -977,14 +977,16 @@ def test_33_the_true_match_is_that_of_each_cv_and_its_own_jd(policy, reward_mode
 
 
 # --------------------------------------------------------------------- the direction of learning
-def scores_of(monkeypatch, score):
-    """Let this function, of a text's tokens, stand for the reward model's head; a text that was cut off gets 0."""
+def scores_of(monkeypatch, score, cut_off=0.0):
+    """Let this function, of a text's tokens, stand for the reward model's head; a text that was cut off gets this share
+    of it. No two scores are quite the same: a constant reward model would be refused."""
     real = ppo.score_responses
 
     def scored(reward_model, e, eos, cut_off_score):
         _, ended, states = real(reward_model, e, eos, cut_off_score)
         texts = [row[:n].tolist() for row, n in zip(e.ids, e.prompt_lengths + e.mask.sum(1))]
-        return torch.tensor([float(score(text)) for text in texts]) * ended, ended, states
+        scores = torch.tensor([score(text) + 1e-4 * i for i, text in enumerate(texts)])
+        return torch.where(ended, scores, cut_off * scores), ended, states
     monkeypatch.setattr(ppo, "score_responses", scored)
 
 
@@ -1035,7 +1037,7 @@ def test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference(
         policy, critic = copy.deepcopy(start), ppo.Critic(32)
         optimizer = torch.optim.Adam(policy.parameters(), lr=5e-4)
         for i in range(4):
-            written, old, *_ = ppo.rollout(policy, reference, reward_model, critic, prompts * 2, codec,
+            written, old, *_ = ppo.rollout(policy, reference, reward_model, critic, prompts * 4, codec,
                                            flags, beta, generator(i), CPU)
             ppo.update(policy, optimizer, written, old, flags, generator(i), CPU)
         kls.append(exact_kl(policy, reference, e))
@@ -1043,17 +1045,18 @@ def test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference(
 
 
 def test_26_the_critic_predicts_the_returns_of_new_rollouts_better_than_their_mean(
-        policy, reference, reward_model, prompts, codec):
-    """The mean of the returns so far, and of the states those of a real reward model: no rollout is seen twice."""
+        policy, reward_model, prompts, codec, monkeypatch):
+    """Than the mean of the returns so far. What is paid for is each "night", in the CV or so far in the JD."""
+    scores_of(monkeypatch, lambda row: row.count(8), cut_off=1.0)
     critic, errors, of_mean, returns = NotedCritic(32), [], [], []
     for k in range(6):
-        e, *_ = roll(policy, reference, reward_model, prompts * 8, codec, critic=critic, draw=k)
-        if returns:
-            errors.append((critic.said - critic.returns)[e.mask] ** 2)
-            of_mean.append((torch.cat(returns).mean() - critic.returns[e.mask]) ** 2)
+        e, *_ = roll(policy, policy, reward_model, prompts * 8, codec, critic=critic, draw=k)
+        if k > 0:
+            errors.append((critic.said - critic.returns)[e.mask].square().mean())
+            of_mean.append((torch.cat(returns).mean() - critic.returns[e.mask]).square().mean())
         returns.append(critic.returns[e.mask])
-    assert all(error.mean() < mean.mean() for error, mean in zip(errors, of_mean))
-    assert torch.cat(errors).mean() < 0.8 * torch.cat(of_mean).mean()
+    assert all(error < other for error, other in zip(errors, of_mean))
+    assert mean(errors) < 0.85 * mean(of_mean)
 
 
 def test_a_rollout_that_is_computed_in_parts_is_the_same_rollout(

@@ -93,7 +93,8 @@ def speed(args):
 
 # ---------------------------------------------------------------------------------------------------------- memory
 def iterations(args):
-    """Two PPO iterations in this process (Adam's moments exist from the second step on); prints what they took."""
+    """Two PPO iterations in this process (Adam's moments exist from the second step on) and the critic's rollout before them;
+    prints what they took."""
     base = peak_rss_mb()
     model, codec, _ = model_of(args, args.rank)
     flags = ppo.PPOFlags(iterations=2, episodes=args.episodes, minibatch=args.minibatch, accumulate=args.accumulate, ppo_epochs=1,

@@ -77,14 +77,22 @@ MUTANTS = {
     "test_ppo.py::test_11_temperature_divides_the_logits_of_rollout_reference_and_update": [
         (11, "ppo.py", "evaluate_policy(policy, e, flags.temperature)",
          "evaluate_policy(policy, e, 1.0)", "the update forgets the temperature"),
-        (11, "ppo.py", "evaluate_reference(reference, e.rows(p), flags.temperature)",
-         "evaluate_reference(reference, e.rows(p), 1.0)", "the reference forgets the temperature")],
+        (11, "ppo.py", "e.rows(part), flags.temperature)[0] for lm in (policy, reference))",
+         "e.rows(part), flags.temperature if lm is policy else 1.0)[0] for lm in (policy, reference))",
+         "the reference forgets the temperature")],
     "test_ppo.py::test_12_logits_and_values_stand_one_position_before_each_response_token": [
         (12, "ppo.py", "e.prompt_lengths[:, None] - 1 + torch", "e.prompt_lengths[:, None] + torch",
          "logits are read where the token itself can be seen"),
-        (12, "ppo.py", "return logp, entropy, scalar(policy.value_head, states)",
-         "return logp, entropy, scalar(policy.value_head, states).roll(-1, 1)",
-         "a value knows the token that it is the baseline for")],
+        (12, "ppo.py", "ended, before_each_token(hidden, e)",
+         "ended, before_each_token(hidden, e).roll(-1, 1)",
+         "a value knows the token that it is the baseline for"),
+        (12, "ppo.py", "codec.eos, flags.cut_off_score)))",
+         "codec.eos, flags.cut_off_score)[:2], response_states(policy.model, e.rows(part))))",
+         "the critic reads the policy's states, which move")],
+    "test_ppo.py::test_12_a_value_depends_on_no_later_token": [
+        (12, "ppo.py", "ended, before_each_token(hidden, e)",
+         "ended, (before_each_token(hidden, e) + hidden.mean(1, keepdim=True))",
+         "a value knows the whole text")],
     "test_ppo.py::test_13_after_the_first_end_of_text_all_is_pad_and_masked": [
         (13, "ppo.py", "torch.arange(tokens.shape[1]) < lengths[:, None]",
          "torch.arange(tokens.shape[1]) < lengths[:, None] - 1", "end-of-text is masked out")],
@@ -97,8 +105,8 @@ MUTANTS = {
     "test_ppo.py::test_14_the_penalty_is_the_one_that_the_flags_name": [
         (14, "ppo.py", "codec.eos, flags.cut_off_score)", "codec.eos, -3.0)", "a fixed penalty")],
     "test_ppo.py::test_15_reference_and_reward_model_are_bit_identical_before_and_after": [
-        (15, "ppo.py", "reference = twin(policy.lm).eval().requires_grad_(False)",
-         "reference = policy.lm", "the reference moves with the policy")],
+        (15, "ppo.py", "reference = twin(policy).eval().requires_grad_(False)",
+         "reference = policy", "the reference moves with the policy")],
     # --------------------------------------------------------------------- rewards and advantages
     "test_ppo.py::test_16_token_rewards_add_up_to_score_minus_beta_kl": [
         (16, "ppo.py", "last] += scores", "last] = scores", "the last token's KL is lost")],
@@ -108,6 +116,10 @@ MUTANTS = {
     "test_ppo.py::test_17_the_score_lies_inside_the_masks_of_value_return_and_advantage": [
         (17, "ppo.py", "last = mask.sum(1) - 1", "last = mask.sum(1).clamp(max=mask.shape[1] - 1)",
          "the score stands on the first pad")],
+    "test_ppo.py::test_17_the_critic_is_fitted_also_where_the_score_stands": [
+        (17, "ppo.py", "x = F.pad(states[mask],",
+         "mask = mask & (mask.cumsum(1) < mask.sum(1, keepdim=True)); x = F.pad(states[mask],",
+         "the fit leaves out the last token, which has the score")],
     "test_ppo.py::test_18_k1_and_k3_average_to_the_exact_kl": [
         (18, "ppo.py", "return torch.exp(-d) - 1 + d", "return d ** 2 / 2", "k2, which is biased")],
     "test_ppo.py::test_19_a_persistently_negative_kl_is_a_fault": [
@@ -123,9 +135,14 @@ MUTANTS = {
          "torch.zeros_like(rewards), 0.0, values[:, -1]", "a value after the end")],
     "test_ppo.py::test_20_the_rollout_discounts_as_the_flags_say": [
         (20, "ppo.py", "flags.gamma, flags.lam)", "flags.lam, flags.gamma)", "swapped")],
-    "test_ppo.py::test_21_returns_are_unwhitened_advantages_plus_values": [
-        (21, "ppo.py", '"returns": returns,', '"returns": whiten(advantages, e.mask) + values,',
-         "the value head learns whitened numbers")],
+    "test_ppo.py::test_21_returns_are_the_discounted_sums_of_the_rewards_to_come": [
+        (21, "ppo.py", "mask, gamma, 1.0)", "mask, gamma, 0.95)", "what comes late counts less"),
+        (21, "ppo.py", "mask, gamma, 1.0)", "mask, 1.0, 1.0)", "the discount is left out")],
+    "test_ppo.py::test_21_the_critic_is_fitted_to_returns_that_are_not_whitened_and_know_no_value": [
+        (21, "ppo.py", "returns = returns_to_go(rewards, e.mask, flags.gamma)",
+         "returns = whiten(advantages, e.mask) + values", "the critic learns whitened numbers"),
+        (21, "ppo.py", "returns = returns_to_go(rewards, e.mask, flags.gamma)",
+         "returns = advantages + values", "the critic learns its own values, where lambda is not 1")],
     "test_ppo.py::test_22_whitened_advantages_have_masked_mean_0_and_variance_1": [
         (22, "ppo.py", "    mean = masked_mean(x, mask)\n", "    mean = x.mean()\n",
          "pads pull at the mean")],
@@ -145,15 +162,47 @@ MUTANTS = {
          "the ratio is against the reference")],
     "test_ppo.py::test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective": [
         (25, "ppo.py", "return torch.max(-adv", "return torch.min(-adv", "min for max"),
-        (25, "ppo.py", 'old["advantages"], flags.clip)', 'old["advantages"], flags.value_clip)',
-         "the policy takes the value's clip")],
+        (25, "ppo.py", 'old["advantages"], flags.clip)', 'old["advantages"], 0.2)', "a fixed clip")],
     "test_ppo.py::test_25_the_best_text_becomes_likelier_and_the_worst_less_likely": [
         (25, "ppo.py", '"advantages": whiten(', '"advantages": -whiten(', "the sign is turned")],
-    "test_ppo.py::test_26_value_loss_is_half_the_larger_of_unclipped_and_clipped": [
-        (26, "ppo.py", "clipped = old_values + (", "clipped = returns + (", "around the returns"),
-        (26, "ppo.py", "flags.value_coef * vf", "0.5 * vf", "the coefficient is not used")],
-    "test_ppo.py::test_27_the_value_head_starts_at_zero_and_the_code_says_so": [
-        (27, "ppo.py", "nn.init.zeros_(self.value_head.weight)", "pass", "a random critic")],
+    "test_ppo.py::test_26_the_critic_is_the_least_squares_fit_over_the_real_tokens": [
+        (26, "ppo.py", "(0, 1), value=1.0)", "(0, 1), value=0.0)", "a critic without a bias")],
+    "test_ppo.py::test_26_what_stands_in_pads_changes_nothing_in_the_fit": [
+        (26, "ppo.py", "x = F.pad(states[mask],",
+         "mask = torch.ones_like(mask); x = F.pad(states[mask],", "pads are fitted, too")],
+    "test_ppo.py::test_26_a_rollout_counts_0_7_of_the_one_after_it": [
+        (26, "ppo.py", "self.xy = self.KEPT * self.xy", "self.xy = self.xy",
+         "of the two sums only one forgets"),
+        (26, "ppo.py", "KEPT, RIDGE = 0.7,", "KEPT, RIDGE = 0.0,", "all rollouts but the last are forgotten")],
+    "test_ppo.py::test_26_the_ridge_keeps_the_solution_finite_and_is_small": [
+        (26, "ppo.py", "KEPT, RIDGE = 0.7, 1e-3", "KEPT, RIDGE = 0.7, 0.0", "no ridge"),
+        (26, "ppo.py", "KEPT, RIDGE = 0.7, 1e-3", "KEPT, RIDGE = 0.7, 1.0", "values shrink toward 0")],
+    "test_ppo.py::test_26_the_critic_predicts_the_returns_of_new_rollouts_better_than_their_mean": [
+        (26, "ppo.py", "@ weight[:-1] + weight[-1]", "@ -weight[:-1] + weight[-1]", "the sign is turned")],
+    "test_ppo.py::test_27_the_values_of_a_rollout_come_from_the_fit_before_it": [
+        (27, "ppo.py", "values = critic.values(states) * e.mask",
+         "critic.fit(states, returns_to_go(rewards, e.mask, flags.gamma), e.mask); "
+         "values = critic.values(states) * e.mask", "a value knows its own return"),
+        (27, "ppo.py", "explained_variance(values, returns, e.mask)",
+         "explained_variance(critic.values(states), returns, e.mask)",
+         "the variance that is explained is that of the fit's own data")],
+    "test_ppo.py::test_27_before_iteration_1_the_critic_reads_a_rollout_of_the_sft_model_that_is_not_trained_on": [
+        (27, "ppo.py", 'roll(draw_cvs(generator(seed, "ppo", "critic")), "critic")', "pass",
+         "iteration 1 has no critic")],
+    "test_ppo.py::test_27_the_critic_moves_no_state_and_no_weight_of_the_reward_model": [
+        (27, "ppo.py", "reward_model.eval().requires_grad_(False)", "reward_model.eval()",
+         "the reward model could be trained")],
+    "test_weights.py::test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_policy_s": [
+        (27, "ppo.py", "codec.eos, flags.cut_off_score)))",
+         "codec.eos, flags.cut_off_score)[:2], response_states(policy.model, e.rows(part))))",
+         "the policy's adapters for the critic")],
+    "test_resume.py::test_the_critic_goes_on_with_the_sums_that_it_had_and_its_fit_is_saved": [
+        (27, "ppo.py", "critic.xx, critic.xy = (stage.tensors.pop", "_, _ = (stage.tensors.pop",
+         "the critic forgets all that it knew when a run goes on"),
+        (27, "ppo.py", "stage.safe(i + 1, fitted, beta", "stage.safe(i + 1, dict.fromkeys(fitted, critic.xx), beta",
+         "other sums are saved than there are"),
+        (27, "girl.py", '"bias": weight[-1:].contiguous()', '"bias": 0 * weight[-1:]',
+         "another head is saved than was fitted")],
     "test_ppo.py::test_28_adam_eps_is_1e_5_and_the_learning_rate_falls_linearly_to_0": [
         (28, "ppo.py", "lr=flags.lr, eps=1e-5)", "lr=flags.lr)", "Adam's own eps"),
         (28, "ppo.py", "torch.optim.Adam(", "torch.optim.AdamW(", "weight decay toward 0"),
@@ -170,7 +219,7 @@ MUTANTS = {
     "test_ppo.py::test_30_each_step_counts_its_own_real_tokens": [
         (30, "ppo.py", "episodes.mask[batch].sum()", "len(batch)", "long texts count more")],
     "test_ppo.py::test_30_gradient_accumulation_equals_the_big_batch": [
-        (30, "ppo.py", "vf.sum()) / tokens_in_step", "vf.sum()) / e.mask.sum() / flags.accumulate",
+        (30, "ppo.py", "pg.sum() / tokens_in_step", "pg.sum() / e.mask.sum() / flags.accumulate",
          "a mean of means")],
     "test_sft.py::test_the_gradient_is_that_of_the_objective_by_hand": [
         (30, "sft.py", "(loss / max(tokens, 1)", "(loss / len(batch)", "by text, not by token")],
@@ -179,7 +228,7 @@ MUTANTS = {
          "the error is not clipped")],
     "test_ppo.py::test_31_the_controller_is_told_the_kl_of_a_text_and_the_number_of_texts": [
         (31, "ppo.py", 'update(log["kl"], len', 'update(log["approx_kl"], len', "the update's KL"),
-        (31, "ppo.py", 'log["kl"], len(prompts))', 'log["kl"], flags.episodes)', "another n")],
+        (31, "ppo.py", 'log["kl"], len(chosen))', 'log["kl"], flags.episodes)', "another n")],
     "test_ppo.py::test_32_log_softmax_is_in_float32": [
         (32, "ppo.py", "lm.lm_head(states).float()", "lm.lm_head(states)", "in bf16")],
     "test_ppo.py::test_32_log_ratio_is_bounded": [
@@ -190,6 +239,8 @@ MUTANTS = {
         (32, "ppo.py", "raise NotFinite(batch.tolist())", "continue", "a bad step is skipped")],
     "test_ppo.py::test_33_means_of_the_update_are_those_of_the_real_tokens": [
         (33, "ppo.py", '(means["ratio_mean"] - 1) ** 2', "0", "the variance is around 1")],
+    "test_ppo.py::test_33_means_of_the_rollout_are_those_of_the_texts": [
+        (33, "ppo.py", "variance(returns - values) /", "variance(values) /", "the critic's own variance")],
     "test_ppo.py::test_33_the_true_match_is_that_of_each_cv_and_its_own_jd": [
         (33, "ppo.py", "sum(map(true_match, chosen, texts))",
          "sum(map(true_match, sorted(chosen), texts))", "the JDs of other CVs are judged")],

@@ -164,7 +164,12 @@ def test_ppo_and_evaluate_hold_one_base_for_all(run, tmp_path, monkeypatch):
     shutil.copytree(folder / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "ppo")
     handed, loaded = [], []
-    monkeypatch.setattr(girl.ppo, "train", lambda policy, judge, *rest: handed.append((policy.lm, judge)) or rest[4].rows.append({"x": 0}))
+
+    def train(policy, judge, *rest):
+        handed.append((policy, judge))
+        rest[4].rows.append({"x": 0})
+        return None, girl.ppo.Critic(judge.config.hidden_size)
+    monkeypatch.setattr(girl.ppo, "train", train)
     assert girl.main(["ppo", "--run", str(tmp_path / "run"), "--data", str(folder / "data")]) == 0 and handed
     monkeypatch.setattr(girl.evaluate, "load_model", lambda *a, **k: loaded.append(load_model(*a, **k)) or loaded[-1])
     shutil.rmtree(tmp_path / "run" / "ppo")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import girl
 import run
@@ -69,6 +71,34 @@ def test_wherever_a_stage_is_cut_its_end_is_the_same(whole, tmp_path, monkeypatc
     step = (n - 1) // 6 if name == "ppo" else n - 1     # of PPO's safe points, five lie within an iteration and one is its end
     assert f"{name}: resumed at step {step} of " in capsys.readouterr().out
     assert results(folder) == results(whole / "run" / name)
+
+
+def test_the_critic_goes_on_with_the_sums_that_it_had_and_its_fit_is_saved(whole, tmp_path, monkeypatch):
+    """Cut within an update, and between two iterations. The sums hold the critic's own rollout and those of the iterations."""
+    folder, command = begin(whole, tmp_path, "ppo") / "ppo", argv("ppo", tmp_path / "run", whole / "data", "--save-seconds", "0")
+    real, critics, sums = girl.ppo.train, [], []
+    monkeypatch.setattr(girl.ppo, "train", lambda *args: critics.append(real(*args)) or critics[-1])
+    fit = girl.ppo.Critic.fit
+    monkeypatch.setattr(girl.ppo.Critic, "fit", lambda critic, *args: fit(critic, *args) or sums.append((critic.xx, critic.xy)))
+    for n, known in ((3, 2), (4, 2), (6, 3)):       # twice within the first iteration, which is over at the fourth call
+        with monkeypatch.context() as m, pytest.raises(Cut):
+            cut_at(m, n)
+            girl.main(command)
+        state = load_file(folder / read_json(folder / "state.json")["tensors"])
+        assert len(sums) == known and all(torch.equal(state[f"more.critic.{name}"], x) for name, x in zip(("xx", "xy"), sums[-1]))
+    assert girl.main(command) == 0 and len(sums) == 3
+    weight, head = critics[0][1].weight(), load_file(folder / "value_head.safetensors")
+    assert torch.equal(head["weight"], weight[None, :-1]) and torch.equal(head["bias"], weight[-1:]) and weight.abs().min() > 0
+    assert results(folder) == results(whole / "run" / "ppo")
+
+
+def test_a_ppo_state_of_an_earlier_version_is_refused_in_one_line(whole, tmp_path, monkeypatch, capsys):
+    """Its critic was trained with the policy, by flags that are gone."""
+    folder, command = interrupted(whole, tmp_path, monkeypatch, "ppo")
+    state = run.read_checked(folder / "state.json", "")
+    state["asked"] |= {"value_clip": 0.2, "value_coef": 0.5}
+    run.write_json(folder / "state.json", run.with_checksum(state))
+    refused(capsys, command, f"{folder}: was begun with --value-clip 0.2, not None; ", "delete this one")
 
 
 def test_a_stage_cut_while_it_saves_goes_on_from_the_state_before(whole, tmp_path, monkeypatch):
@@ -275,7 +305,7 @@ def test_another_number_of_threads_is_named(whole, tmp_path, monkeypatch, capsys
 def changed_code(monkeypatch, **changes):
     """As if these files held other code."""
     real = girl.code_checksum
-    monkeypatch.setattr(girl, "code_checksum", lambda path: changes.get(path.stem) or real(path))
+    monkeypatch.setattr(girl, "code_checksum", lambda path: changes.get(Path(path).stem) or real(path))
 
 
 def test_code_that_changed_since_a_stage_was_stopped_is_named(whole, tmp_path, monkeypatch, capsys):
@@ -336,7 +366,7 @@ def test_a_market_of_an_earlier_version_which_noted_no_rules_is_used(whole, tmp_
     shutil.copytree(whole / "data", tmp_path / "data")
     path = tmp_path / "data" / "market.json"
     path.write_text(json.dumps({k: v for k, v in read_json(path).items() if k != "rules"}))
-    girl.market.check_rules(tmp_path / "data")
+    girl.check_rules(tmp_path / "data")
 
 
 def test_other_data_and_another_model_before_it_are_refused_and_named(whole, tmp_path, monkeypatch, capsys):
@@ -550,7 +580,7 @@ def test_a_policy_that_went_astray_is_named_in_its_next_rollout(whole, tmp_path,
     bad = 0                                     # before any update: it is not PPO's fault, and no rate would help
     refused(capsys, command, "the policy's log-probabilities or values are not finite")
     calls.clear()
-    bad = 2 + 2 * 2 * 2                         # the rollout's two passes, two epochs of two minibatches of two micro-batches; then the next rollout
+    bad = 2 + 2 + 2 * 2 * 2                     # two passes of each rollout, two epochs of two minibatches of two micro-batches; then the next rollout
     line = refused(capsys, command, "ppo: the loss or its gradient is not finite at step 2, on the records ", "; lower --lr or raise --kl-coef")
     assert any(repr(cv[:40]) in line for cv in cvs)
     assert read_json(tmp_path / "run" / "ppo" / "state.json")["step"] == 1
@@ -611,8 +641,9 @@ def test_a_reward_model_that_returns_a_constant_is_refused(whole, tmp_path, monk
     assert girl.main(command) == 0
     command = argv("ppo", tmp_path / "run", whole / "data", "--save-seconds", "0")
     with monkeypatch.context() as m:
-        scores = iter([np.arange(8.0), np.full(8, 0.7)])
-        m.setattr(girl.ppo, "score_rows", lambda model, rows: next(scores))
+        # the critic's own rollout, the first iteration, the second
+        scores, real = iter([torch.arange(8.0), torch.arange(8.0), torch.full((8,), 0.7)]), girl.ppo.score_responses
+        m.setattr(girl.ppo, "score_responses", lambda *args: (next(scores), *real(*args)[1:]))
         m.setattr(girl.ppo, "generate", lambda lm, prompts, *args, **more: [[lm.config.eos_token_id]] * len(prompts))
         refused(capsys, command, "the reward model gives all 8 finished JDs of a rollout the same score, 0.700: nothing can be learned")
     assert read_json(tmp_path / "run" / "ppo" / "state.json")["step"] == 1
@@ -625,7 +656,7 @@ def test_an_empty_rollout_is_named_and_gone_on_with(whole, tmp_path, monkeypatch
     assert girl.main(argv("ppo", tmp_path / "run", whole / "data")) == 0
     assert capsys.readouterr().out.count("ppo: every JD of this rollout is empty: end-of-text came first") == 2
     rows = list(csv.DictReader((tmp_path / "run" / "ppo" / "metrics.csv").open()))
-    assert [float(row["length"]) for row in rows] == [1, 1] and all(math.isfinite(float(row[k])) for row in rows for k in ("reward", "kl", "value_loss"))
+    assert [float(row["length"]) for row in rows] == [1, 1] and all(math.isfinite(float(row[k])) for row in rows for k in ("reward", "kl", "explained_variance"))
 
 
 def test_long_texts_are_cut_and_counted_and_nothing_left_to_compare_is_named(whole, tmp_path, capsys):

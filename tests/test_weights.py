@@ -2,6 +2,7 @@
 import json
 import shutil
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import ppo
 import reward
 from data import Codec, plain_text_only, save_tokenizer, train_tokenizer
 from model import Config, LanguageModel, LoRA, RewardModel, add_lora, generate, is_target, merge_lora, twin
+from conftest import NotedCritic
 from run import BadInput
 from weights import load_model, read_config, save_model
 from test_model import random_ids, saved, tiny
@@ -466,6 +468,26 @@ def test_policy_reference_and_reward_model_share_one_base_and_train_apart(tmp_pa
     assert torch.equal(judge(ids, lengths), alone(ids, lengths)) and torch.equal(reference(ids), before)
 
 
+def test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_policy_s(tmp_path):
+    save_model(tmp_path / "sft", with_adapters(tmp_path))
+    save_model(tmp_path / "reward", with_adapters(tmp_path, RewardModel, ["k_proj"], seed=2))
+    policy = load_model(tmp_path / "sft")
+    judge = load_model(tmp_path / "reward", RewardModel, beside=policy)
+    alone, reference, prompts = load_model(tmp_path / "reward", RewardModel), twin(policy), random_ids(6, 5).tolist()
+    codec = SimpleNamespace(max_jd=4, eos=policy.config.eos_token_id)
+    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=0.1)
+    for seed in range(2):                       # before a step of the policy's adapters, and after it
+        critic = NotedCritic(policy.config.hidden_size)
+        e, old, responses, _ = ppo.rollout(policy, reference, judge, critic, prompts, codec, ppo.PPOFlags(), 0.05,
+                                           torch.Generator().manual_seed(seed), torch.device("cpu"))
+        for b, (prompt, response) in enumerate(zip(prompts, responses)):
+            row, start, n = torch.tensor([prompt + response]), len(prompt) - 1, len(response)
+            torch.testing.assert_close(critic.states[b, :n], alone.model(row)[0, start:-1], atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(critic.states[b, :n], policy.model(row)[0, start:-1], atol=1e-2)
+        ppo.update(policy, optimizer, e, old, ppo.PPOFlags(), torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert all(p.grad is None for p in judge.parameters())
+
+
 @pytest.mark.parametrize("change, says", [
     ({"r": 0}, "r must be a whole number of at least 1, found 0"), ({"target_modules": ["c_attn"]}, "some of q_proj,k_proj"), ({"target_modules": []}, "LoRA of rank"),
     ({"r": "3"}, "not the config of LoRA adapters"), ({"r": 4}, "expected"), ({"use_dora": True}, "use_dora True is not supported"),
@@ -576,3 +598,7 @@ def test_checkpointing_and_adapters_save_what_the_plan_says_and_flops_add_up():
     weights, attention = 4 * (4 * 64 * 64 + 3 * 64 * 344), 2 * T * T * 64 * 4
     assert full["flops"]["update"] == 2 * 256 * 3 * (2 * T * weights + attention + 2 * R * 1000 * 64)
     assert ppo.plan(config, flags, 4, ["q_proj"], frozen_bytes=2)["memory"]["weights"] < lora["memory"]["weights"]
+    # The critic's states are beside the logits (all rows of this vocabulary fit), and five times in the fit: more in a wide model.
+    states = 256 * R * 64
+    assert full["memory"]["rollout"] == 4 * (256 * 3 * 1000 * R + states)
+    assert ppo.plan(replace(config, hidden_size=4096, head_dim=None), flags)["memory"]["rollout"] == 4 * 5 * 64 * states

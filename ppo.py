@@ -273,7 +273,8 @@ def update(policy, optimizer, episodes, old, flags, generator, device, done=0, t
 
 # -------------------------------------------------------------------------------------------------- the whole stage
 def rollout(policy, reference, reward_model, critic, prompts, codec, flags, beta, generator, device):
-    """Steps 1 to 3: write, score, and value. Returns episodes, what the update compares with, responses, and a log."""
+    """Steps 1 to 3: write, score, and value; then the critic learns what it was worth. Returns episodes, what the update
+    compares with, responses, and a log."""
     with autocast(device):
         responses = generate(policy, prompts, codec.max_jd, flags.temperature, generator=generator)
     e, found = make_episodes(prompts, responses, device), []

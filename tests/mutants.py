@@ -192,6 +192,8 @@ MUTANTS = {
     "test_ppo.py::test_27_the_critic_moves_no_state_and_no_weight_of_the_reward_model": [
         (27, "ppo.py", "reward_model.eval().requires_grad_(False)", "reward_model.eval()",
          "the reward model could be trained")],
+    "test_ppo.py::test_27_the_reward_model_may_be_of_another_size": [
+        (27, "ppo.py", "Critic(reward_model.config", "Critic(policy.config", "the policy's size")],
     "test_weights.py::test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_policy_s": [
         (27, "ppo.py", "codec.eos, flags.cut_off_score)))",
          "codec.eos, flags.cut_off_score)[:2], response_states(policy.model, e.rows(part))))",
@@ -212,7 +214,7 @@ MUTANTS = {
          "torch.randperm(n, generator=generator)[:n - n % size].split(size)", "the rest is lost")],
     "test_ppo.py::test_29_every_iteration_draws_anew": [
         (29, "ppo.py", 'generator(seed, "ppo", i)', 'generator(seed, "ppo")', "the same CVs again"),
-        (29, "ppo.py", 'generator(seed, "ppo-sample", i,', 'generator(seed, "ppo-sample",',
+        (29, "ppo.py", 'generator(seed, "ppo-sample", when,', 'generator(seed, "ppo-sample",',
          "the same noise in every rollout")],
     "test_ppo.py::test_30_no_gradient_is_left_from_the_step_before": [
         (30, "ppo.py", "        optimizer.zero_grad()\n", "", "gradients pile up")],

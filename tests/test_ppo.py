@@ -15,7 +15,7 @@ import model
 import ppo
 from conftest import CVS, NotedCritic
 from data import pad_right
-from model import LanguageModel, generate
+from model import LanguageModel, RewardModel, generate
 from ppo import PPOFlags
 from run import BadInput, generator
 
@@ -31,8 +31,8 @@ def equal(a, b, tolerance=1e-5):
 def roll(policy, reference, reward_model, prompts, codec, beta=0.05, critic=None, draw=0, **flags):
     """A rollout: episodes, what the update compares with, responses, log."""
     critic = critic or ppo.Critic(reward_model.config.hidden_size)
-    return ppo.rollout(policy, reference, reward_model, critic, prompts, codec, PPOFlags(**flags), beta,
-                       generator(draw), CPU)
+    return ppo.rollout(policy, reference, reward_model, critic, prompts, codec, PPOFlags(**flags),
+                       beta, generator(draw), CPU)
 
 
 def drift(old):
@@ -407,8 +407,8 @@ def test_20_gae_equals_brute_force_double_sum():
 def test_20_the_rollout_discounts_as_the_flags_say(
         policy, reference, reward_model, critic, prompts, codec):
     """Each text by hand; gamma and lambda differ from each other and from their defaults."""
-    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec, beta=0.3, critic=critic,
-                                gamma=0.9, lam=0.5)
+    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec, beta=0.3,
+                                critic=critic, gamma=0.9, lam=0.5)
     scores = scores_by_hand(reward_model, prompts, responses)
     kl, advantages = old["logp"] - ref_log_probs(reference, e), torch.zeros(e.mask.shape)
     for b, n in enumerate(map(len, responses)):
@@ -429,7 +429,8 @@ def test_21_returns_are_the_discounted_sums_of_the_rewards_to_come():
     for gamma in (1.0, 0.9):
         returns = ppo.returns_to_go(rewards * MASK, MASK, gamma)
         for b, t in [(b, t) for b in range(3) for t in range(4)]:
-            to_come = [gamma ** (i - t) * float(rewards[b, i]) for i in range(t, 4) if MASK[b, i]]
+            to_come = [gamma ** (i - t) * float(rewards[b, i])
+                       for i in range(t, 4) if MASK[b, i]]
             assert float(returns[b, t]) == pytest.approx(sum(to_come), abs=1e-5)
         # With lambda 1, they are the unwhitened advantages + values, whatever the values are.
         equal(returns, (ppo.gae(rewards * MASK, values, MASK, gamma, 1.0) + values) * MASK, 1e-4)
@@ -438,7 +439,8 @@ def test_21_returns_are_the_discounted_sums_of_the_rewards_to_come():
 def test_21_the_critic_is_fitted_to_returns_that_are_not_whitened_and_know_no_value(
         policy, reference, reward_model, critic, prompts, codec):
     """The first return of a text is all that it earned, also where lambda is not 1."""
-    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec, beta=0.3, critic=critic, lam=0.3)
+    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec, beta=0.3,
+                                  critic=critic, lam=0.3)
     kl = (old["logp"] - ref_log_probs(reference, e)) * e.mask
     scores = scores_by_hand(reward_model, prompts, responses)
     equal(critic.returns[:, 0], torch.tensor(scores) - 0.3 * kl.sum(1))
@@ -458,10 +460,12 @@ def test_22_whitened_advantages_have_masked_mean_0_and_variance_1():
     assert (white[~MASK] == 0).all()
 
 
-def test_23_rewards_are_not_whitened(policy, reference, reward_model, critic, prompts, codec, monkeypatch):
+def test_23_rewards_are_not_whitened(policy, reference, reward_model, critic, prompts, codec,
+                                     monkeypatch):
     given = []
     spy(monkeypatch, ppo, "gae", lambda advantages, rewards, *rest: given.append(rewards))
-    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec, beta=0.2, critic=critic)
+    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec, beta=0.2,
+                                  critic=critic)
     scores = torch.tensor(scores_by_hand(reward_model, prompts, responses))
     kl = (old["logp"] - ref_log_probs(reference, e)) * e.mask
     total = scores - 0.2 * kl.sum(1)
@@ -561,10 +565,11 @@ def test_26_the_critic_is_the_least_squares_fit_over_the_real_tokens(monkeypatch
     weight = least_squares(states[mask], returns[mask], torch.ones(25))
     equal(critic.weight(), weight)
     equal(critic.values(states), states @ weight[:3] + weight[3])
-    # The minimum of the masked squares: each step away from it costs.
-    for away in 0.01 * torch.eye(4):
-        for w in (weight + away, weight - away):
-            assert ((states @ w[:3] + w[3] - returns)[mask] ** 2).sum() > ((critic.values(states) - returns)[mask] ** 2).sum()
+
+    def squares(w):
+        return (states @ w[:3] + w[3] - returns)[mask].square().sum()
+    for away in 0.01 * torch.eye(4):                        # a minimum: each step away from it costs
+        assert squares(critic.weight()) < min(squares(weight + away), squares(weight - away))
 
 
 def test_26_what_stands_in_pads_changes_nothing_in_the_fit():
@@ -589,7 +594,7 @@ def test_26_a_rollout_counts_0_7_of_the_one_after_it(monkeypatch):
 
 
 def test_26_the_ridge_keeps_the_solution_finite_and_is_small():
-    """Two states that are always alike share the weight; without a ridge there is no one solution."""
+    """Two numbers that are always alike share a weight; without a ridge there is no one solution."""
     states, returns, mask = random_rollout("a")
     states[..., 1] = states[..., 0]
     critic = ppo.Critic(3)
@@ -598,13 +603,13 @@ def test_26_the_ridge_keeps_the_solution_finite_and_is_small():
     ridge = 1e-3 * (x ** 2).sum() / 4 * torch.eye(4) + 1e-9 * torch.eye(4)
     equal(weight, (torch.linalg.inv(x.T @ x + ridge) @ x.T @ returns[mask].double()).float(), 1e-4)
     assert float(weight[0]) == pytest.approx(float(weight[1]), abs=1e-4)
-    found, best = critic.values(states), least_squares(states[mask][:, [0, 2]], returns[mask], torch.ones(25))
-    equal(found, states[..., [0, 2]] @ best[:2] + best[2], 0.02)
+    best = least_squares(states[mask][:, [0, 2]], returns[mask], torch.ones(25))
+    equal(critic.values(states), states[..., [0, 2]] @ best[:2] + best[2], 0.02)
 
 
 def test_26_a_state_that_knows_the_score_explains_a_new_rollout(
         policy, reward_model, prompts, codec, monkeypatch):
-    """At beta 0 each return is the score of its text. One number of 32 of the state holds it; the other 31 are noise."""
+    """At beta 0 each return is the score of its text. One number of the state holds it; 31 are noise."""
     real, draw = ppo.score_responses, generator(0, "noise")
 
     def known(*args):
@@ -615,17 +620,20 @@ def test_26_a_state_that_knows_the_score_explains_a_new_rollout(
     monkeypatch.setattr(ppo, "score_responses", known)
     critic, found = ppo.Critic(32), []
     for draw_of in (0, 1):
-        *_, log = roll(policy, policy, reward_model, prompts, codec, beta=0.0, critic=critic, draw=draw_of)
+        *_, log = roll(policy, policy, reward_model, prompts, codec, beta=0.0, critic=critic,
+                       draw=draw_of)
         found.append(log["explained_variance"])
     assert found[0] == pytest.approx(0, abs=1e-6) and found[1] > 0.99
 
 
 def test_27_the_code_says_how_the_critic_starts_how_it_is_fitted_and_why():
     said = " ".join(ppo.__doc__.split())
-    assert "The critic is a linear head on the states of the frozen reward model. The policy's own states hardly know" in said
-    assert "fitted by least squares, which has an exact solution and needs no learning rate" in said
-    assert "It starts with a rollout of the SFT model, before iteration 1, that serves for nothing else" in said
-    assert "no value knows the returns that it is compared with" in said
+    for statement in ("The critic is a linear head on the states of the frozen reward model.",
+                      "The policy's own states hardly know what a text will be worth",
+                      "by least squares, which has an exact solution and needs no learning rate.",
+                      "It starts with a rollout of the SFT model, before iteration 1,",
+                      "no value knows the returns that it is compared with."):
+        assert statement in said
 
 
 def test_27_the_values_of_a_rollout_come_from_the_fit_before_it(
@@ -652,8 +660,8 @@ def test_27_before_iteration_1_the_critic_reads_a_rollout_of_the_sft_model_that_
     start, rolled, updated, policies = snapshot(policy), [], [], []
     monkeypatch.setattr(ppo, "Critic", NotedCritic)
     spy(monkeypatch, ppo, "generate", lambda responses, lm, *rest: policies.append(snapshot(lm)))
-    spy(monkeypatch, ppo, "rollout", lambda result, policy, reference, reward_model, critic, *rest: rolled.append(
-        (result[0], critic.said, critic.states, critic.returns)))
+    spy(monkeypatch, ppo, "rollout", lambda result, policy, reference, reward_model, critic, *rest:
+        rolled.append((result[0], critic.said, critic.states, critic.returns)))
     spy(monkeypatch, ppo, "update", lambda result, policy, optimizer, e, *rest: updated.append(e))
     _, critic = train(policy, reward_model, codec, stage, iterations=3, episodes=8, lr=3e-3)
 
@@ -670,10 +678,11 @@ def test_27_before_iteration_1_the_critic_reads_a_rollout_of_the_sft_model_that_
 def test_27_the_critic_moves_no_state_and_no_weight_of_the_reward_model(
         policy, reward_model, codec, stage, monkeypatch):
     before, sums = snapshot(reward_model), []
-    e = ppo.make_episodes([codec.prompt(cv) for cv in CVS], [[8, 9, EOS]] * len(CVS), CPU)
+    prompts = [codec.prompt(cv) for cv in CVS]
+    e = ppo.make_episodes(prompts, [[8, 9, EOS]] * len(CVS), CPU)
     states = ppo.score_responses(reward_model, e, EOS, -3.0)[2]
-    spy(monkeypatch, ppo, "rollout", lambda result, policy, reference, reward_model, critic, *rest: sums.append(
-        (critic.xx, critic.xy)))
+    spy(monkeypatch, ppo, "rollout", lambda result, policy, reference, reward_model, critic, *rest:
+        sums.append((critic.xx, critic.xy)))
     _, critic = train(policy, reward_model, codec, stage, iterations=3, episodes=8, lr=3e-3)
     assert all(torch.equal(x, before[name]) for name, x in reward_model.state_dict().items())
     assert torch.equal(ppo.score_responses(reward_model, e, EOS, -3.0)[2], states)
@@ -681,6 +690,13 @@ def test_27_the_critic_moves_no_state_and_no_weight_of_the_reward_model(
     assert all(p.grad is None and not p.requires_grad for p in reward_model.parameters())
     assert not states.requires_grad and not critic.weight().requires_grad
     assert critic.xx is sums[-1][0] and critic.xy is sums[-1][1]
+
+
+def test_27_the_reward_model_may_be_of_another_size(config, policy, codec, stage):
+    """The critic is as wide as its states."""
+    reward_model = RewardModel(replace(config, hidden_size=48))
+    _, critic = train(policy, reward_model, codec, stage, iterations=1, episodes=6)
+    assert critic.weight().shape == (49,)
 
 
 def test_27_the_optimizer_moves_the_policy_and_the_loss_knows_no_value(
@@ -736,7 +752,8 @@ def test_checkpointing_is_on_where_the_flags_ask_for_it(policy, reward_model, co
 
 def test_29_every_iteration_draws_anew(policy, reward_model, codec, stage, monkeypatch):
     """At rate 0 the policy stays as it is: only the draws can make iterations differ. Six equal
-    prompts show the draws of tokens apart from those of CVs. Before the three iterations there is the critic's rollout."""
+    prompts show the draws of tokens apart from those of CVs. Before the three iterations there is
+    the critic's rollout."""
     asked, written, orders = [], [], []
     spy(monkeypatch, ppo, "generate",
         lambda responses, lm, prompts, *rest: (asked.append(prompts), written.append(responses)))
@@ -928,7 +945,8 @@ def test_33_means_of_the_update_are_those_of_the_real_tokens(policy, reference, 
     assert 0 < means["clip_frac"] < 1
 
 
-def test_33_means_of_the_rollout_are_those_of_the_texts(policy, reference, reward_model, critic, prompts, codec):
+def test_33_means_of_the_rollout_are_those_of_the_texts(policy, reference, reward_model, critic,
+                                                        prompts, codec):
     e, old, responses, log = roll(policy, reference, reward_model, prompts, codec, critic=critic)
     n = len(responses)
     scores = scores_by_hand(reward_model, prompts, responses)
@@ -957,8 +975,8 @@ def test_33_every_iteration_logs_all_of_it(policy, reward_model, codec, stage):
     flags = PPOFlags(iterations=2, episodes=8, minibatch=4)
     ppo.train(policy, reward_model, codec, CVS, flags, 0, stage, CPU, true_match=lambda cv, jd: len(jd) > 0)
     names = {"iteration", "kl", "kl_k3", "reward", "total", "approx_kl", "clip_frac", "entropy", "ratio_mean",
-             "ratio_var", "explained_variance", "eos_rate", "length", "policy_loss", "beta", "true_match", "kl_fault",
-             "total", "kl_error"}
+             "ratio_var", "explained_variance", "eos_rate", "length", "policy_loss", "beta",
+             "true_match", "kl_fault", "kl_error"}
     assert [row["iteration"] for row in stage.rows] == [1, 2]
     for row in stage.rows:
         assert names == set(row) and all(math.isfinite(row[name]) for name in names)
@@ -978,8 +996,8 @@ def test_33_the_true_match_is_that_of_each_cv_and_its_own_jd(policy, reward_mode
 
 # --------------------------------------------------------------------- the direction of learning
 def scores_of(monkeypatch, score, cut_off=0.0):
-    """Let this function, of a text's tokens, stand for the reward model's head; a text that was cut off gets this share
-    of it. No two scores are quite the same: a constant reward model would be refused."""
+    """Let this function, of a text's tokens, stand for the reward model's head; a text that was cut
+    off gets this share of it. No two scores are quite the same: a constant would be refused."""
     real = ppo.score_responses
 
     def scored(reward_model, e, eos, cut_off_score):
@@ -1037,8 +1055,8 @@ def test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference(
         policy, critic = copy.deepcopy(start), ppo.Critic(32)
         optimizer = torch.optim.Adam(policy.parameters(), lr=5e-4)
         for i in range(4):
-            written, old, *_ = ppo.rollout(policy, reference, reward_model, critic, prompts * 4, codec,
-                                           flags, beta, generator(i), CPU)
+            written, old, *_ = ppo.rollout(policy, reference, reward_model, critic, prompts * 4,
+                                           codec, flags, beta, generator(i), CPU)
             ppo.update(policy, optimizer, written, old, flags, generator(i), CPU)
         kls.append(exact_kl(policy, reference, e))
     assert kls[1] < 0.95 * exact_kl(start, reference, e) and kls[1] < 0.9 * kls[0]
@@ -1046,7 +1064,7 @@ def test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference(
 
 def test_26_the_critic_predicts_the_returns_of_new_rollouts_better_than_their_mean(
         policy, reward_model, prompts, codec, monkeypatch):
-    """Than the mean of the returns so far. What is paid for is each "night", in the CV or so far in the JD."""
+    """Than the mean of the returns so far. Paid for is each "night", in the CV or in the JD."""
     scores_of(monkeypatch, lambda row: row.count(8), cut_off=1.0)
     critic, errors, of_mean, returns = NotedCritic(32), [], [], []
     for k in range(6):
@@ -1066,7 +1084,8 @@ def test_a_rollout_that_is_computed_in_parts_is_the_same_rollout(
         monkeypatch.setattr(ppo, "rows_that_fit", lambda rows, numbers: most)
         critic = NotedCritic(32)
         e, old, _, log = roll(policy, reference, reward_model, prompts, codec, critic=critic)
-        found.append((old["logp"] * e.mask, old["advantages"], critic.states[e.mask], critic.returns, torch.tensor([*log.values()])))
+        found.append((old["logp"] * e.mask, old["advantages"], critic.states[e.mask], critic.returns,
+                      torch.tensor([*log.values()])))
     for other in found[1:]:
         for x, y in zip(found[0], other):
             equal(x, y, 1e-4)

@@ -478,13 +478,14 @@ def test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_p
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=0.1)
     for seed in range(2):                       # before a step of the policy's adapters, and after it
         critic = NotedCritic(policy.config.hidden_size)
+        draw, cpu = torch.Generator().manual_seed(seed), torch.device("cpu")
         e, old, responses, _ = ppo.rollout(policy, reference, judge, critic, prompts, codec, ppo.PPOFlags(), 0.05,
-                                           torch.Generator().manual_seed(seed), torch.device("cpu"))
-        for b, (prompt, response) in enumerate(zip(prompts, responses)):
-            row, start, n = torch.tensor([prompt + response]), len(prompt) - 1, len(response)
-            torch.testing.assert_close(critic.states[b, :n], alone.model(row)[0, start:-1], atol=1e-5, rtol=1e-5)
-            assert not torch.allclose(critic.states[b, :n], policy.model(row)[0, start:-1], atol=1e-2)
-        ppo.update(policy, optimizer, e, old, ppo.PPOFlags(), torch.Generator().manual_seed(0), torch.device("cpu"))
+                                           draw, cpu)
+        for found, prompt, response in zip(critic.states, prompts, responses):
+            row, start, found = torch.tensor([prompt + response]), len(prompt) - 1, found[:len(response)]
+            torch.testing.assert_close(found, alone.model(row)[0, start:-1], atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(found, policy.model(row)[0, start:-1], atol=1e-2)
+        ppo.update(policy, optimizer, e, old, ppo.PPOFlags(), draw, cpu)
     assert all(p.grad is None for p in judge.parameters())
 
 
@@ -598,7 +599,8 @@ def test_checkpointing_and_adapters_save_what_the_plan_says_and_flops_add_up():
     weights, attention = 4 * (4 * 64 * 64 + 3 * 64 * 344), 2 * T * T * 64 * 4
     assert full["flops"]["update"] == 2 * 256 * 3 * (2 * T * weights + attention + 2 * R * 1000 * 64)
     assert ppo.plan(config, flags, 4, ["q_proj"], frozen_bytes=2)["memory"]["weights"] < lora["memory"]["weights"]
-    # The critic's states are beside the logits (all rows of this vocabulary fit), and five times in the fit: more in a wide model.
-    states = 256 * R * 64
+    # The critic's states are beside the logits (all rows of this vocabulary fit), and five times in the
+    # fit, which is more in a wide model.
+    states, wide = 256 * R * 64, replace(config, hidden_size=4096, head_dim=None)
     assert full["memory"]["rollout"] == 4 * (256 * 3 * 1000 * R + states)
-    assert ppo.plan(replace(config, hidden_size=4096, head_dim=None), flags)["memory"]["rollout"] == 4 * 5 * 64 * states
+    assert ppo.plan(wide, flags)["memory"]["rollout"] == 4 * 5 * 64 * states

@@ -260,7 +260,7 @@ def write_data(args, flags, start):
 
 def check_rules(folder):
     """Refuse simulated data that were made by other rules than market.py has now: their true match would be another."""
-    path, rules = Path(folder) / "market.json", code_checksum(market.__file__)
+    path, rules = Path(folder) / "market.json", code_checksum(Path(market.__file__))
     if path.exists() and read_json(path).get("rules", rules) != rules:      # an earlier version noted none
         raise BadInput(f"{path}: market.py changed since these data were made, so that their true match would be another; make new "
                        "data and a new run (--out DIR), or bring back the old market.py")

@@ -311,7 +311,7 @@ def test_another_number_of_threads_is_named(whole, tmp_path, monkeypatch, capsys
 def changed_code(monkeypatch, **changes):
     """As if these files held other code."""
     real = girl.code_checksum
-    monkeypatch.setattr(girl, "code_checksum", lambda path: changes.get(Path(path).stem) or real(path))
+    monkeypatch.setattr(girl, "code_checksum", lambda path: changes.get(path.stem) or real(path))
 
 
 def test_code_that_changed_since_a_stage_was_stopped_is_named(whole, tmp_path, monkeypatch, capsys):

@@ -175,7 +175,7 @@ def write_for(args, device):
     if args.reward:
         reward_model = load_model(args.reward, RewardModel, device).eval()
         reward_codec = load_codec(args.reward, reward_model.config)
-        pairs = [(as_trained(cv, reward_model), text) for text in texts]
+        pairs = [(as_trained(cv, reward_model), as_trained(text, reward_model)) for text in texts]
         scores = reward.score_texts(reward_model, reward_codec, pairs)
         texts = [f"[{s:+.3f}]\n{t}" for s, t in sorted(zip(scores, texts), key=lambda st: -st[0])]
     print("\n\n".join(texts), flush=True)
@@ -257,6 +257,14 @@ def write_data(args, flags, start):
         "asked": data_asked(args), "inputs": {}, "sha256": checksums(files_of(args.out))}))
 
 
+def check_rules(folder):
+    """Refuse simulated data that were made by other rules than market.py has now: their true match would be another."""
+    path, rules = Path(folder) / "market.json", code_checksum(market.__file__)
+    if path.exists() and read_json(path).get("rules", rules) != rules:      # an earlier version noted none
+        raise BadInput(f"{path}: market.py changed since these data were made, so that their true match would be another; make new "
+                       "data and a new run (--out DIR), or bring back the old market.py")
+
+
 def folders(args):
     """The run's folder, its data, and the market's module where these are simulated."""
     run = Path(args.run)
@@ -310,7 +318,7 @@ def models_before(run, name):
 def what_it_learns_from(run, folder, name, init=""):
     """Checksums of a stage's data, of the stages before it, and of the pretrained models that it and they began with."""
     check_folder(folder)
-    market.check_rules(folder)
+    check_rules(folder)
     of_data = ("train.jsonl", "valid.jsonl", "probes.jsonl", "market.json", "import.json")
     found, bases = {f: sha256(folder / f) for f in of_data if (folder / f).exists()}, {"--init": init} if init else {}
     for stage in BEFORE[name]:
@@ -351,7 +359,7 @@ def run_all(args, device):
     """`train`: every stage of a run, then the evaluation. What bash train.sh calls."""
     run, common = Path(args.run), ["--seed", str(args.seed)] + (["--smoke"] if args.smoke else [])
     start = [x for f in fields(StartFlags) if getattr(args, f.name) for x in flag_words(f, getattr(args, f.name))]
-    market.check_rules(Path(args.data or run / "data"))        # before its stages do, in processes of their own
+    check_rules(Path(args.data or run / "data"))        # before its stages do, in processes of their own
     if args.data is None:
         args.data = str(run / "data")
         command = ["data", "--out", args.data] + common

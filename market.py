@@ -25,7 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from data import Record, clear_data, write_records
-from run import BadInput, code_checksum, read_json, write_json
+from run import BadInput, code_checksum, write_json
 
 # ------------------------------------------------------------------------------------------- the tables: edit these
 # The order of DEGREES is the order of levels 0..3.
@@ -304,14 +304,6 @@ def of_market(cv):
     if person := parse_cv(cv):
         return person
     raise BadInput(f"market.py: was it edited since the data were made? It cannot read this CV (make the data again): {cv[:60]!r}")
-
-
-def check_rules(folder):
-    """Refuse simulated data that were made by other rules than these: their true match would be another."""
-    path, rules = Path(folder) / "market.json", code_checksum(__file__)
-    if path.exists() and read_json(path).get("rules", rules) != rules:      # an earlier version noted none
-        raise BadInput(f"{path}: market.py changed since these data were made, so that their true match would be another; make new "
-                       "data and a new run (--out DIR), or bring back the old market.py")
 
 
 def true_match(cv, jd):

@@ -275,7 +275,7 @@ def test_another_number_of_threads_is_named(whole, tmp_path, monkeypatch, capsys
 def changed_code(monkeypatch, **changes):
     """As if these files held other code."""
     real = girl.code_checksum
-    monkeypatch.setattr(girl, "code_checksum", lambda path: changes.get(path.stem) or real(path))
+    monkeypatch.setattr(girl, "code_checksum", lambda path: changes.get(Path(path).stem) or real(path))
 
 
 def test_code_that_changed_since_a_stage_was_stopped_is_named(whole, tmp_path, monkeypatch, capsys):
@@ -328,7 +328,7 @@ def test_data_of_other_rules_are_refused_by_whatever_uses_them(whole, tmp_path, 
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     refused(capsys, ["train", "--smoke", "--run", str(tmp_path / "new"), "--data", str(whole / "data")], "market.py changed since")
     (tmp_path / "market.py").write_text("# what a comment says is no rule\n" + rules)
-    girl.market.code_checksum.cache_clear()
+    girl.code_checksum.cache_clear()
     assert girl.main(argv("sft", whole / "run", whole / "data")) == 0
 
 
@@ -336,7 +336,7 @@ def test_a_market_of_an_earlier_version_which_noted_no_rules_is_used(whole, tmp_
     shutil.copytree(whole / "data", tmp_path / "data")
     path = tmp_path / "data" / "market.json"
     path.write_text(json.dumps({k: v for k, v in read_json(path).items() if k != "rules"}))
-    girl.market.check_rules(tmp_path / "data")
+    girl.check_rules(tmp_path / "data")
 
 
 def test_other_data_and_another_model_before_it_are_refused_and_named(whole, tmp_path, monkeypatch, capsys):

@@ -277,7 +277,9 @@ def load_tokenizer(folder):
 def chat_template(begin, before, after, space, end):
     """In Jinja, as Hugging Face has them: each user's message is a CV, each answer its JD."""
     begin, before, after, space, end = (json.dumps(text, ensure_ascii=False) for text in (begin, before, after, space, end))
-    content = "(m['content'] | replace('\\r\\n', '\\n') | trim)"
+    # As texts.normalize, but for letters in pieces (Unicode's NFD), which Jinja cannot join.
+    undo = (("\ufeff", ""), ("\u00a0", " "), ("\r\n", "\n"), ("\r", "\n"))
+    content = "(m['content']" + "".join(f" | replace({json.dumps(a)}, {json.dumps(b)})" for a, b in undo) + " | trim)"
     return (f"{{{{ {begin} }}}}{{% for m in messages %}}"
             f"{{% if m['role'] == 'user' %}}{{{{ {before} + {content} + {after} }}}}"
             f"{{% elif m['role'] == 'assistant' %}}{{{{ {space} + {content} + {end} }}}}"

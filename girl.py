@@ -213,6 +213,8 @@ def export(args, device):
     save_tokenizer(args.out, codec)
     kind = "adapters on " + model.model.lora.base_model_name_or_path if model.model.lora else "plain weights"
     print(f"{args.out}: {type(model).__name__}, {kind}")
+    if not codec.for_text()[1]:
+        print(f"{args.out}: no chat template; its tokenizer cannot make the prompt of one text, so give other tools token ids")
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -301,7 +303,7 @@ def code_of(name):
     """Checksums of the files whose code the result of a stage or a measurement depends on. (Of the market's rules see check_rules.)"""
     measures = ["sft.py", "ppo.py", "evaluate.py"]
     own = {"sft": ["sft.py"], "ppo": ["ppo.py"], "evaluate": measures, "recommend": [*measures, "recommend.py"]}.get(name, [])
-    files = ["data.py", "model.py", "weights.py", "run.py", "reward.py", *own]
+    files = ["girl.py", "data.py", "texts.py", "model.py", "weights.py", "run.py", "reward.py", *own]
     return {file: code_checksum(Path(sft.__file__).with_name(file)) for file in files}
 
 
@@ -435,7 +437,8 @@ def is_measured(run, args):
         return False
     print(f"{args.command}: finished already, see {run / 'results.json'}")
     if changed := [name for name, *_ in differences(noted.get(f"{args.command} code", code), code)]:
-        print(f"{args.command}: {', '.join(changed)} changed since; to measure anew:  python girl.py {args.command} --run {run}")
+        more = " --smoke" * args.smoke + (f" --data {args.data}" if args.data else "")
+        print(f"{args.command}: {', '.join(changed)} changed since; to measure anew:  python girl.py {args.command} --run {run}{more}")
     return True
 
 

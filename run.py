@@ -302,7 +302,7 @@ class Stage:
             for name in STATE:                          # killed between the last file and the end
                 (self.folder / name).unlink(missing_ok=True)
             self.say(f"{self.name}: finished already, see {self.folder}")
-            self.say_changes(summary, "it finished; to run the stage with the new code")
+            self.say_changes(summary, "it finished", "to run the stage with the new code")
             return False
         path = self.folder / "state.json"
         if path.exists():
@@ -335,14 +335,16 @@ class Stage:
         self.tensors = {name.removeprefix("more."): t.clone() for name, t in found.items()}
         self.bar.update(len(self.rows))
         self.say(f"{self.name}: resumed at step {self.step} of {self.bar.total}")
-        self.say_changes(state, "these steps were done; to begin anew with the new code")
+        self.say_changes(state, "these steps were done", "to begin anew with the new code")
         for name, was, now in differences(state["machine"], machine()):
             self.say(f"{self.name}: began with {name} {was}, goes on with {now}: its numbers may be rounded otherwise")
         return state["numbers"]
 
-    def say_changes(self, noted, since):
-        if changed := [name for name, *_ in differences(noted.get("code", self.code), self.code)]:
-            self.say(f"{self.name}: {', '.join(changed)} changed since {since}, delete {self.folder}")
+    def say_changes(self, noted, since, remedy):
+        """Name the files whose code is not what was noted; an earlier version noted none."""
+        if files := [name for name, *_ in differences(noted.get("code", {}), self.code)]:
+            what = f"{', '.join(files)} changed" if "code" in noted else "the code may have changed (it was not noted)"
+            self.say(f"{self.name}: {what} since {since}; {remedy}, delete {self.folder}")
 
     def trained(self):
         return {f"{name}.{n}": p for name, module in self.modules.items() for n, p in module.named_parameters() if p.requires_grad}

@@ -175,7 +175,8 @@ def new_codec(records, flags):
     if codec.eos is None:
         raise BadInput(f"{flags.init}: nothing says which token ends a text; name it as eos_token_id in its config.json")
     if codec.pad is None:
-        raise BadInput(f"{flags.init}: its tokenizer has no special token that is free to fill rows up")
+        raise BadInput(f"{flags.init}: its tokenizer has no special token that is free to fill rows up; add one, such as <|pad|>, to the "
+                       "added_tokens of its tokenizer.json")
     return codec
 
 

@@ -17,6 +17,7 @@ from data import (ASK, END_OF_TURN, EOS, TURN, Codec, load_codec, load_tokenizer
                   train_tokenizer)
 from model import Config, LanguageModel, RewardModel
 from run import BadInput, Stage
+from texts import normalize
 from weights import load_model, read_config, save_model
 
 ROWS = [{"cv": f"Cook number {i} with knives", "jd": f"Wanted: cook {i} for kitchen {i % 7}", "no": f"Cook number {i}"} for i in range(60)]
@@ -156,6 +157,15 @@ def test_export_without_merging_keeps_what_there_is(run, tmp_path, capsys):
     assert ("adapters on" in capsys.readouterr().out) == adapters == (tmp_path / "out" / "adapter_config.json").exists()
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(load_model(tmp_path / "out")(ids), load_model(folder / "run" / "sft")(ids))
+
+
+def test_export_says_so_if_other_tools_cannot_write_the_prompt(run, tmp_path, capsys, monkeypatch):
+    folder, _ = run
+    argv = ["export", "--model", str(folder / "run" / "sft"), "--out"]
+    assert girl.main([*argv, str(tmp_path / "a")]) == 0 and "chat template" not in capsys.readouterr().out
+    monkeypatch.setattr(Codec, "for_text", lambda codec: (codec.tokenizer, ""))
+    assert girl.main([*argv, str(tmp_path / "b")]) == 0
+    assert "no chat template; its tokenizer cannot make the prompt of one text" in capsys.readouterr().out
 
 
 def test_ppo_and_evaluate_hold_one_base_for_all(run, tmp_path, monkeypatch):
@@ -372,7 +382,9 @@ def test_other_tools_write_the_prompt_that_was_trained_on(cut, kind, tmp_path):
         message = {"role": "user", "content": cv}
         for more in ({}, {"add_generation_prompt": True}):
             assert theirs.apply_chat_template([message], **more)["input_ids"] == codec.prompt(cv)
-        assert theirs.apply_chat_template([message | {"content": f"\n {cv} ".replace("\n", "\r\n")}])["input_ids"] == codec.prompt(cv)
+        for odd in (f"\n {cv} ".replace("\n", "\r\n"), cv.replace("\n", "\r"), "\ufeff" + cv.replace(" ", "\u00a0")):
+            assert normalize(odd, False) == cv
+            assert theirs.apply_chat_template([message | {"content": odd}])["input_ids"] == codec.prompt(cv)
         text = codec.tokenizer.decode(codec.prompt(cv), skip_special_tokens=False)
         assert theirs(text, add_special_tokens=False).input_ids == codec.prompt(cv)
         answer = codec.jd("Wanted: cook 3") if kind != "bare" else codec.jd("Wanted: cook 3")[:-1]

@@ -311,7 +311,10 @@ def test_states_and_summaries_of_an_earlier_version_name_no_code(tmp_path, capsy
             if not finish:
                 stage.total(2)
                 stage.resume({}, [])
-    assert "resumed at step 1" in (said := capsys.readouterr().out) and "finished already" in said and "changed since" not in said
+    said = capsys.readouterr().out
+    assert "resumed at step 1" in said and "finished already" in said
+    for since in ("these steps were done; to begin anew", "it finished; to run the stage"):
+        assert f"sft: the code may have changed (it was not noted) since {since} with the new code, delete" in said
 
 
 @pytest.mark.parametrize("old, new", [("0.95 *", "0.9 *"), ("** -spare", "** (-2 * spare)"), ('"Exeter": 1', '"Exeter": 2'),

@@ -1,6 +1,7 @@
 """What every text goes through: the same text wherever it was read, and contacts, but nothing else, replaced."""
 import json
 import random
+import re
 import shutil
 import unicodedata
 from collections import Counter
@@ -9,7 +10,7 @@ import pytest
 
 import girl
 from conftest import argv, refused, tiny
-from data import Codec, save_tokenizer
+from data import Codec, load_codec, save_tokenizer
 from recommend import read_pool
 from texts import hide_contacts, is_utf16, normalize
 from weights import read_config, save_model
@@ -397,3 +398,16 @@ def test_a_dense_table_feeds_all_stages(tmp_path):
                       "--out", str(tmp_path / "data")]) == 0
     for stage in ("sft", "reward", "judge"):
         assert girl.main(argv(stage, tmp_path / "run", tmp_path / "data")) == 0
+
+
+def test_generate_scores_a_jd_as_score_does(whole, tmp_path, capsys, monkeypatch):
+    """Also one that the reward model would not have met like this: with blanks around it."""
+    model, scorer = str(whole / "run" / "sft"), str(whole / "run" / "reward")
+    (tmp_path / "cv").write_text("A cook")
+    (tmp_path / "jd").write_text("Wanted:\u00a0cook \n")
+    codec = load_codec(whole / "run" / "sft", read_config(whole / "run" / "sft")[0])
+    monkeypatch.setattr(girl, "generate", lambda *rest: [codec.jd("Wanted:\u00a0cook \n")])
+    assert girl.main(["generate", "--model", model, "--reward", scorer, "--cv", str(tmp_path / "cv")]) == 0
+    shown = re.match(r"\[([+-][\d.]+)\]\n", capsys.readouterr().out)[1]
+    assert girl.main(["score", "--reward", scorer, "--cv", str(tmp_path / "cv"), "--jd", str(tmp_path / "jd")]) == 0
+    assert float(capsys.readouterr().out) == pytest.approx(float(shown), abs=6e-4)

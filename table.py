@@ -59,9 +59,7 @@ SAVE_AS = "save the file as UTF-8, or give its encoding with --encoding NAME"
 def check_encoding(name):
     """Refuse a name that is no encoding of text in Python."""
     try:
-        b"a".decode(name)
-    except UnicodeError:
-        pass                        # an encoding, and one in which "a" is no whole character
+        b"a".decode(name, "ignore")         # as `where` does; idna and the like cannot
     except (LookupError, ValueError):
         raise BadInput(f"data: --encoding {name!r} is no encoding of text that Python knows; give "
                        "one such as cp1252, gbk, shift_jis, utf-16-le")
@@ -83,9 +81,10 @@ def decode(path, content, asked=None):
         text, known, sample = guess(path, content, e)
     except UnicodeError as e:           # of a codec that does not say where
         raise BadInput(f"{path}: no {known} text ({e}); {SAVE_AS}")
-    if (at := text.find("\0")) >= 0:
-        raise BadInput(f"{path}:{line_of(text[:at])}: a NUL character, as in a file of another "
-                       f"encoding; take it out, {SAVE_AS}")
+    if found := re.search("[\0\x1b]", text):
+        name = "an escape" if found[0] == "\x1b" else "a NUL"      # iso2022_jp is full of those
+        raise BadInput(f"{path}:{line_of(text[:found.start()])}: {name} character, as in a file of "
+                       f"another encoding (iso2022_jp, utf-16-le); take it out, {SAVE_AS}")
     return text.replace("\ufeff", ""), known or "utf-8", sample      # marks also within the file
 
 
@@ -186,7 +185,11 @@ def read_csv(path, text, wanted, delimiter):
         begin = skipped + reader.line_num + 1
         for cells in reader:
             if cells and len(cells) >= named and not any(cells[len(header):]):
-                rows.append((f"{path}:{skipped + reader.line_num}", dict(zip(header, cells))))
+                row = dict(zip(header, cells))
+                if wanted == {row.get(name, "").strip() for name in wanted}:
+                    raise BadInput(f"{path}:{begin}: the header again, as where two files were put "
+                                   "together; take this line out, or import one of them")
+                rows.append((f"{path}:{skipped + reader.line_num}", row))
             elif any(cells):
                 broken += 1
             begin = skipped + reader.line_num + 1

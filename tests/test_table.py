@@ -298,7 +298,10 @@ STRAY = GERMAN.encode().replace("Köchin 7 für".encode(), "Köchin 7".encode() 
     (JAPANESE.encode("euc_jp"), 2, "cannot be told"), (RUSSIAN.encode("cp1251"), 2, "cannot be told"), (RUSSIAN.encode("koi8-r"), 2, "cannot be told"),
     (POLISH.encode("cp1250"), 2, "cannot be told"), (GERMAN.encode("mac_roman"), 2, "cannot be told"), (GERMAN.encode("cp850"), 2, "cannot be told"),
     (GERMAN.encode("utf-16-le"), 1, "every other byte is 0"), (GERMAN.encode("utf-16-be"), 1, "every other byte is 0"),
-    ((GERMAN + "a\0b,c\r\n").encode(), 42, "a NUL character"), (GERMAN.encode("utf-16")[:-1], 42, "is no utf-16 text"),
+    ((GERMAN + "a\0b,c\r\n").encode(), 42, "a NUL character"),
+    (JAPANESE.encode("iso2022_jp"), 2, "an escape character, as in a file of another encoding (iso2022_jp"),
+    (GERMAN.encode() + b"\x1b$)C,d", 42, "an escape character"),
+    (GERMAN.encode("utf-16")[:-1], 42, "is no utf-16 text"),
     (("cv,jd\n" + "don’t cook,x\n" * 40).encode("cp1252") + b"\x81,b\n", 42, "byte 81 is neither UTF-8 nor cp1252")])
 def test_a_file_in_another_encoding_is_refused_with_its_line(content, line, says, tmp_path, capsys):
     """A guess would change rows that are right."""
@@ -323,7 +326,7 @@ def test_a_named_encoding_that_is_not_the_files_is_refused_with_its_line(content
     refused(capsys, data_command(written(tmp_path / "t.csv", content), tmp_path / "out", "--encoding", encoding), f"t.csv:{line}: ")
 
 
-@pytest.mark.parametrize("name", ["rot13", "base64", "hex", "no-such", "utf-8\0x"])
+@pytest.mark.parametrize("name", ["rot13", "base64", "hex", "no-such", "utf-8\0x", "idna", "undefined"])
 def test_what_is_no_encoding_of_text_is_refused(name, tmp_path, capsys):
     command = data_command(written(tmp_path / "t.csv", GERMAN.encode()), tmp_path / "out", "--encoding", name)
     refused(capsys, command, "--encoding")
@@ -391,7 +394,10 @@ def test_a_delimiter_can_be_named(name, delimiter, tmp_path):
     ("t.csv", [], lines("a,b,c\n", "{cv},{jd}"), "t.csv:1: no column 'cv'; there are 'a', 'b', 'c'"),
     ("t.csv", [], lines("cv,jd\n", "{cv},{jd}") + '"a \\"b\\" c",d\n' + "e,f\n", "t.csv:42: the row that begins here is not a table"),
     ("t.csv", [], lines("cv,jd\n", "{cv},{jd}") + '"a \\"b\\" c",d\n', "double a quote within a cell, instead of a backslash"),
-    ("t.csv", [], lines("sep=,\r\ncv,jd\n", "{cv},{jd}") + '"a\nb"x,d\n', "t.csv:43: the row that begins here")])
+    ("t.csv", [], lines("sep=,\r\ncv,jd\n", "{cv},{jd}") + '"a\nb"x,d\n', "t.csv:43: the row that begins here"),
+    ("t.csv", [], 2 * lines("cv,jd\n", "{cv},{jd}"), "t.csv:42: the header again, as where two files were put together"),
+    ("t.csv", [], lines("cv,jd\n", "{cv},{jd}") + "jd , cv\na,b\n", "t.csv:42: the header again"),
+    ("t.csv", [], lines("id;cv;jd\n", "1;{cv};{jd}") + "number;cv;jd\n", "t.csv:42: the header again")])
 def test_a_table_that_can_be_read_in_two_ways_is_refused(name, flags, text, says, tmp_path, capsys):
     refused(capsys, data_command(written(tmp_path / name, text.encode()), tmp_path / "out", *flags), says)
 

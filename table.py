@@ -26,7 +26,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from data import SPLITS, Record, clear_data, connected, halves, read_line, write_records
+from data import SPLITS, Record, clear_data, connected, halves, read_line, text_of, write_records
 from run import BadInput, write_json
 from texts import hide_contacts, is_utf16, normalize        # noqa: F401 (the first for others)
 
@@ -36,8 +36,9 @@ ANSWERS = (dict.fromkeys(("true", "yes", "y", "1", "accepted"), True)
            | dict.fromkeys(("false", "no", "n", "0", "rejected"), False))
 # What pandas takes for a missing cell, and what databases, spreadsheets and people write for one.
 MISSING = {"null", "(null)", "\\n", "none", "nan", "-nan", "nat", "na", "<na>", "n/a", "n.a.",
-           "#n/a", "#n/a n/a", "#na", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan",
+           "nil", "undefined", "<null>", "#n/a", "#n/a n/a", "#na", "#nv", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan",
            "-", "--", "\u2013", "\u2014"}
+ERROR = re.compile(r"#[^\W_][\w/]{0,20}[!?]")       # of a spreadsheet: #NAME? #DIV/0! #BEZUG!
 LONG = 10000                # characters; so long a text is kept, and counted
 GARBLED = re.compile(r"[ÃÂ][\u0080-\u00bf]|â€")      # UTF-8 read as cp1252: ü becomes Ã¼
 
@@ -239,27 +240,25 @@ def value(row, column, place, count):
         if not math.isnan(found):
             raise BadInput(f"{place}: {column} is {found}; give a text, or null if it is missing")
         found = "NaN"
-    if isinstance(found, str) and found.strip().casefold() in MISSING:
-        count["missing", found.strip()] += 1
+    seen = normalize(found, False) if isinstance(found, str) else ""
+    if seen.casefold() in MISSING or ERROR.fullmatch(seen):
+        count["missing", seen] += 1
         return None
     return found
 
 
 def cell(row, column, place, hide, count):
     """A text as the stages see it; empty if the cell is missing."""
-    found = value(row, column, place, count)
-    if found is None:
+    if value(row, column, place, count) is None:
         return ""
-    if not isinstance(found, str):
-        raise BadInput(f"{place}: {column} must be a text, found {type(found).__name__}")
-    return normalize(found.encode("utf-8", "replace").decode(), hide, count)
+    return normalize(text_of(row, column, place), hide, count)
 
 
 def answer(row, column, place, count):
     """True, False, or None for a missing cell. Yes and no as numbers may be 1.0 and 0.0: so pandas
     writes a column that has a gap."""
     found = value(row, column, place, count)
-    found = "" if found is None else re.sub(r"^([01])\.0*$", r"\1", str(found).strip().lower())
+    found = "" if found is None else re.sub(r"^([01])\.0*$", r"\1", normalize(str(found), False).lower())
     if found and found not in ANSWERS:
         raise BadInput(f"{place}: {column} must be yes or no (or true, false, 1, 0), found "
                        f"{found[:40]!r}")

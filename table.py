@@ -24,6 +24,7 @@ import math
 import random
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from data import SPLITS, Record, clear_data, connected, halves, read_line, text_of, write_records
@@ -67,12 +68,15 @@ def check_encoding(name):
 
 
 def decode(path, content, asked=None):
-    """(text, encoding, sample) of a file's bytes. The sample is a word of the text if the encoding
-    was guessed, so that a person can see whether the guess is right; else None."""
+    """(text, encoding, sample) of a file's bytes. If the encoding was guessed, the sample is some
+    words of the text, so that a person can see whether the guess is right: those with the rarest
+    signs, as all else may look right. Else it is None."""
     known = asked or next((name for mark, name in MARKS if content.startswith(mark)), None)
     if not known and is_utf16(content):
-        raise BadInput(f"{path}:1: every other byte is 0, as in UTF-16; {SAVE_AS} (utf-16-le, "
-                       "utf-16-be)")
+        wide = content.count(0) > len(content) / 2
+        say = "most bytes are 0, as in UTF-32" if wide else "every other byte is 0, as in UTF-16"
+        bits = 32 if wide else 16
+        raise BadInput(f"{path}:1: {say}; {SAVE_AS} (utf-{bits}-le, utf-{bits}-be)")
     sample = None
     try:
         text = content.decode(known or "utf-8")
@@ -118,8 +122,11 @@ def guess(path, content, error):
         text = content.decode("cp1252")
     except UnicodeDecodeError as e:
         raise BadInput(f"{where(path, e, 'cp1252')} is neither UTF-8 nor cp1252; {SAVE_AS}")
-    letters = (word for word in words if re.search(f"[{CAPITAL}{SMALL}]", word))
-    return text, "cp1252", next(letters, words[0])
+    shown, often = [], Counter("".join(words))
+    for sign in sorted(filter(FOREIGN.fullmatch, often), key=often.get):
+        if len(shown) < 5 and sign not in "".join(shown):
+            shown.append(next(word for word in words if sign in word))
+    return text, "cp1252", shown
 
 
 def check_delimiter(name):
@@ -147,24 +154,38 @@ def read_table(path, wanted, encoding=None, delimiter=None):
     text, encoding, sample = decode(path, content, encoding)
     report = {"encoding": encoding, "encoding_guessed_from": sample}
     if ending == ".jsonl":
-        return read_json_lines(path, text), report | {"rows_with_other_number_of_cells": 0}
+        return read_json_lines(path, text, set(wanted)), report | {"rows_with_other_number_of_cells": 0}
     rows, delimiter, broken = read_csv(path, text, set(wanted), delimiter)
     return rows, report | {"delimiter": delimiter, "rows_with_other_number_of_cells": broken}
 
 
-def read_json_lines(path, text):
+def read_json_lines(path, text, wanted):
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = read_line(line)
             except (ValueError, RecursionError) as e:
-                raise BadInput(f"{path}:{number}: not JSON ({e})")
+                raise BadInput(f"{path}:{number}: not JSON ({e}); write one object a line")
             if not isinstance(row, dict):
                 raise BadInput(f"{path}:{number}: expected an object with a key for each column, "
-                               f"found {type(row).__name__}")
-            rows.append((f"{path}:{number}", row))
-    return rows
+                               f"found {type(row).__name__}; write one object a line")
+            check_once(list(map(name_of, row)), wanted, f"{path}:{number}")
+            rows.append((f"{path}:{number}", {name_of(key): row[key] for key in row}))
+    # Some databases leave out a key whose value is missing.
+    known = wanted & {key for _, row in rows for key in row}
+    return [(place, row | dict.fromkeys(known - row.keys())) for place, row in rows]
+
+
+@cache
+def name_of(column):
+    """A column's name as a person sees it."""
+    return normalize(column, False)
+
+
+def check_once(names, wanted, place):
+    if twice := [name for name in names if name in wanted and names.count(name) > 1]:
+        raise BadInput(f"{place}: the column {twice[0][:40]!r} stands twice; rename one of them")
 
 
 def read_csv(path, text, wanted, delimiter):
@@ -176,15 +197,23 @@ def read_csv(path, text, wanted, delimiter):
     text = text[says.end():] if says else text
     delimiter = delimiter or (says[1] if says else find_delimiter(path, text, wanted))
     reader, rows, broken, begin = csv_reader(text, delimiter), [], 0, skipped + 1
+    sizes = set()                                       # numbers of cells of the rows
     try:
         header = header_of(reader)
-        if twice := [name for name in header if name in wanted and header.count(name) > 1]:
-            raise BadInput(f"{path}:{begin}: the column {twice[0][:40]!r} stands twice; "
-                           "rename one of them")
+        place = f"{path}:{skipped + reader.line_num}"
+        check_once(header, wanted, place)
+        if header and (lacks := sorted(wanted - set(header))):
+            raise BadInput(f"{place}: no column {lacks[0]!r}; there are "
+                           f"{', '.join(map(repr, header))}; name others, or give --delimiter C")
         # A delimiter at the end of a line makes a cell without a name: it may be missing or empty.
         named = max((i for i, name in enumerate(header, 1) if name), default=0)
         begin = skipped + reader.line_num + 1
         for cells in reader:
+            lines = LINE_END.split("\t".join(cells)) if delimiter == "\t" else ""
+            if len(lines) > 1 and {line.count("\t") for line in lines} == {len(header) - 1}:
+                raise BadInput(f"{path}:{begin}: a quote makes these {len(lines)} lines one row, and "
+                               "each could be a row; double the quotes, or save the table as .csv")
+            sizes |= {len(cells)} if any(cells) else set()
             if cells and len(cells) >= named and not any(cells[len(header):]):
                 row = dict(zip(header, cells))
                 if wanted == {row.get(name, "").strip() for name in wanted}:
@@ -195,13 +224,13 @@ def read_csv(path, text, wanted, delimiter):
                 broken += 1
             begin = skipped + reader.line_num + 1
     except csv.Error as e:
-        hint = "; double a quote within a cell, instead of a backslash" if '\\"' in text else ""
+        hint = ", instead of a backslash" if '\\"' in text else ""
         raise BadInput(f"{path}:{begin}: the row that begins here is not a table of "
-                       f"comma-separated values ({e}); correct its quotes, or give --delimiter C"
-                       + hint)
-    if header and not rows and (lacks := sorted(wanted - set(header))):
-        raise BadInput(f"{path}:{skipped + 1}: no column {lacks[0]!r}; there are "
-                       f"{', '.join(map(repr, header))}; name others, or give --delimiter C")
+                       f"comma-separated values ({e}); correct its quotes (double a quote "
+                       f"within a cell{hint}), or give --delimiter C, other than {delimiter!r}")
+    if broken and sizes == {len(header) + 1}:
+        raise BadInput(f"{place}: each row has one cell more than the header, as where the row's "
+                       "number is a column without a name; give it a name in the header")
     return rows, delimiter, broken
 
 
@@ -213,7 +242,7 @@ def csv_reader(text, delimiter):
 
 def header_of(reader):
     """The names in the first row that is not blank."""
-    rows = ([name.strip() for name in cells] for cells in reader)
+    rows = ([name_of(name) for name in cells] for cells in reader)
     return next((names for names in rows if any(names)), [])
 
 
@@ -341,6 +370,12 @@ def drawn(texts):
 
 def split(path, records, by, draw):
     """({split: records}, number of groups); each split has an accepted pair."""
+    accepted = [r for r in records if r.accepted]
+    for kind, texts in (("CVs", {r.cv for r in accepted}), ("JDs", {r.jd for r in accepted})):
+        if len(texts) < len(SPLITS):
+            raise BadInput(f"{path}: different {kind} that were accepted: {len(texts)}; that is too "
+                           "few, as train, valid and test share none; give rows with at least "
+                           f"{len(SPLITS)}")
     splits, groups = split_by_group(records, draw)
     if by == "cv":
         splits = split_by_cv(records, draw)
@@ -350,10 +385,11 @@ def split(path, records, by, draw):
         raise BadInput(f"{path}: of {len(records)} decisions {sum(map(len, splits.values()))} have "
                        "CV and JD in one split; that is too few to have an accepted pair in train, "
                        "valid and test; give more rows, or another --seed")
+    remedy = ("--split-by cv, which drops the decisions between two splits, or rows with other CVs "
+              "and JDs" if groups < len(accepted) else "more rows")
     raise BadInput(f"{path}: {len(records)} decisions hang together in {groups} groups that share "
                    "a CV or a JD; that is too few to have an accepted pair in train, valid and "
-                   "test and no text in two of them; give --split-by cv, which drops the decisions "
-                   "between two splits, or rows with other CVs and JDs")
+                   f"test and no text in two of them; give {remedy}")
 
 
 def others_jds(records, draw):
@@ -375,11 +411,17 @@ def others_jds(records, draw):
 def import_table(path, out, columns, keep_contacts, seed, encoding=None, delimiter=None,
                  split_by="group"):
     """Write train.jsonl, valid.jsonl, test.jsonl and import.json (what was found, and what became of it)."""
+    columns = {name: name_of(column) for name, column in columns.items()}
+    if len(set(columns.values())) < len(columns):
+        raise BadInput("data: --cv, --jd and the others must name different columns")
     rows, how = read_table(path, columns.values(), encoding, delimiter)
     draw, count = random.Random(seed), Counter()
     found = decisions(rows, columns, not keep_contacts, count)
     records = without_duplicates(found, count)
-    if not any(r.accepted for r in records):
+    if records and not any(r.accepted for r in records):
+        raise BadInput(f"{path}: the column {columns['accepted']!r} never says yes beside a CV and a "
+                       f"JD; give rows that were accepted, or another column with --accepted")
+    if not records:
         raise BadInput(f"{path}: no accepted pair of a CV and a JD in {len(rows)} rows ({count['empty']} with an empty cell), "
                        f"beside {how['rows_with_other_number_of_cells']} with another number of "
                        "cells than the header; look at the file's delimiter (--delimiter C) and "
@@ -414,9 +456,9 @@ def import_table(path, out, columns, keep_contacts, seed, encoding=None, delimit
 
 def remarks(report, train):
     """What a person has to know about this data set, as sentences."""
-    if word := report["encoding_guessed_from"]:
-        yield (f"The encoding is a guess: in {report['encoding']} a word of the file is "
-               f"{word[:40]!r}. If that is wrong, give --encoding NAME.")
+    if words := report["encoding_guessed_from"]:
+        yield (f"The encoding is a guess: it makes {', '.join(repr(w[:40]) for w in words)} of words "
+               f"in the file ({report['encoding']}). If that is wrong, give --encoding NAME.")
     if n := report["lost_characters_(U+FFFD)"]:
         yield (f"{n} characters are U+FFFD, which stands for a lost one: the file was garbled "
                "before. Export it again if you can.")

@@ -32,11 +32,15 @@ def is_utf16(content):
 
 
 # ---------------------------------------------------------------------------------------- contacts
-# A link begins with a scheme or www, or is a path on a host; ASP.NET/C# is none. Lookbehinds keep a
-# search from starting again inside a long word.
+# A link begins with a scheme or www, or is a path on a host; ASP.NET/C# is none. Monday.com/Jira
+# are two products: a capital, and one word with a capital; but Github.com/Ann is somebody's page.
+# Lookbehinds keep a search from starting again inside a long word.
+PRODUCTS = (r"(?:asp|vb|ado|ml|ef|socket|draw)\.(?:net|io)/|(?!git|linkedin|xing|facebook|twitter|"
+            r"instagram|behance|kaggle|medium)(?-i:[A-Z][\w-]{0,62}\.\w{2,4}/[A-Z]\w*)(?![\w/-]|\.\w)")
 LINK = re.compile(
     r"(?:https?://|(?<![^\W\d])www\.|"
-    r"(?<![\w.@+-])(?!(?:asp|vb|ado|ml|ef|socket|draw)\.(?:net|io)/)(?:[\w-]{1,63}\.){1,3}"
+    rf"(?<![\w.@+-])(?!{PRODUCTS})"
+    r"(?:[\w-]{1,63}\.){1,3}"
     r"(?:com|org|net|io|dev|me|co|ai|app|edu|info|de|uk|fr|eu)/)"
     r"[^\s<>()\[\]\"']*[\w/]", re.IGNORECASE)
 # The host ends in letters: react@18.2.0 is a version, 10@2.50 a price. Addresses without anything

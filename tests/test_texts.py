@@ -302,7 +302,9 @@ def test_what_may_be_anything_else_stays(text):
 @pytest.mark.parametrize("text, hidden", [
     ("Write to ann.lee+jobs@mail.example.co.uk, please", "Write to [EMAIL], please"), ("ann@example.org, bob@example.org", "[EMAIL], [EMAIL]"),
     ("see https://example.org/me?x=1#y. Or www.me.dev/cv", "see [LINK]. Or [LINK]"), ("(github.com/ann)", "([LINK])"),
-    ("ann@example.org/path", "[EMAIL]/path"),
+    ("ann@example.org/path", "[EMAIL]/path"), ("linkedin.com/in/x, LinkedIn.com/in/x", "[LINK], [LINK]"), ("github.com/Name, GitHub.com/Ann", "[LINK], [LINK]"),
+    ("Ann-Lee.dev/Work/cv, Ann.com/Cv.pdf, Me.dev/cv", "[LINK], [LINK], [LINK]"),
+    ("Monday.com/Jira, Salesforce.com/CRM. Crates.io/Rust or Open.ai/GPT", None),
     ("react@18.2.0, @types/node@18.0.0-beta.next, 10@2.50", None), ("ASP.net/C#, VB.NET/SQL, Node.js/React, C/C++.net/", None),
     ("and/or, TCP/IP, 24/7, Socket.io/Express, me@home", None), ("3.5/4.0, 60.000/70.000", None)])
 def test_links_and_addresses_are_replaced_and_versions_stay(text, hidden):

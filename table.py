@@ -37,8 +37,8 @@ ANSWERS = (dict.fromkeys(("true", "yes", "y", "1", "accepted"), True)
            | dict.fromkeys(("false", "no", "n", "0", "rejected"), False))
 # What pandas takes for a missing cell, and what databases, spreadsheets and people write for one.
 MISSING = {"null", "(null)", "\\n", "none", "nan", "-nan", "nat", "na", "<na>", "n/a", "n.a.",
-           "nil", "undefined", "<null>", "#n/a", "#n/a n/a", "#na", "#nv", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan",
-           "-", "--", "\u2013", "\u2014"}
+           "#n/a", "#n/a n/a", "#na", "#nv", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan",
+           "nil", "undefined", "<null>", "-", "--", "\u2013", "\u2014"}
 ERROR = re.compile(r"#[^\W_][\w/]{0,20}[!?]")       # of a spreadsheet: #NAME? #DIV/0! #BEZUG!
 LONG = 10000                # characters; so long a text is kept, and counted
 GARBLED = re.compile(r"[ÃÂ][\u0080-\u00bf]|â€")      # UTF-8 read as cp1252: ü becomes Ã¼
@@ -73,10 +73,9 @@ def decode(path, content, asked=None):
     signs, as all else may look right. Else it is None."""
     known = asked or next((name for mark, name in MARKS if content.startswith(mark)), None)
     if not known and is_utf16(content):
-        wide = content.count(0) > len(content) / 2
-        say = "most bytes are 0, as in UTF-32" if wide else "every other byte is 0, as in UTF-16"
-        bits = 32 if wide else 16
-        raise BadInput(f"{path}:1: {say}; {SAVE_AS} (utf-{bits}-le, utf-{bits}-be)")
+        bits = 32 if content.count(0) > len(content) / 2 else 16
+        raise BadInput(f"{path}:1: every other byte is 0, or more, as in UTF-{bits}; {SAVE_AS} "
+                       f"(utf-{bits}-le, utf-{bits}-be)")
     sample = None
     try:
         text = content.decode(known or "utf-8")
@@ -154,7 +153,8 @@ def read_table(path, wanted, encoding=None, delimiter=None):
     text, encoding, sample = decode(path, content, encoding)
     report = {"encoding": encoding, "encoding_guessed_from": sample}
     if ending == ".jsonl":
-        return read_json_lines(path, text, set(wanted)), report | {"rows_with_other_number_of_cells": 0}
+        rows = read_json_lines(path, text, set(wanted))
+        return rows, report | {"rows_with_other_number_of_cells": 0}
     rows, delimiter, broken = read_csv(path, text, set(wanted), delimiter)
     return rows, report | {"delimiter": delimiter, "rows_with_other_number_of_cells": broken}
 
@@ -196,23 +196,24 @@ def read_csv(path, text, wanted, delimiter):
     skipped = len(LINE_END.findall(says[0])) if says else 0
     text = text[says.end():] if says else text
     delimiter = delimiter or (says[1] if says else find_delimiter(path, text, wanted))
+    other = f"give --delimiter C, other than {delimiter!r}"
     reader, rows, broken, begin = csv_reader(text, delimiter), [], 0, skipped + 1
-    sizes = set()                                       # numbers of cells of the rows
+    sizes = set()
     try:
         header = header_of(reader)
         place = f"{path}:{skipped + reader.line_num}"
         check_once(header, wanted, place)
         if header and (lacks := sorted(wanted - set(header))):
             raise BadInput(f"{place}: no column {lacks[0]!r}; there are "
-                           f"{', '.join(map(repr, header))}; name others, or give --delimiter C")
+                           f"{', '.join(map(repr, header))}; name others, or {other}")
         # A delimiter at the end of a line makes a cell without a name: it may be missing or empty.
         named = max((i for i, name in enumerate(header, 1) if name), default=0)
         begin = skipped + reader.line_num + 1
         for cells in reader:
             lines = LINE_END.split("\t".join(cells)) if delimiter == "\t" else ""
             if len(lines) > 1 and {line.count("\t") for line in lines} == {len(header) - 1}:
-                raise BadInput(f"{path}:{begin}: a quote makes these {len(lines)} lines one row, and "
-                               "each could be a row; double the quotes, or save the table as .csv")
+                raise BadInput(f"{path}:{begin}: a quote makes these {len(lines)} lines one row, "
+                               "and each could be a row; double the quotes, or save it as .csv")
             sizes |= {len(cells)} if any(cells) else set()
             if cells and len(cells) >= named and not any(cells[len(header):]):
                 row = dict(zip(header, cells))
@@ -227,10 +228,10 @@ def read_csv(path, text, wanted, delimiter):
         hint = ", instead of a backslash" if '\\"' in text else ""
         raise BadInput(f"{path}:{begin}: the row that begins here is not a table of "
                        f"comma-separated values ({e}); correct its quotes (double a quote "
-                       f"within a cell{hint}), or give --delimiter C, other than {delimiter!r}")
+                       f"within a cell{hint}), or {other}")
     if broken and sizes == {len(header) + 1}:
-        raise BadInput(f"{place}: each row has one cell more than the header, as where the row's "
-                       "number is a column without a name; give it a name in the header")
+        raise BadInput(f"{place}: each row has one cell more than the header; if the first is its "
+                       f"number, name that column too; quote cells that hold {delimiter!r}")
     return rows, delimiter, broken
 
 
@@ -287,7 +288,8 @@ def answer(row, column, place, count):
     """True, False, or None for a missing cell. Yes and no as numbers may be 1.0 and 0.0: so pandas
     writes a column that has a gap."""
     found = value(row, column, place, count)
-    found = "" if found is None else re.sub(r"^([01])\.0*$", r"\1", normalize(str(found), False).lower())
+    found = "" if found is None else normalize(str(found), False).lower()
+    found = re.sub(r"^([01])\.0*$", r"\1", found)
     if found and found not in ANSWERS:
         raise BadInput(f"{place}: {column} must be yes or no (or true, false, 1, 0), found "
                        f"{found[:40]!r}")
@@ -373,8 +375,8 @@ def split(path, records, by, draw):
     accepted = [r for r in records if r.accepted]
     for kind, texts in (("CVs", {r.cv for r in accepted}), ("JDs", {r.jd for r in accepted})):
         if len(texts) < len(SPLITS):
-            raise BadInput(f"{path}: different {kind} that were accepted: {len(texts)}; that is too "
-                           "few, as train, valid and test share none; give rows with at least "
+            raise BadInput(f"{path}: different {kind} that were accepted: {len(texts)}; that is "
+                           "too few, as train, valid and test share none; give rows with at least "
                            f"{len(SPLITS)}")
     splits, groups = split_by_group(records, draw)
     if by == "cv":
@@ -419,8 +421,8 @@ def import_table(path, out, columns, keep_contacts, seed, encoding=None, delimit
     found = decisions(rows, columns, not keep_contacts, count)
     records = without_duplicates(found, count)
     if records and not any(r.accepted for r in records):
-        raise BadInput(f"{path}: the column {columns['accepted']!r} never says yes beside a CV and a "
-                       f"JD; give rows that were accepted, or another column with --accepted")
+        raise BadInput(f"{path}: the column {columns['accepted']!r} never says yes beside a CV and "
+                       "a JD; give rows that were accepted, or another column with --accepted")
     if not records:
         raise BadInput(f"{path}: no accepted pair of a CV and a JD in {len(rows)} rows ({count['empty']} with an empty cell), "
                        f"beside {how['rows_with_other_number_of_cells']} with another number of "
@@ -457,8 +459,9 @@ def import_table(path, out, columns, keep_contacts, seed, encoding=None, delimit
 def remarks(report, train):
     """What a person has to know about this data set, as sentences."""
     if words := report["encoding_guessed_from"]:
-        yield (f"The encoding is a guess: it makes {', '.join(repr(w[:40]) for w in words)} of words "
-               f"in the file ({report['encoding']}). If that is wrong, give --encoding NAME.")
+        words = ", ".join(repr(word[:40]) for word in words)
+        yield (f"The encoding is a guess: in {report['encoding']} words of the file are {words}. "
+               "If that is wrong, give --encoding NAME.")
     if n := report["lost_characters_(U+FFFD)"]:
         yield (f"{n} characters are U+FFFD, which stands for a lost one: the file was garbled "
                "before. Export it again if you can.")

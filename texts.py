@@ -16,10 +16,10 @@ def normalize(text, hide, count=None):
     them. Normalizing twice gives the same as once.
 
     This undoes what programs do to a text, unseen by who reads it: line ends of Windows and old
-    Macs, byte-order marks and blanks without width, blanks around the text, the non-breaking
-    spaces of web pages and word processors, and letters in pieces (macOS writes an e and an accent, Unicode's form NFD; in NFC
-    that is one character). All else stays as somebody typed it: other blanks and dashes,
-    full-width letters (NFKC would change them), odd characters such as NUL."""
+    Macs, byte-order marks and blanks without width, blanks around the text, the non-breaking spaces
+    of web pages and word processors, and letters in pieces (macOS writes an e and an accent,
+    Unicode's form NFD; in NFC that is one character). All else stays as somebody typed it: other
+    blanks and dashes, full-width letters (NFKC would change them), odd characters such as NUL."""
     text = re.sub("[\ufeff\u200b\u2060]", "", text).replace("\u00a0", " ")
     text = unicodedata.normalize("NFC", re.sub("\r\n?", "\n", text)).strip()
     return hide_contacts(text, Counter() if count is None else count) if hide else text
@@ -36,7 +36,8 @@ def is_utf16(content):
 # are two products: a capital, and one word with a capital; but Github.com/Ann is somebody's page.
 # Lookbehinds keep a search from starting again inside a long word.
 PRODUCTS = (r"(?:asp|vb|ado|ml|ef|socket|draw)\.(?:net|io)/|(?!git|linkedin|xing|facebook|twitter|"
-            r"instagram|behance|kaggle|medium)(?-i:[A-Z][\w-]{0,62}\.\w{2,4}/[A-Z]\w*)(?![\w/-]|\.\w)")
+            r"instagram|behance|kaggle|medium)(?-i:[A-Z][\w-]{0,62}\.\w{2,4}/[A-Z]\w*)"
+            r"(?![\w/-]|\.\w)")
 LINK = re.compile(
     r"(?:https?://|(?<![^\W\d])www\.|"
     rf"(?<![\w.@+-])(?!{PRODUCTS})"
@@ -99,8 +100,8 @@ IDENTIFIER = re.compile(
     r"matricola|matrikel|führerschein|batch|lot|model|section)|[#№°º])[\s.:#=\-]*$", re.IGNORECASE)
 UNIT = re.compile(
     r"\s?(?:[%€$£¥₹]|(?:eur|usd|gbp|chf|pln|sek|nok|dkk|czk|inr|jpy|cny|rub|brl|mxn|zar|aud|cad|"
-    r"kwh|mwh|kw|mw|mah|mhz|ghz|km|m²|m2|kg|hours|users|customers|people|employees|units|visitors|sites|tons|"
-    r"calls|stunden|kunden|mitarbeiter)\b)", re.IGNORECASE)
+    r"kwh|mwh|kw|mw|mah|mhz|ghz|km|m²|m2|kg|hours|users|customers|people|employees|units|visitors|"
+    r"sites|tons|calls|stunden|kunden|mitarbeiter)\b)", re.IGNORECASE)
 ADDRESS = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}(?![.\d])")       # of the Internet
 YEAR = re.compile(r"(?:19|20)\d\d")
 
@@ -201,8 +202,8 @@ def is_dialled(number):
     size, years = sum(map(len, groups)), any(map(YEAR.fullmatch, groups))
     if PLUS.match(number):
         return 8 <= size <= 15 and not (are_thousands(groups) and (size < 10 or "000" in groups))
-    a_list = len(set(map(len, groups))) == 1                                    # 0030 0040 0050
-    return bool(ZEROS.match(number)) and 11 <= size <= 17 and not (len(groups) < 3 or years or a_list)
+    a_list = len(groups) < 3 or len(set(map(len, groups))) == 1                 # 0030 0040 0050
+    return bool(ZEROS.match(number)) and 11 <= size <= 17 and not (years or a_list)
 
 
 def is_with_area(number):

@@ -313,7 +313,7 @@ STRAY = GERMAN.encode().replace("Köchin 7 für".encode(), "Köchin 7".encode() 
     (JAPANESE.encode("euc_jp"), 2, "cannot be told"), (RUSSIAN.encode("cp1251"), 2, "cannot be told"), (RUSSIAN.encode("koi8-r"), 2, "cannot be told"),
     (POLISH.encode("cp1250"), 2, "cannot be told"), (GERMAN.encode("mac_roman"), 2, "cannot be told"), (GERMAN.encode("cp850"), 2, "cannot be told"),
     (GERMAN.encode("utf-32-le"), 1, "as in UTF-32"), (CHINESE.encode("utf-32-be"), 1, "(utf-32-le, utf-32-be)"),
-    (GERMAN.encode("utf-16-le"), 1, "every other byte is 0, as in UTF-16"), (GERMAN.encode("utf-16-be"), 1, "every other byte is 0"),
+    (GERMAN.encode("utf-16-le"), 1, "every other byte is 0, or more, as in UTF-16"), (GERMAN.encode("utf-16-be"), 1, "every other byte is 0"),
     ((GERMAN + "a\0b,c\r\n").encode(), 42, "a NUL character"),
     (JAPANESE.encode("iso2022_jp"), 2, "an escape character, as in a file of another encoding (iso2022_jp"),
     (GERMAN.encode() + b"\x1b$)C,d", 42, "an escape character"),
@@ -351,7 +351,7 @@ def test_what_is_no_encoding_of_text_is_refused(name, tmp_path, capsys):
 def test_a_guess_shows_a_word(tmp_path, capsys):
     assert run(written(tmp_path / "t.csv", GERMAN.encode("cp1252")), tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert "The encoding is a guess: it makes 'für', 'Cafés', 'Köchin' of words in the file (cp1252). If that is wrong, give --encoding NAME." in said
+    assert "The encoding is a guess: in cp1252 words of the file are 'für', 'Cafés', 'Köchin'. If that is wrong, give --encoding NAME." in said
     assert result(tmp_path / "out")[1]["encoding_guessed_from"] == ["für", "Cafés", "Köchin"]
     assert run(written(tmp_path / "t.csv", GERMAN.encode()), tmp_path / "out") == 0 and "guess:" not in capsys.readouterr().out
 

@@ -36,7 +36,7 @@ def is_utf16(content):
 # are two products: a capital, and one word with a capital; but Github.com/Ann is somebody's page.
 # Lookbehinds keep a search from starting again inside a long word.
 PRODUCTS = (r"(?:asp|vb|ado|ml|ef|socket|draw)\.(?:net|io)/|(?!git|linkedin|xing|facebook|twitter|"
-            r"instagram|behance|kaggle|medium)(?-i:[A-Z][\w-]{0,62}\.\w{2,4}/[A-Z]\w*)"
+            r"instagram|behance|kaggle|medium)(?-i:[A-Z][\w-]{0,62}\.(?:com|io|ai|net|org|co)/[A-Z]\w*)"
             r"(?![\w/-]|\.\w)")
 LINK = re.compile(
     r"(?:https?://|(?<![^\W\d])www\.|"
@@ -55,7 +55,7 @@ RUN = (rf"(?:\+{SPACE}?)?(?:\((?=\+?\d{{1,5}}\)))?\+?"
        r"\d(?:[ \u00a0().\-\u2010-\u2013/]{0,3}\d){5,32}(?!\d)")
 # Words before a number. After ADJECTIVES an amount may stand too ("mobile 120 000 000 users").
 ADJECTIVES = ("mobile|mobil|phone|telephone|cell|fax|handy|portable|whatsapp|call|hotline|gsm|"
-              "contact|ph|mob|festnetz|mobilfunk")
+              "contact|ph|mob|mobiel|festnetz|mobilfunk")
 WORDS = (f"{ADJECTIVES}|tel|tél|tlf|telf|telefon|telefono|teléfono|telefone|telefoon|téléphone|"
          "telefax|mobiltelefon|móvil|movil|celular|cellulare|cellphone|handynummer|mobilnummer|"
          "telefonnummer|rufnummer|natel|komórka|viber|telemóvel|"
@@ -221,14 +221,14 @@ def is_with_area(number):
 
 def is_after_word(number, found):
     """Seven to fifteen digits. Thousands, and groups such as 900/1800/1900, only after a word or
-    sign that no amount can follow; 415 555 2671 also after others."""
+    sign that no amount can follow; 415 555 2671 and 98765 43210 (India) also after others."""
     groups = digits_of(number)
     size = sum(map(len, groups))
     certain = found["sign"].strip() or not re.fullmatch(ADJECTIVES, found["word"], re.IGNORECASE)
     thousands = are_thousands(groups) and not (certain and "." not in number and size >= 9)
-    a_list = (not certain and number[0] != "0" and min(map(len, groups)) > 2
+    a_list = (not certain and min(map(len, groups)) > 2
               and re.fullmatch(r"\d+(?:[ \u00a0/]+\d+)+", number)
-              and not re.fullmatch(r"[2-9]\d\d [2-9]\d\d \d\d(?!00)\d\d", number))
+              and not re.fullmatch(r"(?:[2-9]\d\d \d{3} \d\d|[6-9]\d{4} \d{3})(?!00)\d\d", number))
     return 7 <= size <= 15 and not thousands and not a_list
 
 

@@ -357,9 +357,9 @@ def test_a_guess_shows_a_word(tmp_path, capsys):
 
 
 def test_a_guess_shows_the_rarest_signs_first(tmp_path):
-    text = "cv,jd\n" + "".join(f"Szakács {i},Kávéház {i}\n" for i in range(40)) + "hűtő,gőz\nürít,öt\nín,ú\nŐ,Ű\n"
+    text = "cv,jd\n" + "".join(f"Szakács {i},Kávéház {i}\n" for i in range(40)) + "hűtő,ín\nöt,ú\nó,x\n"
     assert run(written(tmp_path / "t.csv", text.encode("cp1250")), tmp_path / "out") == 0
-    assert result(tmp_path / "out")[1]["encoding_guessed_from"] == ["hûtõ", "ürít", "öt", "ú", "Õ"]
+    assert result(tmp_path / "out")[1]["encoding_guessed_from"] == ["hûtõ", "ín", "öt", "ú", "ó"]
 
 
 def test_english_with_typographic_signs_is_western(tmp_path):

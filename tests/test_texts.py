@@ -119,6 +119,9 @@ Telemóvel: <912 345 678>
 📱<9876543210>
 ☎️ <415 555 2671>
 Cell <415 555 2671>
+Phone <347 123 4567>
+Mobile <98765 43210>
+Mobielnummer <06-12345678>
 Mobil <40 12 34 56>
 Tel.-Nr.: <030 1234567>
 Rufnummer: <030 1234567>
@@ -262,6 +265,8 @@ GSM 900/1800/1900
 gsm 900 1800 1900
 GSM 850 900 1800 1900
 cell 18650 21700 26650
+cell 65000 70000
+call 0800 1200 1630
 phone 1234567 calls
 mobile 9000000 MHz
 flash mob 1200 1500 2000
@@ -303,7 +308,7 @@ def test_what_may_be_anything_else_stays(text):
     ("Write to ann.lee+jobs@mail.example.co.uk, please", "Write to [EMAIL], please"), ("ann@example.org, bob@example.org", "[EMAIL], [EMAIL]"),
     ("see https://example.org/me?x=1#y. Or www.me.dev/cv", "see [LINK]. Or [LINK]"), ("(github.com/ann)", "([LINK])"),
     ("ann@example.org/path", "[EMAIL]/path"), ("linkedin.com/in/x, LinkedIn.com/in/x", "[LINK], [LINK]"), ("github.com/Name, GitHub.com/Ann", "[LINK], [LINK]"),
-    ("Ann-Lee.dev/Work/cv, Ann.com/Cv.pdf, Me.dev/cv", "[LINK], [LINK], [LINK]"),
+    ("Ann-Lee.dev/Work/cv, Ann.com/Cv.pdf, Me.dev/cv, T.me/Ann", "[LINK], [LINK], [LINK], [LINK]"),
     ("Monday.com/Jira, Salesforce.com/CRM. Crates.io/Rust or Open.ai/GPT", None),
     ("react@18.2.0, @types/node@18.0.0-beta.next, 10@2.50", None), ("ASP.net/C#, VB.NET/SQL, Node.js/React, C/C++.net/", None),
     ("and/or, TCP/IP, 24/7, Socket.io/Express, me@home", None), ("3.5/4.0, 60.000/70.000", None)])

@@ -28,13 +28,16 @@ import recommend
 import reward
 import sft
 import table
-from data import SPLITS, Codec, files_of, load_codec, load_tokenizer, read_half, read_records, save_tokenizer
+from data import SPLITS, Codec, files_of, keeps_contacts, load_codec, load_tokenizer, read_half, read_records, save_tokenizer
 from model import LINEAR, LanguageModel, RewardModel, generate, is_target, merge_lora, twin
 from run import (BadInput, Stage, alone, autocast, check_folder, check_same, checksum, checksums, code_checksum, differences,
                  finished, flag, generator, load_tensors, peak_rss_mb, pick_device, read_json, read_summary, save_tensors,
                  sha256, with_checksum, write_json)
 from texts import is_utf16, normalize
 from weights import StartFlags, check_links, is_reward, load_model, load_pretrained, put, read_config, read_lora, save_model
+
+for path in Path(sft.__file__).parent.glob("*.py"):
+    code_checksum(path)                 # now, while the files are the code that was imported; see code_of
 
 
 @dataclass
@@ -77,16 +80,16 @@ def train_reward(stage, run, folder, flags, seed, device):
             raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that model "
                            "writes")
         start = load_pretrained(flags, codec, init_seed, device)
-        start.config.keep_contacts = generator_model.config.keep_contacts
     else:
         start = generator_model
+    start.config.keep_contacts = keeps_contacts(folder)         # an earlier version of stage 1 did not note it
     model, reader = new_reward_model(start, run / "sft", bool(flags.init or init_of(run)), init_seed)
     reward.train(model.to(device), reader.to(device), codec, records, flags, seed, stage, device)
     cvs = sorted({r.cv for r in records})
     samples = reward.sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
     if not any(row[-1] == codec.eos for row in samples):
-        stage.say(f"{name}: none of {len(samples)} samples of stage 1 ended within {codec.max_jd} tokens: the score's mean and standard "
-                  "deviation are those of JDs that were cut")
+        stage.say(f"{name}: none of {len(samples)} samples of stage 1 ended within {codec.max_jd} tokens, so the score is standardized "
+                  "on truncated JDs; train stage 1 longer, or raise its --max-jd")
     reward.standardize(model, reward.score_rows(model, samples))
     valid = read_records(folder / "valid.jsonl")
     metrics = reward.pair_metrics(valid, reward.score_texts(model, codec, [(r.cv, r.jd) for r in valid]))
@@ -124,6 +127,7 @@ def new_reward_model(lm, folder, pretrained, seed):
 
 def train_ppo(stage, run, folder, flags, seed, device):
     policy = ppo.Policy(load_model(need(run, "sft"), LanguageModel, device)).to(device)
+    policy.lm.config.keep_contacts = keeps_contacts(folder)
     codec = load_codec(run / "sft", policy.lm.config)
     reward_model = load_model(need(run, "reward"), RewardModel, device, beside=policy.lm)
     truth = market.true_match if (folder / "market.json").exists() else None
@@ -210,11 +214,11 @@ def export(args, device):
         merge_lora(model)
     model.config.pad_token_id = codec.pad
     save_model(args.out, model)
-    save_tokenizer(args.out, codec)
+    template = save_tokenizer(args.out, codec)
     kind = "adapters on " + model.model.lora.base_model_name_or_path if model.model.lora else "plain weights"
     print(f"{args.out}: {type(model).__name__}, {kind}")
-    if not codec.for_text()[1]:
-        print(f"{args.out}: no chat template; its tokenizer cannot make the prompt of one text, so give other tools token ids")
+    if not template:
+        print(f"{args.out}: no chat template; this tokenizer cannot reproduce the prompt from text, so give other tools token ids")
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -261,10 +265,10 @@ def write_data(args, flags, start):
 
 def check_rules(folder):
     """Refuse simulated data that were made by other rules than market.py has now: their true match would be another."""
-    path, rules = Path(folder) / "market.json", code_checksum(market.__file__)
+    path, rules = Path(folder) / "market.json", code_checksum(Path(market.__file__))
     if path.exists() and read_json(path).get("rules", rules) != rules:      # an earlier version noted none
-        raise BadInput(f"{path}: market.py changed since these data were made, so that their true match would be another; make new "
-                       "data and a new run (--out DIR), or bring back the old market.py")
+        raise BadInput(f"{path}: market.py changed since these data were made, so their true match would differ; restore the old "
+                       "market.py, or make new data in a new run:  bash train.sh --out DIR")
 
 
 def folders(args):
@@ -437,7 +441,7 @@ def is_measured(run, args):
         return False
     print(f"{args.command}: finished already, see {run / 'results.json'}")
     if changed := [name for name, *_ in differences(noted.get(f"{args.command} code", code), code)]:
-        more = " --smoke" * args.smoke + (f" --data {args.data}" if args.data else "")
+        more = " --smoke" * args.smoke + (f" --seed {args.seed}" if args.seed else "") + (f" --data {args.data}" if args.data else "")
         print(f"{args.command}: {', '.join(changed)} changed since; to measure anew:  python girl.py {args.command} --run {run}{more}")
     return True
 

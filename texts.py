@@ -11,6 +11,9 @@ import unicodedata
 from collections import Counter
 
 
+UNSEEN = "\ufeff\u200b\u2060"          # byte-order marks, blanks without width
+
+
 def normalize(text, hide, count=None):
     """The text as all stages see it. With `hide` its contacts become placeholders; `count` counts
     them. Normalizing twice gives the same as once.
@@ -20,7 +23,7 @@ def normalize(text, hide, count=None):
     of web pages and word processors, and letters in pieces (macOS writes an e and an accent,
     Unicode's form NFD; in NFC that is one character). All else stays as somebody typed it: other
     blanks and dashes, full-width letters (NFKC would change them), odd characters such as NUL."""
-    text = re.sub("[\ufeff\u200b\u2060]", "", text).replace("\u00a0", " ")
+    text = re.sub(f"[{UNSEEN}]", "", text).replace("\u00a0", " ")
     text = unicodedata.normalize("NFC", re.sub("\r\n?", "\n", text)).strip()
     return hide_contacts(text, Counter() if count is None else count) if hide else text
 

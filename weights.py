@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data import END_OF_TURN, EOS, number_of_ids
+from data import END_OF_TURN, EOS, load_tokenizer, number_of_ids
 from model import LINEAR, Config, LanguageModel, LoRA, RewardModel, add_lora, twin
 from run import BadInput, check_folder, flag, frozen_dtype, load_tensors, read_json, save_tensors, write_json
 
@@ -76,7 +76,8 @@ def read_config(folder):
     found = {f.name: known[f.name] for f in fields(Config) if known.get(f.name) is not None}
     for name, value in found.items():
         check_size(name, value, path)
-    found.setdefault("eos_token_id", None)          # not the default of our own models
+    if not isinstance(raw.get("eos_token_id"), int):        # none, or several
+        found["eos_token_id"] = end_of_text(path.parent, raw)
     try:
         return Config(**found), raw
     except (TypeError, BadInput) as e:
@@ -84,7 +85,7 @@ def read_config(folder):
 
 
 def config_file(folder):
-    """Our adapters have a `girl.json`, a whole model a `config.json`; adapters that peft saved have neither, but their base."""
+    """Our adapters have a `girl.json`, a whole model a `config.json`; adapters saved by peft have neither: their base's is used."""
     for name in ("girl.json", "config.json"):
         if (folder / name).exists():
             return folder / name
@@ -119,7 +120,7 @@ def rope_of(raw, path):
     things is refused."""
     rope, scaling = (raw.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
     if not isinstance(rope, dict) or not isinstance(scaling, dict) or any(isinstance(v, dict) for v in rope.values()):
-        raise BadInput(f"{path}: rope_parameters and rope_scaling must be objects, and one for all layers")
+        raise BadInput(f"{path}: rope_parameters and rope_scaling must be objects that hold for all layers")
     if rope and scaling and rope != scaling:
         raise BadInput(f"{path}: has rope_parameters and another rope_scaling; keep the one that the model was trained with")
     rope, name = rope or scaling, "original_max_position_embeddings"
@@ -197,8 +198,8 @@ def without_tables(weights):
     return {n: t for n, t in weights.items() if not n.endswith("rotary_emb.inv_freq")}
 
 
-# What an adapter_config.json may hold. NEUTRAL keys change nothing in what is computed, whatever they hold; those of PLAIN must
-# hold one of these values; every other key must be unset.
+# What an adapter_config.json may hold. NEUTRAL keys are read below, or change nothing in what is computed; those of PLAIN must hold
+# one of these values; every other key must be unset.
 NEUTRAL = {f.name for f in fields(LoRA)} | {"modules_to_save", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout",
                                             "megatron_core", "qalora_group_size", "runtime_config"}
 UNSET = (None, False, {}, [], "")
@@ -215,8 +216,9 @@ def read_lora(folder):
     for name in sorted(PLAIN | raw):
         if name not in NEUTRAL and raw.get(name) not in PLAIN.get(name, UNSET):
             raise BadInput(f"{path}: {name} {repr(raw.get(name))[:80]} is not supported")
-    if not set(map(str, raw.get("modules_to_save") or [])) <= {"score", "classifier"}:      # peft names both, and some of them twice
-        raise BadInput(f"{path}: modules_to_save {repr(raw['modules_to_save'])[:80]} is not supported")
+    heads = raw.get("modules_to_save") or []
+    if not isinstance(heads, list) or not set(map(str, heads)) <= {"score", "classifier"}:     # peft names both, and some twice
+        raise BadInput(f"{path}: modules_to_save {repr(heads)[:80]} is not supported")
     try:
         lora = LoRA(**{f.name: raw[f.name] for f in fields(LoRA)})
         if not isinstance(lora.base_model_name_or_path, str) or not lora.base_model_name_or_path:
@@ -251,6 +253,7 @@ def is_reward(folder):
     if adapters.exists() and read_json(adapters).get("task_type") == "SEQ_CLS":
         return True
     kinds = raw.get("architectures") or []
+    kinds = kinds if isinstance(kinds, list) else [kinds]
     return any(str(kind).endswith(RewardModel.architecture) for kind in kinds) if kinds else "num_labels" in raw
 
 
@@ -278,7 +281,7 @@ def load_plain(folder, kind, device, dtype=torch.float32):
     if config.tie_word_embeddings and "lm_head.weight" in weights:
         if equal(weights["lm_head.weight"], weights.get("model.embed_tokens.weight")) or kind is RewardModel:
             del weights["lm_head.weight"]                   # the same tensor once more, or a head that is not asked for
-        else:                                               # the file knows better than its config; so says transformers
+        else:                                               # the weights override the config, as in transformers
             config = replace(config, tie_word_embeddings=False)
     try:
         with torch.device("meta"):                          # no weights yet: they come from the file
@@ -318,7 +321,7 @@ def load_adapters(folder, lora, kind, device, beside):
         raise BadInput(f"{folder / 'adapter_model.bin'}: a pickle can run any code and is not opened; save the adapters as safetensors")
     weights = {n.removeprefix("base_model.model."): t for n, t in load_tensors(path).items()}
     if own := sorted(n for n in weights if n.startswith(("model.embed_tokens.", "lm_head."))):
-        raise BadInput(f"{path}: holds {own[0]} beside its adapters, of a vocabulary that was changed; merge them with peft first")
+        raise BadInput(f"{path}: also holds {own[0]}, as after a change of the vocabulary; merge the adapters with peft first")
     if any(lora.r > max(t.shape, default=0) for n, t in weights.items()):       # before memory is taken for them
         raise BadInput(f"{path}: its adapters are not of rank {lora.r}, as its config says")
     add_lora(model, lora)
@@ -333,7 +336,7 @@ def put(model, weights, expected, path, device, dtype=torch.float32):
         if names:
             wrapped = next((p for p in ("_orig_mod.", "module.", "pretrained_model.") for n in weights if n.startswith(p)), None)
             if wrapped:
-                raise BadInput(f"{complaint}: its names begin with {wrapped}; save it without what wrapped it")
+                raise BadInput(f"{complaint}: its names begin with {wrapped}; save the unwrapped model (torch.compile, DataParallel or TRL added that)")
             raise BadInput(f"{complaint}: {what} {', '.join(sorted(names)[:3])}{' and more' if len(names) > 3 else ''}")
     for name, t in weights.items():
         if t.shape != expected[name].shape:
@@ -346,17 +349,18 @@ def put(model, weights, expected, path, device, dtype=torch.float32):
     model.load_state_dict({n: t.to(device, dtype, copy=True) for n, t in weights.items()}, strict=False, assign=True)
 
 
-def end_of_text(folder, raw, tokenizer):
-    """The token that ends a text of a pretrained model, or None.
-
-    Its config names one or several; of several ChatML's end of turn is chosen where it is among them. Where the config names none
-    (no key, null, []), the tokenizer_config.json does, or the vocabulary has <|endoftext|>."""
-    ends = raw.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+def end_of_text(folder, raw):
+    """The token that ends a text of a pretrained model whose config names none (no key, null, []) or several; None if nothing says
+    it. Of several it is ChatML's end of turn, if that is one of them, else the first. Of none it is what the tokenizer_config.json
+    names, or <|endoftext|>, if the vocabulary has it."""
+    ends = raw.get("eos_token_id") or []
+    if not (folder / "tokenizer.json").exists():
+        return ends[0] if ends else None
+    tokenizer = load_tokenizer(folder)
     if ends:
         turn = tokenizer.token_to_id(END_OF_TURN)
         return turn if turn in ends else ends[0]
-    path = Path(folder) / "tokenizer_config.json"
+    path = folder / "tokenizer_config.json"
     named = read_json(path).get("eos_token") if path.exists() else None
     named = named.get("content") if isinstance(named, dict) else named      # older files describe it by an object
     return tokenizer.token_to_id(named if isinstance(named, str) else EOS)

@@ -220,7 +220,7 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
         assert girl.main(command) == 0 and before == written()
     said = capsys.readouterr().out
     assert re.findall("(\\w+): (.*) changed since", said) == [("ppo", "ppo.py"), ("evaluate", "ppo.py"), ("recommend", "ppo.py, recommend.py")]
-    assert f"python girl.py recommend --run {tmp_path / 'run'} --smoke --data {tmp_path / 'run' / 'data'}\n" in said
+    assert f"python girl.py recommend --run {tmp_path / 'run'} --smoke --seed 1 --data {tmp_path / 'run' / 'data'}\n" in said
 
     measured, results = [], json.loads(path.read_text())
     monkeypatch.setattr(girl, "evaluate_run", lambda args, device: measured.append("evaluate"))

@@ -135,7 +135,7 @@ def test_a_missing_shard_is_named(tmp_path):
     ({"layer_types": ["sliding_attention"] * 2}, "layer_types ['sliding_attention'"), ({"layer_types": "x"}, "layer_types 'x'"),
     ({"rope_parameters": "x"}, "rope_parameters and rope_scaling must be objects"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "has rope_parameters and another rope_scaling; keep the one"),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "must be objects, and one for all layers"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "must be objects that hold for all layers"),
     ({"rope_parameters": LLAMA3, "original_max_position_embeddings": 32}, "two different original_max_position_embeddings"), ({"rope_theta": "x"}, "rope_theta cannot be 'x'"),
     ({"rope_parameters": LLAMA3 | {"factor": 0}}, "is not supported"), ({"rope_parameters": None, "rope_theta": 0}, "rope_theta cannot be 0"),
     ({"rms_norm_eps": "1"}, "rms_norm_eps cannot be '1'"), ({"eos_token_id": "x"}, "eos_token_id cannot be 'x'"),
@@ -434,7 +434,7 @@ def test_what_else_adapters_come_with_is_named(tmp_path):
     path = tmp_path / "adapters" / "adapter_model.safetensors"
     stored = load_file(path)
     save_file(stored | {"base_model.model.lm_head.weight": torch.zeros(41, 32)}, path)
-    with pytest.raises(BadInput, match="holds lm_head.weight beside its adapters, .* merge them with peft first"):
+    with pytest.raises(BadInput, match="also holds lm_head.weight, .* merge the adapters with peft first"):
         load_model(tmp_path / "adapters")
     path.rename(path.with_suffix(".bin"))
     with pytest.raises(BadInput, match="adapter_model.bin: a pickle can run any code and is not opened"):
@@ -452,13 +452,13 @@ def test_the_body_alone_is_read_where_the_head_is_tied(tmp_path):
 def test_what_wrapped_a_model_is_named(tmp_path):
     path = saved(tmp_path) / "model.safetensors"
     save_file({f"_orig_mod.{name}": t for name, t in load_file(path).items()}, path)
-    with pytest.raises(BadInput, match="its names begin with _orig_mod.; save it without what wrapped it"):
+    with pytest.raises(BadInput, match="its names begin with _orig_mod.; save the unwrapped model"):
         load_model(tmp_path)
 
 
 @pytest.mark.parametrize("changes, scores", [
     ({"architectures": ["LlamaForSequenceClassification"], "num_labels": ...}, True), ({"architectures": ["LlamaForCausalLM"], "num_labels": 2}, False),
-    ({"architectures": None}, True), ({"architectures": None, "num_labels": ...}, False)])
+    ({"architectures": 5}, False), ({"architectures": "LlamaForSequenceClassification"}, True), ({"architectures": None}, True), ({"architectures": None, "num_labels": ...}, False)])
 def test_what_a_folder_holds_is_known_by_its_architecture(changes, scores, tmp_path):
     saved(tmp_path, tiny(RewardModel))
     raw = json.loads((tmp_path / "config.json").read_text()) | changes
@@ -524,7 +524,7 @@ def test_policy_reference_and_reward_model_share_one_base_and_train_apart(tmp_pa
     ({"target_modules": "(" }, "not the config of LoRA adapters"), ({"target_modules": None}, "found None"), ({"target_modules": ["lm_head"]}, "['lm_head']"),
     ({"exclude_modules": ["q_proj"]}, "exclude_modules ['q_proj'] is not supported"), ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
     ({"alora_invocation_tokens": [0, 0]}, "alora_invocation_tokens [0, 0] is not supported"), ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']"),
-    ({"modules_to_save": "score"}, "modules_to_save 'score'"), ({"base_model_name_or_path": None}, "must name the folder of its base model"),
+    ({"modules_to_save": "score"}, "modules_to_save 'score'"), ({"modules_to_save": 5}, "modules_to_save 5"), ({"base_model_name_or_path": None}, "must name the folder of its base model"),
     ({"lora_alpha": "8"}, "lora_alpha must be a number above 0, found '8'"), ({"r": ...}, "it has no r"),
     ({"base_model_name_or_path": "/nowhere"}, "its base model /nowhere is not there"), ({"base_model_name_or_path": "{self}"}, "or no whole model"), ({"lora_alpha": None}, "not the config")])
 def test_adapters_that_cannot_be_ours_are_refused(change, says, tmp_path):

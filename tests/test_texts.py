@@ -13,7 +13,7 @@ from conftest import argv, refused, tiny
 from data import Codec, load_codec, save_tokenizer
 from recommend import read_pool
 from texts import hide_contacts, is_utf16, normalize
-from weights import read_config, save_model
+from weights import load_model, read_config, save_model
 
 # The number stands between < and >; the text around it must stay.
 NUMBERS = """
@@ -407,6 +407,19 @@ def test_all_models_of_a_run_keep_contacts_or_hide_them_as_its_data_do(whole, by
     hidden = normalize(CV, True)
     assert score(by_hand / "reward", tmp_path, capsys, cv=hidden) != score(by_hand / "reward", tmp_path, capsys)
     assert score(by_hand / "reward", tmp_path, capsys) == score(by_hand / "reward", tmp_path, capsys, cv=CV.replace("\n", "\r\n"))
+
+
+def test_after_a_stage_1_that_did_not_note_it_the_data_say_whether_contacts_are_kept(by_hand, tmp_path, monkeypatch):
+    """As an earlier version of stage 1 did not."""
+    def without_the_note(*args, **more):
+        model = load_model(*args, **more)
+        model.config.keep_contacts = False
+        return model
+    shutil.copytree(by_hand, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "ppo")
+    monkeypatch.setattr(girl, "load_model", without_the_note)
+    assert girl.main(argv("ppo", tmp_path / "run", by_hand.parent / "data")) == 0
+    assert read_config(tmp_path / "run" / "ppo")[0].keep_contacts is True
 
 
 def test_each_model_reads_the_cv_as_its_own_data_were(whole, by_hand, tmp_path, monkeypatch):

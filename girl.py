@@ -36,9 +36,6 @@ from run import (BadInput, Stage, alone, autocast, check_folder, check_same, che
 from texts import is_utf16, normalize
 from weights import StartFlags, check_links, is_reward, load_model, load_pretrained, put, read_config, read_lora, save_model
 
-for path in Path(sft.__file__).parent.glob("*.py"):
-    code_checksum(path)                 # now, while the files are the code that was imported; see code_of
-
 
 @dataclass
 class DataFlags:
@@ -309,6 +306,11 @@ def code_of(name):
     own = {"sft": ["sft.py"], "ppo": ["ppo.py"], "evaluate": measures, "recommend": [*measures, "recommend.py"]}.get(name, [])
     files = ["girl.py", "data.py", "texts.py", "model.py", "weights.py", "run.py", "reward.py", *own]
     return {file: code_checksum(Path(sft.__file__).with_name(file)) for file in files}
+
+
+for each in ("sft", "ppo", "recommend"):
+    code_of(each)                       # now, while the files are the code that was imported
+code_checksum(Path(market.__file__))
 
 
 BEFORE = {"sft": (), "reward": ("sft",), "judge": ("sft",), "ppo": ("sft", "reward"), "recommend": ("sft", "reward", "ppo"),

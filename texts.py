@@ -31,7 +31,8 @@ def normalize(text, hide, count=None):
 def is_utf16(content):
     """Are these bytes UTF-16 without a byte-order mark? In most texts every other byte is 0 then,
     which UTF-8 takes for a NUL character."""
-    return max(content[0::2].count(0), content[1::2].count(0)) > len(content) / 4
+    # A NUL or three in a short text say nothing.
+    return max(content[0::2].count(0), content[1::2].count(0)) > max(len(content) / 4, 3)
 
 
 # ---------------------------------------------------------------------------------------- contacts

@@ -486,3 +486,8 @@ def test_generate_scores_a_jd_as_score_does(whole, tmp_path, capsys, monkeypatch
     shown = re.match(r"\[([+-][\d.]+)\]\n", capsys.readouterr().out)[1]
     assert girl.main(["score", "--reward", scorer, "--cv", str(tmp_path / "cv"), "--jd", str(tmp_path / "jd")]) == 0
     assert float(capsys.readouterr().out) == pytest.approx(float(shown), abs=6e-4)
+
+
+@pytest.mark.parametrize("content", [b"\x00", b"\x18\x00", b"\x00Sf", b"\xdd\x96\x00", b"A cook\x00\x00\x00"])
+def test_a_nul_or_three_in_a_short_text_are_no_utf16(content):
+    assert not is_utf16(content) and is_utf16("A cook".encode("utf-16-le")) and is_utf16("A cook".encode("utf-16-be"))

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from run import BadInput, read_json, write_bytes, write_json
-from texts import normalize
+from texts import UNSEEN, normalize
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"      # ids 0 and 1 of our own tokenizer
 TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"        # ChatML, where a pretrained model's vocabulary has it
@@ -187,8 +187,8 @@ def read_import(folder):
 
 
 def keeps_contacts(folder):
-    """Do these texts have contacts as somebody wrote them? Not in a data set that `data` made (the
-    market has none) without `--keep-contacts`; one that was written by hand is used as it is."""
+    """True if contacts were left in these texts: with `--keep-contacts`, or in a data set written by
+    hand. The simulated market has none."""
     if (Path(folder) / "market.json").exists():
         return False
     return not made_of_table(folder) or read_import(folder).get("contacts_replaced") is None
@@ -240,7 +240,8 @@ def plain_text_only(tokenizer):
 
 
 def save_tokenizer(folder, codec):
-    """`tokenizer.json` and `tokenizer_config.json`, from which other tools make the token ids that were trained on."""
+    """`tokenizer.json` and `tokenizer_config.json`, from which other tools make the token ids that were trained on. Returns the
+    chat template, empty if there is none."""
     tokenizer, template = codec.for_text()
     write_bytes(Path(folder) / "tokenizer.json", tokenizer.to_str().encode())
     write_json(Path(folder) / "tokenizer_config.json", {
@@ -248,7 +249,8 @@ def save_tokenizer(folder, codec):
         "eos_token": codec.tokenizer.id_to_token(codec.eos), "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         # What looks like a special token in a text is text, unless the prompt itself is written with special tokens.
-        "split_special_tokens": not codec.specials} | ({"chat_template": template} if template else {}))
+        "split_special_tokens": not codec.writes_specials()} | ({"chat_template": template} if template else {}))
+    return template
 
 
 def load_tokenizer(folder):
@@ -277,14 +279,16 @@ def load_tokenizer(folder):
 def chat_template(begin, before, after, space, end):
     """In Jinja, as Hugging Face has them: each user's message is a CV, each answer its JD."""
     begin, before, after, space, end = (json.dumps(text, ensure_ascii=False) for text in (begin, before, after, space, end))
-    content = "(m['content'] | replace('\\r\\n', '\\n') | trim)"
+    # As texts.normalize, but for letters in pieces (Unicode's NFD), which Jinja cannot join.
+    undo = (*((mark, "") for mark in UNSEEN), ("\u00a0", " "), ("\r\n", "\n"), ("\r", "\n"))
+    content = "(m['content']" + "".join(f" | replace({json.dumps(a)}, {json.dumps(b)})" for a, b in undo) + " | trim)"
     return (f"{{{{ {begin} }}}}{{% for m in messages %}}"
             f"{{% if m['role'] == 'user' %}}{{{{ {before} + {content} + {after} }}}}"
             f"{{% elif m['role'] == 'assistant' %}}{{{{ {space} + {content} + {end} }}}}"
             "{% else %}{{ raise_exception('the roles are user, for a CV, and assistant, for a JD') }}{% endif %}{% endfor %}")
 
 
-# Where a tokenizer may join the end of a CV, or its beginning, with what stands beside it.
+# CVs whose first or last characters a tokenizer might merge with the template.
 EXAMPLES = ("cook", "Cook, 9 years (part time).", "- 3 knives\n- Köln!", "2019: chef\n\nBath;", "«a» 厨师 🙂")
 ASK = "Write the job description of a job that fits this CV."
 
@@ -303,20 +307,18 @@ class Codec:
         self.tokenizer, self.max_cv, self.max_jd = tokenizer, max_cv, max_jd
         special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
         # What the tokenizer puts before every text: begin-of-text, or nothing.
-        begin = list(takewhile(set(special.values()).__contains__, tokenizer.encode("a").ids))
+        self.begin = begin = list(takewhile(set(special.values()).__contains__, tokenizer.encode("a").ids))
         self.chatml = TURN in special and END_OF_TURN in special and eos in (None, special[END_OF_TURN])
         if self.chatml:
             turn, self.eos, self.space = special[TURN], special[END_OF_TURN], ""
             self.before = begin + [turn] + ids(f"user\n{ASK}\n\n")
             self.after = [self.eos] + ids("\n") + [turn] + ids("assistant\n")
-            self.specials = [*begin, turn, self.eos]
         else:
             # A word is the same token at the beginning as it is elsewhere: with a space before it, which some
             # tokenizers (SentencePiece's) put there themselves.
             self.eos = tokenizer.token_to_id(EOS) if eos is None else eos
             self.space = "" if (tokenizer.id_to_token(ids("a")[0]) or "").startswith("\u2581") else " "
             self.before, self.after = begin + ids("CV:"), ids("\nJD:")
-            self.specials = begin
         # To fill rows up: a token that no text has. Not end-of-text, or what reads a padded row would not find its end.
         unknown = {"<unk>", getattr(tokenizer.model, "unk_token", None)} - {TURN, END_OF_TURN}
         spare = [i for t, i in special.items() if i not in {self.eos, *self.before, *self.after} and t not in unknown]
@@ -363,8 +365,8 @@ class Codec:
     def for_text(self):
         """The tokenizer for other tools, which are given a prompt as one text, and a chat template that writes this text: from
         `[{"role": "user", "content": CV}]` they get the ids of `prompt(CV)`. A tokenizer that would join the template and the CV
-        is made to cut between them. Where this does not help, there is no template."""
-        begin = "".join(self.tokenizer.id_to_token(t) for t in self.specials if t not in (self.eos, *self.after))
+        is made to cut between them. If that does not give the same ids, there is no template (an empty string)."""
+        begin = "".join(map(self.tokenizer.id_to_token, self.begin))
         if self.chatml:
             before, after, own = f"{TURN}user\n{ASK}\n\n", f"{END_OF_TURN}\n{TURN}assistant\n", f"user\n{ASK}\n\n"
         else:
@@ -375,9 +377,13 @@ class Codec:
         for tokenizer in (plain, cutting):
             if all(tokenizer.encode(begin + before + cv + after, add_special_tokens=False).ids
                    == self.before + self.encode(cv) + self.after for cv in EXAMPLES):
-                end = self.tokenizer.id_to_token(self.eos) if self.specials else ""
+                end = self.tokenizer.id_to_token(self.eos) if self.writes_specials() else ""
                 return tokenizer, chat_template(begin, before, after, "" if self.chatml else " ", end)
         return plain, ""
+
+    def writes_specials(self):
+        """Does the prompt, as one text, hold special tokens?"""
+        return self.chatml or bool(self.begin)
 
     def shrink(self, longest_prompt, longest_jd):
         """Lower the budgets to what the training data needs (a tenth more, for held-out texts)."""

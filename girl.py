@@ -28,7 +28,7 @@ import recommend
 import reward
 import sft
 import table
-from data import SPLITS, Codec, files_of, load_codec, load_tokenizer, read_half, read_records, save_tokenizer
+from data import SPLITS, Codec, files_of, keeps_contacts, load_codec, load_tokenizer, read_half, read_records, save_tokenizer
 from model import LINEAR, LanguageModel, RewardModel, generate, is_target, merge_lora, twin
 from run import (BadInput, Stage, alone, autocast, check_folder, check_same, checksum, checksums, code_checksum, differences,
                  finished, flag, generator, load_tensors, peak_rss_mb, pick_device, read_json, read_summary, save_tensors,
@@ -77,16 +77,16 @@ def train_reward(stage, run, folder, flags, seed, device):
             raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that model "
                            "writes")
         start = load_pretrained(flags, codec, init_seed, device)
-        start.config.keep_contacts = generator_model.config.keep_contacts
     else:
         start = generator_model
+    start.config.keep_contacts = keeps_contacts(folder)         # an earlier version of stage 1 did not note it
     model, reader = new_reward_model(start, run / "sft", bool(flags.init or init_of(run)), init_seed)
     reward.train(model.to(device), reader.to(device), codec, records, flags, seed, stage, device)
     cvs = sorted({r.cv for r in records})
     samples = reward.sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
     if not any(row[-1] == codec.eos for row in samples):
-        stage.say(f"{name}: none of {len(samples)} samples of stage 1 ended within {codec.max_jd} tokens: the score's mean and standard "
-                  "deviation are those of JDs that were cut")
+        stage.say(f"{name}: none of {len(samples)} samples of stage 1 ended within {codec.max_jd} tokens, so the score is standardized "
+                  "on truncated JDs; train stage 1 longer, or raise its --max-jd")
     reward.standardize(model, reward.score_rows(model, samples))
     valid = read_records(folder / "valid.jsonl")
     metrics = reward.pair_metrics(valid, reward.score_texts(model, codec, [(r.cv, r.jd) for r in valid]))
@@ -124,6 +124,7 @@ def new_reward_model(lm, folder, pretrained, seed):
 
 def train_ppo(stage, run, folder, flags, seed, device):
     policy = load_model(need(run, "sft"), LanguageModel, device)
+    policy.config.keep_contacts = keeps_contacts(folder)
     codec = load_codec(run / "sft", policy.config)
     reward_model = load_model(need(run, "reward"), RewardModel, device, beside=policy)
     truth = market.true_match if (folder / "market.json").exists() else None
@@ -176,7 +177,7 @@ def write_for(args, device):
     if args.reward:
         reward_model = load_model(args.reward, RewardModel, device).eval()
         reward_codec = load_codec(args.reward, reward_model.config)
-        pairs = [(as_trained(cv, reward_model), text) for text in texts]
+        pairs = [(as_trained(cv, reward_model), as_trained(text, reward_model)) for text in texts]
         scores = reward.score_texts(reward_model, reward_codec, pairs)
         texts = [f"[{s:+.3f}]\n{t}" for s, t in sorted(zip(scores, texts), key=lambda st: -st[0])]
     print("\n\n".join(texts), flush=True)
@@ -211,9 +212,11 @@ def export(args, device):
         merge_lora(model)
     model.config.pad_token_id = codec.pad
     save_model(args.out, model)
-    save_tokenizer(args.out, codec)
+    template = save_tokenizer(args.out, codec)
     kind = "adapters on " + model.model.lora.base_model_name_or_path if model.model.lora else "plain weights"
     print(f"{args.out}: {type(model).__name__}, {kind}")
+    if not template:
+        print(f"{args.out}: no chat template; this tokenizer cannot reproduce the prompt from text, so give other tools token ids")
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -262,8 +265,8 @@ def check_rules(folder):
     """Refuse simulated data that were made by other rules than market.py has now: their true match would be another."""
     path, rules = Path(folder) / "market.json", code_checksum(Path(market.__file__))
     if path.exists() and read_json(path).get("rules", rules) != rules:      # an earlier version noted none
-        raise BadInput(f"{path}: market.py changed since these data were made, so that their true match would be another; make new "
-                       "data and a new run (--out DIR), or bring back the old market.py")
+        raise BadInput(f"{path}: market.py changed since these data were made, so their true match would differ; restore the old "
+                       "market.py, or make new data in a new run:  bash train.sh --out DIR")
 
 
 def folders(args):
@@ -302,8 +305,13 @@ def code_of(name):
     """Checksums of the files whose code the result of a stage or a measurement depends on. (Of the market's rules see check_rules.)"""
     measures = ["sft.py", "ppo.py", "evaluate.py"]
     own = {"sft": ["sft.py"], "ppo": ["ppo.py"], "evaluate": measures, "recommend": [*measures, "recommend.py"]}.get(name, [])
-    files = ["data.py", "model.py", "weights.py", "run.py", "reward.py", *own]
+    files = ["girl.py", "data.py", "texts.py", "model.py", "weights.py", "run.py", "reward.py", *own]
     return {file: code_checksum(Path(sft.__file__).with_name(file)) for file in files}
+
+
+for each in ("sft", "ppo", "recommend"):
+    code_of(each)                       # now, while the files are the code that was imported
+code_checksum(Path(market.__file__))
 
 
 BEFORE = {"sft": (), "reward": ("sft",), "judge": ("sft",), "ppo": ("sft", "reward"), "recommend": ("sft", "reward", "ppo"),
@@ -436,7 +444,8 @@ def is_measured(run, args):
         return False
     print(f"{args.command}: finished already, see {run / 'results.json'}")
     if changed := [name for name, *_ in differences(noted.get(f"{args.command} code", code), code)]:
-        print(f"{args.command}: {', '.join(changed)} changed since; to measure anew:  python girl.py {args.command} --run {run}")
+        more = " --smoke" * args.smoke + (f" --seed {args.seed}" if args.seed else "") + (f" --data {args.data}" if args.data else "")
+        print(f"{args.command}: {', '.join(changed)} changed since; to measure anew:  python girl.py {args.command} --run {run}{more}")
     return True
 
 

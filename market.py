@@ -583,7 +583,7 @@ def write_market(out, people, held_out, jobs, n_applications, seed):
         taken |= {text for r in splits[split] for text in (r.cv, r.jd)}
         print(f"data: {split}: {len(splits[split])} decisions, {sum(r.accepted for r in splits[split])} accepted")
     clear_data(out)
-    write_json(out / "market.json", {"rules": code_checksum(__file__), "seed": seed, "people": people, "held_out": held_out, "jobs": jobs,
+    write_json(out / "market.json", {"rules": code_checksum(Path(__file__)), "seed": seed, "people": people, "held_out": held_out, "jobs": jobs,
                                      "applications": n_applications, "degrees": DEGREES, "cities": list(CITIES),
                                      "occupations": {t: vars(o) for t, o in BY_TITLE.items()}})
     write_records(out / "probes.jsonl", probes["train"])

@@ -45,7 +45,7 @@ class Config:
     eos_token_id: int | None = 1        # None: a pretrained model whose config names none
     max_cv_tokens: int = 96             # ours: the budgets of data.Codec, which together fill the context
     max_jd_tokens: int = 96
-    keep_contacts: bool = False         # ours: its texts had their contacts, and no [EMAIL] in place of them
+    keep_contacts: bool = False         # ours: True if contacts were left in its training texts
 
     def __post_init__(self):
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads

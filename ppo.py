@@ -373,7 +373,8 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
 def kl_is_negative(rows):
     """Is the mean KL of the last five iterations more than 2 standard errors below 0? The KL of one
     rollout may be negative by chance. That it stays negative, however small, is not to be expected:
-    log-probabilities or masks are wrong."""
+    log-probabilities or masks are wrong. (While the policy hardly moves, and its KL is near 0, one
+    window in forty is that low by chance.)"""
     last = rows[-5:]
     mean = sum(row["kl"] for row in last) / 5
     error = math.sqrt(sum(row["kl_error"] ** 2 for row in last)) / 5
@@ -389,8 +390,8 @@ def report(stage, i, flags, log, cvs, texts):
     if log["length"] == 1:
         stage.say("ppo: every JD of this rollout is empty: end-of-text came first")
     if log["eos_rate"] == 0:
-        stage.say("ppo: no JD of this rollout ended, each got the penalty: nothing can be learned from that; train stage 1 longer, raise its "
-                  "--max-jd, or begin with a model that ends its texts")
+        stage.say("ppo: no JD in this rollout ended, so all got the same penalty and PPO learns nothing; train stage 1 longer, raise "
+                  "its --max-jd, or begin with a model that ends its texts")
     if log["kl_fault"]:
         stage.say("ppo: FAULT: the mean KL of the last 5 iterations is negative; "
                   "log-probabilities or masks disagree")

@@ -302,7 +302,7 @@ class Stage:
             for name in STATE:                          # killed between the last file and the end
                 (self.folder / name).unlink(missing_ok=True)
             self.say(f"{self.name}: finished already, see {self.folder}")
-            self.say_changes(summary, "it finished; to run the stage with the new code")
+            self.say_changes(summary, "to run it with the present code")
             return False
         path = self.folder / "state.json"
         if path.exists():
@@ -335,14 +335,17 @@ class Stage:
         self.tensors = {name.removeprefix("more."): t.clone() for name, t in found.items()}
         self.bar.update(len(self.rows))
         self.say(f"{self.name}: resumed at step {self.step} of {self.bar.total}")
-        self.say_changes(state, "these steps were done; to begin anew with the new code")
+        self.say_changes(state, "to begin it anew with the present code")
+        self.code = state.get("code", self.code)            # what is noted is the code that began the stage
         for name, was, now in differences(state["machine"], machine()):
             self.say(f"{self.name}: began with {name} {was}, goes on with {now}: its numbers may be rounded otherwise")
         return state["numbers"]
 
-    def say_changes(self, noted, since):
-        if changed := [name for name, *_ in differences(noted.get("code", self.code), self.code)]:
-            self.say(f"{self.name}: {', '.join(changed)} changed since {since}, delete {self.folder}")
+    def say_changes(self, noted, remedy):
+        """Name the files whose code is not what was noted; an earlier version of GIRL noted none."""
+        if files := [name for name, *_ in differences(noted.get("code", {}), self.code)]:
+            what = f"{', '.join(files)} changed" if "code" in noted else "the code, which was not noted, may have changed"
+            self.say(f"{self.name}: {what} since this stage began; {remedy}, delete {self.folder}")
 
     def trained(self):
         return {f"{name}.{n}": p for name, module in self.modules.items() for n, p in module.named_parameters() if p.requires_grad}
@@ -475,12 +478,12 @@ def check_same(folder, how, was, asked, inputs):
 @lru_cache
 def code_checksum(path):
     """Of a Python file as it runs: comments, docstrings and layout do not count, nor does the version of Python. Computed once in
-    a process, so that it is that of the code that was imported."""
+    a process: girl.py does it when it is imported, so that it is that of the code that runs."""
     return checksum(skeleton(ast.parse(read_file(path))))
 
 
 def skeleton(node):
-    """A syntax tree as nested lists, without docstrings and without what is empty (which fields there are depends on the version)."""
+    """A syntax tree as nested lists, without docstrings and without empty fields, since Python versions differ in which they have."""
     if isinstance(node, list):
         return [skeleton(part) for part in node]
     if not isinstance(node, ast.AST):

@@ -29,7 +29,7 @@ from data import (Codec, bucketed, check_splits, keeps_contacts, load_tokenizer,
 from model import Config, LanguageModel, generate, logits_size, rows_that_fit
 from reward import reading_loss
 from run import BadInput, Optimizer, autocast, flag, generator, save_tensors
-from weights import StartFlags, end_of_text, load_pretrained, read_config, save_model
+from weights import StartFlags, load_pretrained, read_config, save_model
 
 
 @dataclass
@@ -169,13 +169,13 @@ def new_codec(records, flags):
     if not flags.init:
         texts = sorted({t for r in records for t in (r.cv, r.jd)})
         return Codec(train_tokenizer(texts, flags.vocab), flags.max_cv, flags.max_jd)
-    _, raw = read_config(flags.init)
-    tokenizer = load_tokenizer(flags.init)
-    codec = Codec(tokenizer, flags.max_cv, flags.max_jd, end_of_text(flags.init, raw, tokenizer))
+    config, _ = read_config(flags.init)
+    codec = Codec(load_tokenizer(flags.init), flags.max_cv, flags.max_jd, config.eos_token_id)
     if codec.eos is None:
         raise BadInput(f"{flags.init}: nothing says which token ends a text; name it as eos_token_id in its config.json")
     if codec.pad is None:
-        raise BadInput(f"{flags.init}: its tokenizer has no special token that is free to fill rows up")
+        raise BadInput(f"{flags.init}: its tokenizer has no special token that is free to fill rows up; add one, such as <|pad|>, to the "
+                       "added_tokens of its tokenizer.json")
     return codec
 
 

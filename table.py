@@ -24,9 +24,10 @@ import math
 import random
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
-from data import SPLITS, Record, clear_data, connected, halves, read_line, write_records
+from data import SPLITS, Record, clear_data, connected, halves, read_line, text_of, write_records
 from run import BadInput, write_json
 from texts import hide_contacts, is_utf16, normalize        # noqa: F401 (the first for others)
 
@@ -36,8 +37,9 @@ ANSWERS = (dict.fromkeys(("true", "yes", "y", "1", "accepted"), True)
            | dict.fromkeys(("false", "no", "n", "0", "rejected"), False))
 # What pandas takes for a missing cell, and what databases, spreadsheets and people write for one.
 MISSING = {"null", "(null)", "\\n", "none", "nan", "-nan", "nat", "na", "<na>", "n/a", "n.a.",
-           "#n/a", "#n/a n/a", "#na", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan",
-           "-", "--", "\u2013", "\u2014"}
+           "#n/a", "#n/a n/a", "#na", "#nv", "1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan",
+           "nil", "undefined", "<null>", "-", "--", "\u2013", "\u2014"}
+ERROR = re.compile(r"#[^\W_][\w/]{0,20}[!?]")       # of a spreadsheet: #NAME? #DIV/0! #BEZUG!
 LONG = 10000                # characters; so long a text is kept, and counted
 GARBLED = re.compile(r"[ÃÂ][\u0080-\u00bf]|â€")      # UTF-8 read as cp1252: ü becomes Ã¼
 
@@ -59,21 +61,21 @@ SAVE_AS = "save the file as UTF-8, or give its encoding with --encoding NAME"
 def check_encoding(name):
     """Refuse a name that is no encoding of text in Python."""
     try:
-        b"a".decode(name)
-    except UnicodeError:
-        pass                        # an encoding, and one in which "a" is no whole character
+        b"a".decode(name, "ignore")         # as `where` does; idna and the like cannot
     except (LookupError, ValueError):
         raise BadInput(f"data: --encoding {name!r} is no encoding of text that Python knows; give "
                        "one such as cp1252, gbk, shift_jis, utf-16-le")
 
 
 def decode(path, content, asked=None):
-    """(text, encoding, sample) of a file's bytes. The sample is a word of the text if the encoding
-    was guessed, so that a person can see whether the guess is right; else None."""
+    """(text, encoding, sample) of a file's bytes. If the encoding was guessed, the sample is some
+    words of the text, so that a person can see whether the guess is right: those with the rarest
+    signs, as all else may look right. Else it is None."""
     known = asked or next((name for mark, name in MARKS if content.startswith(mark)), None)
     if not known and is_utf16(content):
-        raise BadInput(f"{path}:1: every other byte is 0, as in UTF-16; {SAVE_AS} (utf-16-le, "
-                       "utf-16-be)")
+        bits = 32 if content.count(0) > len(content) / 2 else 16
+        raise BadInput(f"{path}:1: every other byte is 0, or more, as in UTF-{bits}; {SAVE_AS} "
+                       f"(utf-{bits}-le, utf-{bits}-be)")
     sample = None
     try:
         text = content.decode(known or "utf-8")
@@ -83,9 +85,10 @@ def decode(path, content, asked=None):
         text, known, sample = guess(path, content, e)
     except UnicodeError as e:           # of a codec that does not say where
         raise BadInput(f"{path}: no {known} text ({e}); {SAVE_AS}")
-    if (at := text.find("\0")) >= 0:
-        raise BadInput(f"{path}:{line_of(text[:at])}: a NUL character, as in a file of another "
-                       f"encoding; take it out, {SAVE_AS}")
+    if found := re.search("[\0\x1b]", text):
+        name = "an escape" if found[0] == "\x1b" else "a NUL"      # iso2022_jp is full of those
+        raise BadInput(f"{path}:{line_of(text[:found.start()])}: {name} character, as in a file of "
+                       f"another encoding (iso2022_jp, utf-16-le); take it out, {SAVE_AS}")
     return text.replace("\ufeff", ""), known or "utf-8", sample      # marks also within the file
 
 
@@ -118,8 +121,11 @@ def guess(path, content, error):
         text = content.decode("cp1252")
     except UnicodeDecodeError as e:
         raise BadInput(f"{where(path, e, 'cp1252')} is neither UTF-8 nor cp1252; {SAVE_AS}")
-    letters = (word for word in words if re.search(f"[{CAPITAL}{SMALL}]", word))
-    return text, "cp1252", next(letters, words[0])
+    shown, often = [], Counter("".join(words))
+    for sign in sorted(filter(FOREIGN.fullmatch, often), key=often.get):
+        if len(shown) < 5 and sign not in "".join(shown):
+            shown.append(next(word for word in words if sign in word))
+    return text, "cp1252", shown
 
 
 def check_delimiter(name):
@@ -147,24 +153,39 @@ def read_table(path, wanted, encoding=None, delimiter=None):
     text, encoding, sample = decode(path, content, encoding)
     report = {"encoding": encoding, "encoding_guessed_from": sample}
     if ending == ".jsonl":
-        return read_json_lines(path, text), report | {"rows_with_other_number_of_cells": 0}
+        rows = read_json_lines(path, text, set(wanted))
+        return rows, report | {"rows_with_other_number_of_cells": 0}
     rows, delimiter, broken = read_csv(path, text, set(wanted), delimiter)
     return rows, report | {"delimiter": delimiter, "rows_with_other_number_of_cells": broken}
 
 
-def read_json_lines(path, text):
+def read_json_lines(path, text, wanted):
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 row = read_line(line)
             except (ValueError, RecursionError) as e:
-                raise BadInput(f"{path}:{number}: not JSON ({e})")
+                raise BadInput(f"{path}:{number}: not JSON ({e}); write one object a line")
             if not isinstance(row, dict):
                 raise BadInput(f"{path}:{number}: expected an object with a key for each column, "
-                               f"found {type(row).__name__}")
-            rows.append((f"{path}:{number}", row))
-    return rows
+                               f"found {type(row).__name__}; write one object a line")
+            check_once(list(map(name_of, row)), wanted, f"{path}:{number}")
+            rows.append((f"{path}:{number}", {name_of(key): row[key] for key in row}))
+    # Some databases leave out a key whose value is missing.
+    known = wanted & {key for _, row in rows for key in row}
+    return [(place, row | dict.fromkeys(known - row.keys())) for place, row in rows]
+
+
+@cache
+def name_of(column):
+    """A column's name as a person sees it."""
+    return normalize(column, False)
+
+
+def check_once(names, wanted, place):
+    if twice := [name for name in names if name in wanted and names.count(name) > 1]:
+        raise BadInput(f"{place}: the column {twice[0][:40]!r} stands twice; rename one of them")
 
 
 def read_csv(path, text, wanted, delimiter):
@@ -175,29 +196,42 @@ def read_csv(path, text, wanted, delimiter):
     skipped = len(LINE_END.findall(says[0])) if says else 0
     text = text[says.end():] if says else text
     delimiter = delimiter or (says[1] if says else find_delimiter(path, text, wanted))
+    other = f"give --delimiter C, other than {delimiter!r}"
     reader, rows, broken, begin = csv_reader(text, delimiter), [], 0, skipped + 1
+    sizes = set()
     try:
         header = header_of(reader)
-        if twice := [name for name in header if name in wanted and header.count(name) > 1]:
-            raise BadInput(f"{path}:{begin}: the column {twice[0][:40]!r} stands twice; "
-                           "rename one of them")
+        place = f"{path}:{skipped + reader.line_num}"
+        check_once(header, wanted, place)
+        if header and (lacks := sorted(wanted - set(header))):
+            raise BadInput(f"{place}: no column {lacks[0]!r}; there are "
+                           f"{', '.join(map(repr, header))}; name others, or {other}")
         # A delimiter at the end of a line makes a cell without a name: it may be missing or empty.
         named = max((i for i, name in enumerate(header, 1) if name), default=0)
         begin = skipped + reader.line_num + 1
         for cells in reader:
+            lines = LINE_END.split("\t".join(cells)) if delimiter == "\t" else ""
+            if len(lines) > 1 and {line.count("\t") for line in lines} == {len(header) - 1}:
+                raise BadInput(f"{path}:{begin}: a quote makes these {len(lines)} lines one row, "
+                               "and each could be a row; double the quotes, or save it as .csv")
+            sizes |= {len(cells)} if any(cells) else set()
             if cells and len(cells) >= named and not any(cells[len(header):]):
-                rows.append((f"{path}:{skipped + reader.line_num}", dict(zip(header, cells))))
+                row = dict(zip(header, cells))
+                if wanted == {row.get(name, "").strip() for name in wanted}:
+                    raise BadInput(f"{path}:{begin}: the header again, as where two files were put "
+                                   "together; take this line out, or import one of them")
+                rows.append((f"{path}:{skipped + reader.line_num}", row))
             elif any(cells):
                 broken += 1
             begin = skipped + reader.line_num + 1
     except csv.Error as e:
-        hint = "; double a quote within a cell, instead of a backslash" if '\\"' in text else ""
+        hint = ", instead of a backslash" if '\\"' in text else ""
         raise BadInput(f"{path}:{begin}: the row that begins here is not a table of "
-                       f"comma-separated values ({e}); correct its quotes, or give --delimiter C"
-                       + hint)
-    if header and not rows and (lacks := sorted(wanted - set(header))):
-        raise BadInput(f"{path}:{skipped + 1}: no column {lacks[0]!r}; there are "
-                       f"{', '.join(map(repr, header))}; name others, or give --delimiter C")
+                       f"comma-separated values ({e}); correct its quotes (double a quote "
+                       f"within a cell{hint}), or {other}")
+    if broken and sizes == {len(header) + 1}:
+        raise BadInput(f"{place}: each row has one cell more than the header; if the first is its "
+                       f"number, name that column too; quote cells that hold {delimiter!r}")
     return rows, delimiter, broken
 
 
@@ -209,7 +243,7 @@ def csv_reader(text, delimiter):
 
 def header_of(reader):
     """The names in the first row that is not blank."""
-    rows = ([name.strip() for name in cells] for cells in reader)
+    rows = ([name_of(name) for name in cells] for cells in reader)
     return next((names for names in rows if any(names)), [])
 
 
@@ -236,27 +270,26 @@ def value(row, column, place, count):
         if not math.isnan(found):
             raise BadInput(f"{place}: {column} is {found}; give a text, or null if it is missing")
         found = "NaN"
-    if isinstance(found, str) and found.strip().casefold() in MISSING:
-        count["missing", found.strip()] += 1
+    seen = normalize(found, False) if isinstance(found, str) else ""
+    if seen.casefold() in MISSING or ERROR.fullmatch(seen):
+        count["missing", seen] += 1
         return None
     return found
 
 
 def cell(row, column, place, hide, count):
     """A text as the stages see it; empty if the cell is missing."""
-    found = value(row, column, place, count)
-    if found is None:
+    if value(row, column, place, count) is None:
         return ""
-    if not isinstance(found, str):
-        raise BadInput(f"{place}: {column} must be a text, found {type(found).__name__}")
-    return normalize(found.encode("utf-8", "replace").decode(), hide, count)
+    return normalize(text_of(row, column, place), hide, count)
 
 
 def answer(row, column, place, count):
     """True, False, or None for a missing cell. Yes and no as numbers may be 1.0 and 0.0: so pandas
     writes a column that has a gap."""
     found = value(row, column, place, count)
-    found = "" if found is None else re.sub(r"^([01])\.0*$", r"\1", str(found).strip().lower())
+    found = "" if found is None else normalize(str(found), False).lower()
+    found = re.sub(r"^([01])\.0*$", r"\1", found)
     if found and found not in ANSWERS:
         raise BadInput(f"{place}: {column} must be yes or no (or true, false, 1, 0), found "
                        f"{found[:40]!r}")
@@ -339,6 +372,12 @@ def drawn(texts):
 
 def split(path, records, by, draw):
     """({split: records}, number of groups); each split has an accepted pair."""
+    accepted = [r for r in records if r.accepted]
+    for kind, texts in (("CVs", {r.cv for r in accepted}), ("JDs", {r.jd for r in accepted})):
+        if len(texts) < len(SPLITS):
+            raise BadInput(f"{path}: different {kind} that were accepted: {len(texts)}; that is "
+                           "too few, as train, valid and test share none; give rows with at least "
+                           f"{len(SPLITS)}")
     splits, groups = split_by_group(records, draw)
     if by == "cv":
         splits = split_by_cv(records, draw)
@@ -348,10 +387,11 @@ def split(path, records, by, draw):
         raise BadInput(f"{path}: of {len(records)} decisions {sum(map(len, splits.values()))} have "
                        "CV and JD in one split; that is too few to have an accepted pair in train, "
                        "valid and test; give more rows, or another --seed")
+    remedy = ("--split-by cv, which drops the decisions between two splits, or rows with other CVs "
+              "and JDs" if groups < len(accepted) else "more rows")
     raise BadInput(f"{path}: {len(records)} decisions hang together in {groups} groups that share "
                    "a CV or a JD; that is too few to have an accepted pair in train, valid and "
-                   "test and no text in two of them; give --split-by cv, which drops the decisions "
-                   "between two splits, or rows with other CVs and JDs")
+                   f"test and no text in two of them; give {remedy}")
 
 
 def others_jds(records, draw):
@@ -373,11 +413,17 @@ def others_jds(records, draw):
 def import_table(path, out, columns, keep_contacts, seed, encoding=None, delimiter=None,
                  split_by="group"):
     """Write train.jsonl, valid.jsonl, test.jsonl and import.json (what was found, and what became of it)."""
+    columns = {name: name_of(column) for name, column in columns.items()}
+    if len(set(columns.values())) < len(columns):
+        raise BadInput("data: --cv, --jd and the others must name different columns")
     rows, how = read_table(path, columns.values(), encoding, delimiter)
     draw, count = random.Random(seed), Counter()
     found = decisions(rows, columns, not keep_contacts, count)
     records = without_duplicates(found, count)
-    if not any(r.accepted for r in records):
+    if records and not any(r.accepted for r in records):
+        raise BadInput(f"{path}: the column {columns['accepted']!r} never says yes beside a CV and "
+                       "a JD; give rows that were accepted, or another column with --accepted")
+    if not records:
         raise BadInput(f"{path}: no accepted pair of a CV and a JD in {len(rows)} rows ({count['empty']} with an empty cell), "
                        f"beside {how['rows_with_other_number_of_cells']} with another number of "
                        "cells than the header; look at the file's delimiter (--delimiter C) and "
@@ -412,9 +458,10 @@ def import_table(path, out, columns, keep_contacts, seed, encoding=None, delimit
 
 def remarks(report, train):
     """What a person has to know about this data set, as sentences."""
-    if word := report["encoding_guessed_from"]:
-        yield (f"The encoding is a guess: in {report['encoding']} a word of the file is "
-               f"{word[:40]!r}. If that is wrong, give --encoding NAME.")
+    if words := report["encoding_guessed_from"]:
+        words = ", ".join(repr(word[:40]) for word in words)
+        yield (f"The encoding is a guess: in {report['encoding']} words of the file are {words}. "
+               "If that is wrong, give --encoding NAME.")
     if n := report["lost_characters_(U+FFFD)"]:
         yield (f"{n} characters are U+FFFD, which stands for a lost one: the file was garbled "
                "before. Export it again if you can.")

@@ -11,16 +11,19 @@ import unicodedata
 from collections import Counter
 
 
+UNSEEN = "\ufeff\u200b\u2060"          # byte-order marks, blanks without width
+
+
 def normalize(text, hide, count=None):
     """The text as all stages see it. With `hide` its contacts become placeholders; `count` counts
     them. Normalizing twice gives the same as once.
 
     This undoes what programs do to a text, unseen by who reads it: line ends of Windows and old
-    Macs, byte-order marks, blanks around the text, the non-breaking spaces of web pages and word
-    processors, and letters in pieces (macOS writes an e and an accent, Unicode's form NFD; in NFC
-    that is one character). All else stays as somebody typed it: other blanks and dashes,
-    full-width letters (NFKC would change them), odd characters such as NUL."""
-    text = text.replace("\ufeff", "").replace("\u00a0", " ")
+    Macs, byte-order marks and blanks without width, blanks around the text, the non-breaking spaces
+    of web pages and word processors, and letters in pieces (macOS writes an e and an accent,
+    Unicode's form NFD; in NFC that is one character). All else stays as somebody typed it: other
+    blanks and dashes, full-width letters (NFKC would change them), odd characters such as NUL."""
+    text = re.sub(f"[{UNSEEN}]", "", text).replace("\u00a0", " ")
     text = unicodedata.normalize("NFC", re.sub("\r\n?", "\n", text)).strip()
     return hide_contacts(text, Counter() if count is None else count) if hide else text
 
@@ -28,15 +31,21 @@ def normalize(text, hide, count=None):
 def is_utf16(content):
     """Are these bytes UTF-16 without a byte-order mark? In most texts every other byte is 0 then,
     which UTF-8 takes for a NUL character."""
-    return max(content[0::2].count(0), content[1::2].count(0)) > len(content) / 4
+    # A NUL or three in a short text say nothing.
+    return max(content[0::2].count(0), content[1::2].count(0)) > max(len(content) / 4, 3)
 
 
 # ---------------------------------------------------------------------------------------- contacts
-# A link begins with a scheme or www, or is a path on a host; ASP.NET/C# is none. Lookbehinds keep a
-# search from starting again inside a long word.
+# A link begins with a scheme or www, or is a path on a host; ASP.NET/C# is none. Monday.com/Jira
+# are two products: a capital, and one word with a capital; but Github.com/Ann is somebody's page.
+# Lookbehinds keep a search from starting again inside a long word.
+PRODUCTS = (r"(?:asp|vb|ado|ml|ef|socket|draw)\.(?:net|io)/|(?!git|linkedin|xing|facebook|twitter|"
+            r"instagram|behance|kaggle|medium)(?-i:[A-Z][\w-]{0,62}\.(?:com|io|ai|net|org|co)/[A-Z]\w*)"
+            r"(?![\w/-]|\.\w)")
 LINK = re.compile(
     r"(?:https?://|(?<![^\W\d])www\.|"
-    r"(?<![\w.@+-])(?!(?:asp|vb|ado|ml|ef|socket|draw)\.(?:net|io)/)(?:[\w-]{1,63}\.){1,3}"
+    rf"(?<![\w.@+-])(?!{PRODUCTS})"
+    r"(?:[\w-]{1,63}\.){1,3}"
     r"(?:com|org|net|io|dev|me|co|ai|app|edu|info|de|uk|fr|eu)/)"
     r"[^\s<>()\[\]\"']*[\w/]", re.IGNORECASE)
 # The host ends in letters: react@18.2.0 is a version, 10@2.50 a price. Addresses without anything
@@ -49,14 +58,16 @@ SPACE, DASH = r"[ \u00a0]", r"[\-\u2010-\u2013]"
 RUN = (rf"(?:\+{SPACE}?)?(?:\((?=\+?\d{{1,5}}\)))?\+?"
        r"\d(?:[ \u00a0().\-\u2010-\u2013/]{0,3}\d){5,32}(?!\d)")
 # Words before a number. After ADJECTIVES an amount may stand too ("mobile 120 000 000 users").
-ADJECTIVES = "mobile|mobil|phone|telephone|cell|fax|handy|portable|whatsapp|call|hotline|gsm"
+ADJECTIVES = ("mobile|mobil|phone|telephone|cell|fax|handy|portable|whatsapp|call|hotline|gsm|"
+              "contact|ph|mob|mobiel|festnetz|mobilfunk")
 WORDS = (f"{ADJECTIVES}|tel|tél|tlf|telf|telefon|telefono|teléfono|telefone|telefoon|téléphone|"
          "telefax|mobiltelefon|móvil|movil|celular|cellulare|cellphone|handynummer|mobilnummer|"
-         "telefonnummer|natel|komórka|viber|тел|телефон|моб|电话|手机|電話|携帯|전화|휴대폰|"
-         "contact no|contact number")
-CUE = (rf"(?<![\w\[])(?P<word>{WORDS})(?:\.?{SPACE}?(?:number|nummer|num|no|nr|n[°º]))?"
+         "telefonnummer|rufnummer|natel|komórka|viber|telemóvel|"
+         "тел|телефон|моб|电话|手机|電話|携帯|전화|휴대폰|[📞📱☎✆]\ufe0f?")
+CUE = (rf"(?<![\w\[])(?P<word>{WORDS})(?:\.?[ \u00a0\-]?(?:number|nummer|num|no|nr|n[°º]))?"
        rf"(?:{SPACE}?\([^\W\d]{{1,10}}\))?"
-       rf"(?P<sign>\.?{SPACE}{{0,3}}[:：=]\s{{0,3}}|\.{SPACE}{{0,3}}|{SPACE}{{1,3}}|(?=[+(]))")
+       rf"(?P<sign>\.?{SPACE}{{0,3}}[:：=]\s{{0,3}}|\.{SPACE}{{0,3}}|{SPACE}{{1,3}}|(?=[+(])|"
+       r"(?<=[📞📱☎✆\ufe0f]))")
 NO_CUE = r"(?<![\w+.#@&=/$€£¥₹-])(?<!\d[ \u00a0.,/\-\u2013])"
 CANDIDATE = re.compile(rf"(?:{CUE}|{NO_CUE})(?P<number>{RUN})", re.IGNORECASE)
 
@@ -64,8 +75,8 @@ CANDIDATE = re.compile(rf"(?:{CUE}|{NO_CUE})(?P<number>{RUN})", re.IGNORECASE)
 COUNTRY = (r"(?:1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|"
            r"(?:2[1-689]|3[578]|42|50|59|6[7-9]|8[058]|9[679])\d)")
 PLUS = re.compile(rf"\(?\+{SPACE}?\(?{COUNTRY}")
-ZEROS = re.compile(rf"00{SPACE}?{COUNTRY}[ \u00a0\-/.(]")
-AREA = re.compile(rf"(?:[178]{SPACE}?)?\((?P<area>0|0[1-9]\d{{0,4}}|[1-9]\d{{1,4}})\)"
+ZEROS = re.compile(rf"\(?00{SPACE}?{COUNTRY}[ \u00a0\-/.()]")
+AREA = re.compile(rf"(?:[0178]{SPACE}?)?\((?P<area>0|0[1-9]\d{{0,4}}|[1-9]\d{{1,4}})\)"
                   rf"{SPACE}?[/\-]?{SPACE}?(?P<rest>\d.*)")
 AMERICAN = re.compile(
     rf"(?:\+?1[ \u00a0.\-]?)?(?:\([2-9]\d\d\){SPACE}?|[2-9]\d\d(?P<dot>[.\-]))"
@@ -77,20 +88,24 @@ NATIONAL = re.compile("|".join((
     r"0\d\d(?P<b>[ .])\d{3}(?P=b)\d\d(?P=b)\d\d",               # Switzerland
     r"[1-9]\d \d{3} \d\d \d\d", r"[6-9]\d\d \d\d \d\d \d\d",     # Spain, Poland
     r"[1-9]\d\d \d{3}-\d\d-\d\d",                               # Russia
+    r"8(?P<d>[ \-])9\d\d(?P=d)\d{3}(?P=d)\d\d(?P=d)\d\d",
     r"1[3-9]\d(?P<c>[ \-])\d{4}(?P=c)\d{4}",                    # China
     r"[1-9]\d 9\d{4}-\d{4}",                                    # Brazil
     r"0[1-9]\d{8,9}",                                           # the 0, and no grouping
     rf"0[1-9]\d{{0,4}}(?:{SPACE}?/{SPACE}?|{SPACE}|{DASH})\d{{2,8}}"        # most of Europe, Asia
     rf"(?:(?:{SPACE}|{DASH})\d{{2,6}}){{0,3}}")))
+# Each word that ends in "nummer" or "nr" is one: those of telephones are among WORDS.
 IDENTIFIER = re.compile(
-    r"(?:\b(?:id|ids|no|nr|num|number|nummer|numéro|ref|reference|referenz|order|job|case|code|"
-    r"ticket|isbn|issn|ean|iban|bic|vat|ust|be|siren|siret|sap|material|article|artikel|invoice|"
-    r"account|konto|policy|auftrag|kunde|customer|project|projekt|patent|license|licence|serial|part|"
-    r"postal|zip|plz)|[#№°º])[\s.:#=\-]*$", re.IGNORECASE)
+    r"(?:\b(?:\w*nummer|\w*number|\w*nr|id|ids|no|num|numer|numero|número|numéro|ref|reference|"
+    r"referenz|order|job|case|code|ticket|isbn|issn|ean|iban|bic|vat|ust|be|siren|siret|sap|ssn|"
+    r"nhs|nie|nif|dni|cpf|cnpj|pesel|nip|material|article|artikel|invoice|account|konto|policy|"
+    r"auftrag|kunde|customer|project|projekt|patent|license|licence|serial|part|postal|zip|plz|"
+    r"passport|certificate|registration|membership|badge|employee|student|étudiant|matricule|"
+    r"matricola|matrikel|führerschein|batch|lot|model|section)|[#№°º])[\s.:#=\-]*$", re.IGNORECASE)
 UNIT = re.compile(
     r"\s?(?:[%€$£¥₹]|(?:eur|usd|gbp|chf|pln|sek|nok|dkk|czk|inr|jpy|cny|rub|brl|mxn|zar|aud|cad|"
-    r"kwh|mwh|kw|mw|km|m²|m2|kg|hours|users|customers|people|employees|units|visitors|sites|tons|"
-    r"stunden|kunden|mitarbeiter)\b)", re.IGNORECASE)
+    r"kwh|mwh|kw|mw|mah|mhz|ghz|km|m²|m2|kg|hours|users|customers|people|employees|units|visitors|"
+    r"sites|tons|calls|stunden|kunden|mitarbeiter)\b)", re.IGNORECASE)
 ADDRESS = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}(?![.\d])")       # of the Internet
 YEAR = re.compile(r"(?:19|20)\d\d")
 
@@ -191,7 +206,8 @@ def is_dialled(number):
     size, years = sum(map(len, groups)), any(map(YEAR.fullmatch, groups))
     if PLUS.match(number):
         return 8 <= size <= 15 and not (are_thousands(groups) and (size < 10 or "000" in groups))
-    return bool(ZEROS.match(number)) and 11 <= size <= 17 and len(groups) > 2 and not years
+    a_list = len(groups) < 3 or len(set(map(len, groups))) == 1                 # 0030 0040 0050
+    return bool(ZEROS.match(number)) and 11 <= size <= 17 and not (years or a_list)
 
 
 def is_with_area(number):
@@ -208,12 +224,16 @@ def is_with_area(number):
 
 
 def is_after_word(number, found):
-    """Seven to fifteen digits. Thousands only after a word or sign that no amount can follow."""
+    """Seven to fifteen digits. Thousands, and groups such as 900/1800/1900, only after a word or
+    sign that no amount can follow; 415 555 2671 and 98765 43210 (India) also after others."""
     groups = digits_of(number)
     size = sum(map(len, groups))
     certain = found["sign"].strip() or not re.fullmatch(ADJECTIVES, found["word"], re.IGNORECASE)
     thousands = are_thousands(groups) and not (certain and "." not in number and size >= 9)
-    return 7 <= size <= 15 and not thousands
+    a_list = (not certain and min(map(len, groups)) > 2
+              and re.fullmatch(r"\d+(?:[ \u00a0/]+\d+)+", number)
+              and not re.fullmatch(r"(?:[2-9]\d\d \d{3} \d\d|[6-9]\d{4} \d{3})(?!00)\d\d", number))
+    return 7 <= size <= 15 and not thousands and not a_list
 
 
 def is_amount(number):
@@ -232,4 +252,9 @@ def is_national(number):
     if not NATIONAL.fullmatch(number) or not 9 <= sum(map(len, groups)) <= 12:
         return False
     years = any(YEAR.fullmatch(g) or re.fullmatch(r"(?:19|20)\d\d[01]\d[0-3]\d", g) for g in groups)
-    return not years and {len(g) for g in groups} not in ({3}, {4}, {5})    # ids, hours, postcodes
+    a_list = len(groups) > 2 and (all(g[0] == "0" for g in groups)              # 01 02 03 04 05
+                                  or all(g.endswith("00") for g in groups[1:]))     # 03 1200 1400
+    if years or a_list:
+        return False
+    indonesian = re.fullmatch(r"08[1-9][1-9](?:-\d{4}){2}", number)
+    return bool(indonesian) or {*map(len, groups)} not in ({3}, {4}, {5})   # ids, hours, postcodes

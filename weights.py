@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data import END_OF_TURN, EOS, number_of_ids
+from data import END_OF_TURN, EOS, load_tokenizer, number_of_ids
 from model import LINEAR, Config, LanguageModel, LoRA, RewardModel, add_lora, twin
 from run import BadInput, check_folder, flag, frozen_dtype, load_tensors, read_json, save_tensors, write_json
 
@@ -76,7 +76,8 @@ def read_config(folder):
     found = {f.name: known[f.name] for f in fields(Config) if known.get(f.name) is not None}
     for name, value in found.items():
         check_size(name, value, path)
-    found.setdefault("eos_token_id", None)          # not the default of our own models
+    if not isinstance(raw.get("eos_token_id"), int):        # none, or several
+        found["eos_token_id"] = end_of_text(path.parent, raw)
     try:
         return Config(**found), raw
     except (TypeError, BadInput) as e:
@@ -84,7 +85,7 @@ def read_config(folder):
 
 
 def config_file(folder):
-    """Our adapters have a `girl.json`, a whole model a `config.json`; adapters that peft saved have neither, but their base."""
+    """Our adapters have a `girl.json`, a whole model a `config.json`; adapters saved by peft have neither: their base's is used."""
     for name in ("girl.json", "config.json"):
         if (folder / name).exists():
             return folder / name
@@ -114,16 +115,30 @@ def sliding_window(raw):
     return raw.get("use_sliding_window") and raw.get("sliding_window")
 
 
+def rope_of(raw, path):
+    """The settings of the rotary embedding, by the key of transformers 5 or by that of the versions before. A file that says two
+    things is refused."""
+    rope, scaling = (raw.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    if not isinstance(rope, dict) or not isinstance(scaling, dict) or any(isinstance(v, dict) for v in rope.values()):
+        raise BadInput(f"{path}: rope_parameters and rope_scaling must be objects that hold for all layers")
+    if rope and scaling and rope != scaling:
+        raise BadInput(f"{path}: has rope_parameters and another rope_scaling; keep the one that the model was trained with")
+    rope, name = rope or scaling, "original_max_position_embeddings"
+    if rope.get(name, raw.get(name)) != raw.get(name, rope.get(name)):
+        raise BadInput(f"{path}: has two different {name}; keep one")
+    return rope
+
+
 def with_defaults(raw, path):
     """A `config.json` with what Hugging Face takes where a key is missing or null (ours has all of them)."""
-    family, rope = raw["model_type"], raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    family, rope = raw["model_type"], rope_of(raw, path)
     window, kv_heads = sliding_window(raw), {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(family)
     known = {"num_key_value_heads": raw.get("num_key_value_heads", kv_heads) or raw.get("num_attention_heads"),
              "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
              "tie_word_embeddings": False, "head_dim": 128 if family == "qwen3" else None, "qkv_bias": family == "qwen2",
              "qk_norm": family == "qwen3", "rope_theta": 10000.0} | {k: v for k, v in raw.items() if v is not None}
-    if not isinstance(rope, dict) or not isinstance(window or 0, int) or not isinstance(known["max_position_embeddings"], int):
-        raise BadInput(f"{path}: rope_scaling must be an object, sliding_window and max_position_embeddings whole numbers")
+    if not isinstance(window or 0, int) or not isinstance(known["max_position_embeddings"], int):
+        raise BadInput(f"{path}: sliding_window and max_position_embeddings must be whole numbers")
     if window:          # within it, attention is full
         known["max_position_embeddings"] = min(known["max_position_embeddings"], window)
     if isinstance(known.get("eos_token_id"), list):         # several ways to end: we use the first
@@ -183,12 +198,12 @@ def without_tables(weights):
     return {n: t for n, t in weights.items() if not n.endswith("rotary_emb.inv_freq")}
 
 
-# What an adapter_config.json may hold. NEUTRAL keys change nothing in what is computed, whatever they hold; those of PLAIN must
-# hold one of these values; every other key must be unset.
-NEUTRAL = {f.name for f in fields(LoRA)} | {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout",
+# What an adapter_config.json may hold. NEUTRAL keys are read below, or change nothing in what is computed; those of PLAIN must hold
+# one of these values; every other key must be unset.
+NEUTRAL = {f.name for f in fields(LoRA)} | {"modules_to_save", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout",
                                             "megatron_core", "qalora_group_size", "runtime_config"}
 UNSET = (None, False, {}, [], "")
-PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "modules_to_save": (None, ["score"], ["classifier", "score"], ["score", "classifier"]),
+PLAIN = {"peft_type": ("LORA",), "bias": ("none", None),
          "init_lora_weights": (True, False, None, "gaussian", "orthogonal")}
 
 
@@ -201,17 +216,24 @@ def read_lora(folder):
     for name in sorted(PLAIN | raw):
         if name not in NEUTRAL and raw.get(name) not in PLAIN.get(name, UNSET):
             raise BadInput(f"{path}: {name} {repr(raw.get(name))[:80]} is not supported")
+    heads = raw.get("modules_to_save") or []
+    if not isinstance(heads, list) or not set(map(str, heads)) <= {"score", "classifier"}:     # peft names both, and some twice
+        raise BadInput(f"{path}: modules_to_save {repr(heads)[:80]} is not supported")
     try:
         lora = LoRA(**{f.name: raw[f.name] for f in fields(LoRA)})
+        if not isinstance(lora.base_model_name_or_path, str) or not lora.base_model_name_or_path:
+            raise TypeError("base_model_name_or_path must name the folder of its base model")
         if type(lora.r) is not int or not 1 <= lora.r < 2 ** 16:
             raise TypeError(f"r must be a whole number of at least 1, found {repr(lora.r)[:40]}")
-        if not 0 < lora.lora_alpha < 2 ** 24:
-            raise TypeError("lora_alpha must be a number above 0")
+        if type(lora.lora_alpha) not in (int, float) or not 0 < lora.lora_alpha < 2 ** 24:
+            raise TypeError(f"lora_alpha must be a number above 0, found {repr(lora.lora_alpha)[:40]}")
         check_targets(lora.target_modules)
         base = Path(lora.base_model_name_or_path)
         if not (base / "config.json").exists() or (base / "adapter_config.json").exists():
             raise BadInput(f"{path}: its base model {base} is not there, or no whole model; correct base_model_name_or_path")
-    except (AttributeError, KeyError, TypeError, re.error) as e:
+    except KeyError as e:
+        raise BadInput(f"{path}: not the config of LoRA adapters (it has no {e.args[0]})")
+    except (TypeError, re.error) as e:
         raise BadInput(f"{path}: not the config of LoRA adapters ({e})")
     return lora
 
@@ -227,9 +249,12 @@ def check_targets(targets):
 
 def is_reward(folder):
     """Does a folder hold a reward model, or adapters of one?"""
-    adapters = folder / "adapter_config.json"
-    of_reward = adapters.exists() and read_json(adapters).get("task_type") == "SEQ_CLS"
-    return of_reward or "num_labels" in read_config(folder)[1]
+    adapters, raw = folder / "adapter_config.json", read_config(folder)[1]
+    if adapters.exists() and read_json(adapters).get("task_type") == "SEQ_CLS":
+        return True
+    kinds = raw.get("architectures") or []
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    return any(str(kind).endswith(RewardModel.architecture) for kind in kinds) if kinds else "num_labels" in raw
 
 
 def load_model(folder, kind=LanguageModel, device="cpu", beside=None):
@@ -251,10 +276,12 @@ def load_plain(folder, kind, device, dtype=torch.float32):
     config, _ = read_config(folder)
     path, weights = read_weights(folder)
     weights = without_tables(weights)
+    if "embed_tokens.weight" in weights:                    # the body alone, as AutoModel saves it
+        weights = {f"model.{name}": t for name, t in weights.items()}
     if config.tie_word_embeddings and "lm_head.weight" in weights:
         if equal(weights["lm_head.weight"], weights.get("model.embed_tokens.weight")) or kind is RewardModel:
             del weights["lm_head.weight"]                   # the same tensor once more, or a head that is not asked for
-        else:                                               # the file knows better than its config; so says transformers
+        else:                                               # the weights override the config, as in transformers
             config = replace(config, tie_word_embeddings=False)
     try:
         with torch.device("meta"):                          # no weights yet: they come from the file
@@ -279,9 +306,9 @@ def load_adapters(folder, lora, kind, device, beside):
     config, _ = read_config(folder)
     base = lora.base_model_name_or_path
     of_base, _ = read_config(base)
-    for name in (*SIZES, "num_key_value_heads", "head_dim"):
+    for name in (*SIZES, "num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rms_norm_eps", "qkv_bias", "qk_norm"):
         if getattr(config, name) != getattr(of_base, name):
-            raise BadInput(f"{folder / 'girl.json'}: {name} is {getattr(config, name)}, and {getattr(of_base, name)} in its base "
+            raise BadInput(f"{config_file(folder)}: {name} is {getattr(config, name)}, and {getattr(of_base, name)} in its base "
                            f"{base}")
     shared = beside and beside.model.lora and beside.model.lora.base_model_name_or_path == base
     model = twin(beside) if shared else load_plain(Path(base), LanguageModel, device, frozen_dtype(device))
@@ -290,7 +317,11 @@ def load_adapters(folder, lora, kind, device, beside):
     model.config = model.model.config = config
     model = model if kind is LanguageModel else RewardModel(config, body=model.model).to(device)
     path = folder / "adapter_model.safetensors"
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise BadInput(f"{folder / 'adapter_model.bin'}: a pickle can run any code and is not opened; save the adapters as safetensors")
     weights = {n.removeprefix("base_model.model."): t for n, t in load_tensors(path).items()}
+    if own := sorted(n for n in weights if n.startswith(("model.embed_tokens.", "lm_head."))):
+        raise BadInput(f"{path}: also holds {own[0]}, as after a change of the vocabulary; merge the adapters with peft first")
     if any(lora.r > max(t.shape, default=0) for n, t in weights.items()):       # before memory is taken for them
         raise BadInput(f"{path}: its adapters are not of rank {lora.r}, as its config says")
     add_lora(model, lora)
@@ -303,6 +334,9 @@ def put(model, weights, expected, path, device, dtype=torch.float32):
     complaint = f"{path}: does not fit its config as a {type(model).__name__}"
     for what, names in (("missing", expected.keys() - weights.keys()), ("unexpected", weights.keys() - expected.keys())):
         if names:
+            wrapped = next((p for p in ("_orig_mod.", "module.", "pretrained_model.") for n in weights if n.startswith(p)), None)
+            if wrapped:
+                raise BadInput(f"{complaint}: its names begin with {wrapped}; save the unwrapped model (torch.compile, DataParallel or TRL added that)")
             raise BadInput(f"{complaint}: {what} {', '.join(sorted(names)[:3])}{' and more' if len(names) > 3 else ''}")
     for name, t in weights.items():
         if t.shape != expected[name].shape:
@@ -315,17 +349,18 @@ def put(model, weights, expected, path, device, dtype=torch.float32):
     model.load_state_dict({n: t.to(device, dtype, copy=True) for n, t in weights.items()}, strict=False, assign=True)
 
 
-def end_of_text(folder, raw, tokenizer):
-    """The token that ends a text of a pretrained model, or None.
-
-    Its config names one or several; of several ChatML's end of turn is chosen where it is among them. Where the config names none
-    (no key, null, []), the tokenizer_config.json does, or the vocabulary has <|endoftext|>."""
-    ends = raw.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+def end_of_text(folder, raw):
+    """The token that ends a text of a pretrained model whose config names none (no key, null, []) or several; None if nothing says
+    it. Of several it is ChatML's end of turn, if that is one of them, else the first. Of none it is what the tokenizer_config.json
+    names, or <|endoftext|>, if the vocabulary has it."""
+    ends = raw.get("eos_token_id") or []
+    if not (folder / "tokenizer.json").exists():
+        return ends[0] if ends else None
+    tokenizer = load_tokenizer(folder)
     if ends:
         turn = tokenizer.token_to_id(END_OF_TURN)
         return turn if turn in ends else ends[0]
-    path = Path(folder) / "tokenizer_config.json"
+    path = folder / "tokenizer_config.json"
     named = read_json(path).get("eos_token") if path.exists() else None
     named = named.get("content") if isinstance(named, dict) else named      # older files describe it by an object
     return tokenizer.token_to_id(named if isinstance(named, str) else EOS)

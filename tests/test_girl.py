@@ -216,10 +216,11 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
     assert "changed since" not in said
     with monkeypatch.context() as patch:                    # nor where the code changed; but this is said
         real = girl.code_checksum
-        patch.setattr(girl, "code_checksum", lambda path: "other" if path.name in ("ppo.py", "recommend.py") else real(path))
+        patch.setattr(girl, "code_checksum", lambda path: "other" if Path(path).name in ("ppo.py", "recommend.py") else real(path))
         assert girl.main(command) == 0 and before == written()
     said = capsys.readouterr().out
     assert re.findall("(\\w+): (.*) changed since", said) == [("ppo", "ppo.py"), ("evaluate", "ppo.py"), ("recommend", "ppo.py, recommend.py")]
+    assert f"python girl.py recommend --run {tmp_path / 'run'} --smoke --seed 1 --data {tmp_path / 'run' / 'data'}\n" in said
 
     measured, results = [], json.loads(path.read_text())
     monkeypatch.setattr(girl, "evaluate_run", lambda args, device: measured.append("evaluate"))

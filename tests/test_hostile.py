@@ -242,7 +242,7 @@ BAD_CALLS = {
     "a table of another kind": (["data", "--from", "{file}", *TABLE[3:]], writes(b"x"), "give a .csv, .tsv or .jsonl file"),
     "no such table": (TABLE, None, "file.csv: cannot be read"),
     "an empty table": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b""), "no accepted pair"),
-    "a table without the column": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b"a,b\n1,2\n"), "file.csv:2: no column 'cv'; there are 'a', 'b'"),
+    "a table without the column": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b"a,b\n1,2\n"), "file.csv:1: no column 'cv'; there are 'a', 'b'"),
     "an open quote": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b'cv,jd\n"a,b\nc,d\n'), "file.csv:"),
     "a zip archive": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b"PK\x03\x04" + bytes(range(256)) * 9), "file.csv"),
     "a table that hangs together": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b"cv,jd\n" + b"a,b\n" * 50), "too few"),

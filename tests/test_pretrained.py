@@ -17,6 +17,7 @@ from data import (ASK, END_OF_TURN, EOS, TURN, Codec, load_codec, load_tokenizer
                   train_tokenizer)
 from model import Config, LanguageModel, RewardModel
 from run import BadInput, Stage
+from texts import normalize
 from weights import load_model, read_config, save_model
 
 ROWS = [{"cv": f"Cook number {i} with knives", "jd": f"Wanted: cook {i} for kitchen {i % 7}", "no": f"Cook number {i}"} for i in range(60)]
@@ -158,6 +159,15 @@ def test_export_without_merging_keeps_what_there_is(run, tmp_path, capsys):
     assert torch.equal(load_model(tmp_path / "out")(ids), load_model(folder / "run" / "sft")(ids))
 
 
+def test_export_says_so_if_other_tools_cannot_write_the_prompt(run, tmp_path, capsys, monkeypatch):
+    folder, _ = run
+    argv = ["export", "--model", str(folder / "run" / "sft"), "--out"]
+    assert girl.main([*argv, str(tmp_path / "a")]) == 0 and "chat template" not in capsys.readouterr().out
+    monkeypatch.setattr(Codec, "for_text", lambda codec: (codec.tokenizer, ""))
+    assert girl.main([*argv, str(tmp_path / "b")]) == 0
+    assert "no chat template; this tokenizer cannot reproduce the prompt from text" in capsys.readouterr().out
+
+
 def test_ppo_and_evaluate_hold_one_base_for_all(run, tmp_path, monkeypatch):
     """What ppo.train is handed: with adapters, each frozen weight of the reward model is one of the policy's; without, none."""
     folder, adapters = run
@@ -288,6 +298,8 @@ def test_chatml_only_where_the_model_learned_to_end_a_turn(tmp_path):
         codec = sft.new_codec([], sft.SFTFlags(init=str(changed(folder, eos_token_id=named))))
         prompt = codec.tokenizer.decode(codec.prompt("Cook"), skip_special_tokens=False)
         assert codec.eos == ids[eos] and prompt.startswith("CV: Cook" if eos == EOS else TURN)
+        config = read_config(folder)[0]
+        assert config.eos_token_id == load_codec(folder, config).eos == ids[eos]      # `generate` with the same folder
 
 
 def test_it_is_said_where_no_jd_ends(run, tmp_path, capsys, monkeypatch):
@@ -299,7 +311,7 @@ def test_it_is_said_where_no_jd_ends(run, tmp_path, capsys, monkeypatch):
     stages = {"sft": ["sft", "--init", str(folder / "base"), "--max-cv", "24", "--max-jd", "24", *lora, *FAST["sft"]],
               "reward": ["reward", *FAST["reward"]], "ppo": ["ppo", *FAST["ppo"]]}
     says = {"sft": "sft: this sample did not end within", "reward": "reward: none of 8 samples of stage 1 ended within",
-            "ppo": "ppo: no JD of this rollout ended"}
+            "ppo": "ppo: no JD in this rollout ended"}
 
     def endless(model, prompts, *rest, **more):
         return [[5, 6, 7] for _ in prompts]
@@ -329,7 +341,9 @@ def test_where_the_config_names_no_end_the_tokenizer_does(named, tmp_path):
     codec = sft.new_codec([], flags)
     assert codec.eos == tokenizer_of("begin").token_to_id(EOS)
     assert weights.load_pretrained(flags, codec, 0, "cpu").config.eos_token_id == codec.eos
-    with pytest.raises(BadInput, match="has no eos_token_id"):      # and no stage has chosen one
+    assert load_codec(folder, read_config(folder)[0]).eos == codec.eos        # `generate` with the same folder
+    (folder / "tokenizer.json").write_text(tokenizer_of("begin").to_str().replace(EOS, "<|other|>"))
+    with pytest.raises(BadInput, match="has no eos_token_id"):
         load_codec(folder, read_config(folder)[0])
 
 
@@ -377,7 +391,9 @@ def test_other_tools_write_the_prompt_that_was_trained_on(cut, kind, tmp_path):
         message = {"role": "user", "content": cv}
         for more in ({}, {"add_generation_prompt": True}):
             assert theirs.apply_chat_template([message], **more)["input_ids"] == codec.prompt(cv)
-        assert theirs.apply_chat_template([message | {"content": f"\n {cv} ".replace("\n", "\r\n")}])["input_ids"] == codec.prompt(cv)
+        for odd in (f"\u200b {cv}\u2060", f"\n {cv} ".replace("\n", "\r\n"), cv.replace("\n", "\r"), "\ufeff" + cv.replace(" ", "\u00a0")):
+            assert normalize(odd, False) == cv
+            assert theirs.apply_chat_template([message | {"content": odd}])["input_ids"] == codec.prompt(cv)
         text = codec.tokenizer.decode(codec.prompt(cv), skip_special_tokens=False)
         assert theirs(text, add_special_tokens=False).input_ids == codec.prompt(cv)
         answer = codec.jd("Wanted: cook 3") if kind != "bare" else codec.jd("Wanted: cook 3")[:-1]

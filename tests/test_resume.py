@@ -311,7 +311,7 @@ def test_another_number_of_threads_is_named(whole, tmp_path, monkeypatch, capsys
 def changed_code(monkeypatch, **changes):
     """As if these files held other code."""
     real = girl.code_checksum
-    monkeypatch.setattr(girl, "code_checksum", lambda path: changes.get(path.stem) or real(path))
+    monkeypatch.setattr(girl, "code_checksum", lambda path: changes.get(Path(path).stem) or real(path))
 
 
 def test_code_that_changed_since_a_stage_was_stopped_is_named(whole, tmp_path, monkeypatch, capsys):
@@ -321,12 +321,12 @@ def test_code_that_changed_since_a_stage_was_stopped_is_named(whole, tmp_path, m
     with monkeypatch.context() as patch:
         changed_code(patch, ppo="other", model="other", sft="not asked for")
         assert girl.main(command) == 0
-        says = f"ppo: model.py, ppo.py changed since these steps were done; to begin anew with the new code, delete {folder}"
+        says = f"ppo: model.py, ppo.py changed since this stage began; to begin it anew with the present code, delete {folder}"
         assert says in capsys.readouterr().out
-        assert girl.main(command) == 0
-        assert "changed since" not in capsys.readouterr().out
-    assert girl.main(command) == 0              # back to the old code
-    assert f"ppo: model.py, ppo.py changed since it finished; to run the stage with the new code, delete {folder}" in capsys.readouterr().out
+        assert girl.main(command) == 0          # finished, and still said: its first steps came from other code
+        assert f"ppo: model.py, ppo.py changed since this stage began; to run it with the present code, delete {folder}" in capsys.readouterr().out
+    assert girl.main(command) == 0              # back to the code that began it
+    assert "changed since" not in capsys.readouterr().out
 
 
 def test_states_and_summaries_of_an_earlier_version_name_no_code(tmp_path, capsys):
@@ -347,7 +347,10 @@ def test_states_and_summaries_of_an_earlier_version_name_no_code(tmp_path, capsy
             if not finish:
                 stage.total(2)
                 stage.resume({}, [])
-    assert "resumed at step 1" in (said := capsys.readouterr().out) and "finished already" in said and "changed since" not in said
+    said = capsys.readouterr().out
+    assert "resumed at step 1" in said and "finished already" in said
+    for remedy in ("to begin it anew", "to run it"):
+        assert f"sft: the code, which was not noted, may have changed since this stage began; {remedy} with the present code, delete" in said
 
 
 @pytest.mark.parametrize("old, new", [("0.95 *", "0.9 *"), ("** -spare", "** (-2 * spare)"), ('"Exeter": 1', '"Exeter": 2'),
@@ -360,11 +363,11 @@ def test_data_of_other_rules_are_refused_by_whatever_uses_them(whole, tmp_path, 
     more = ["--smoke", "--run", str(whole / "run"), "--data", str(whole / "data")]
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     for command in (["sft"], ["reward"], ["reward", "--judge"], ["ppo"], ["evaluate"], ["recommend"], ["train"]):
-        refused(capsys, command + more, "market.json: market.py changed since these data were made", "make new data and a new run")
+        refused(capsys, command + more, "market.json: market.py changed since these data were made", "make new data in a new run")
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     refused(capsys, ["train", "--smoke", "--run", str(tmp_path / "new"), "--data", str(whole / "data")], "market.py changed since")
     (tmp_path / "market.py").write_text("# what a comment says is no rule\n" + rules)
-    girl.market.code_checksum.cache_clear()
+    girl.code_checksum.cache_clear()
     assert girl.main(argv("sft", whole / "run", whole / "data")) == 0
 
 

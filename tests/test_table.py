@@ -3,6 +3,7 @@ import csv
 import json
 import random
 import time
+import unicodedata
 from collections import Counter
 
 import pytest
@@ -233,13 +234,24 @@ def test_one_seed_gives_one_data_set(tmp_path):
 
 CSV = b"cv,jd,hired\n" + b"".join(b"cook %d,kitchen %d,yes\n" % (i, i) for i in range(20))
 BAD = [
-    (CSV, ["--cv", "CV", "--jd", "jd"], "t.csv:2: no column 'CV'; there are 'cv', 'jd', 'hired'"),
-    (CSV, ["--cv", "cv", "--jd", "jd", "--accepted", "no"], "t.csv:2: no column 'no'"),
+    (CSV, ["--cv", "CV", "--jd", "jd"], "t.csv:1: no column 'CV'; there are 'cv', 'jd', 'hired'"),
+    (CSV, ["--cv", "cv", "--jd", "jd", "--accepted", "no"], "t.csv:1: no column 'no'"),
     (CSV + b"cook,\"pan,yes\n" + CSV, ["--cv", "cv", "--jd", "jd"], "not a table of comma-separated values (unexpected end of data)"),
     (CSV + b"cook,pan,maybe\n", ["--cv", "cv", "--jd", "jd", "--accepted", "hired"], "t.csv:22: hired must be yes or no"),
     (b"", ["--cv", "cv", "--jd", "jd"], "no accepted pair of a CV and a JD in 0 rows"),
     (b"cv,jd\n,\n", ["--cv", "cv", "--jd", "jd"], "in 1 rows (1 with an empty cell)"),
-    (b"cv,jd\n" + b"a,b\n" * 5, ["--cv", "cv", "--jd", "jd"], "hang together in 1 groups"),
+    (b"cv,jd\na,1\na,2\nb,2\nb,3\nc,3\n", ["--cv", "cv", "--jd", "jd"], "hang together in 1 groups that share a CV or a JD; that is too few to have an accepted "
+     "pair in train, valid and test and no text in two of them; give --split-by cv,"),
+    (b"cv,jd\na,1\nb,2\nc,3\n", ["--cv", "cv", "--jd", "jd"], "in 3 groups that share a CV or a JD; that is too few to have an accepted pair in train, valid and "
+     "test and no text in two of them; give more rows"),
+    *((b"cv,jd,ok\n" + b"".join(b"%s,%s,%s\n" % (cv or b"cook %d" % i, jd or b"kitchen %d" % i, ok[i]) for i in range(40)),
+       ["--cv", "cv", "--jd", "jd", "--accepted", "ok", "--split-by", by], f"different {kind} that were accepted: {n}; that is too few")
+      for by in ("group", "cv") for cv, jd, ok, kind, n in (
+          (b"", b"pots", [b"yes"] * 40, "JDs", 1), (b"Ann", b"", [b"yes"] * 40, "CVs", 1), (b"", b"", [b"yes"] * 2 + [b"no"] * 38, "CVs", 2))),
+    (CSV.replace(b"yes", b"no"), ["--cv", "cv", "--jd", "jd", "--accepted", "hired"], "t.csv: the column 'hired' never says yes"),
+    (CSV, ["--cv", "cv", "--jd", "cv "], "--cv, --jd and the others must name different columns"),
+    (b"cv,jd\n" + b"".join(b"%d,cook %d,kitchen %d\n" % (i, i, i) for i in range(20)) + b"20,cook 20,\n", ["--cv", "cv", "--jd", "jd"],
+     "t.csv:1: each row has one cell more than the header"),
     (CSV, ["--cv", "cv"], "--from needs --cv and --jd"), (CSV, ["--cv", "cv", "--jd", "jd", "--accepted", "a", "--rejected-cv", "b"], "at most one"),
 ]
 
@@ -254,7 +266,10 @@ def test_a_table_that_cannot_be_used_is_refused(content, flags, says, tmp_path, 
 
 @pytest.mark.parametrize("name, content, says", [
     ("t.jsonl", b'{"cv": "a", "jd": 3}\n', "t.jsonl:1: jd must be a text, found int"), ("t.jsonl", b"[1]\n", "t.jsonl:1: expected an object"),
-    ("t.jsonl", b'{"cv": "a"}\n', "t.jsonl:1: no column 'jd'"), ("t.jsonl", b'{}\n{"cv', "t.jsonl:2: not JSON"),
+    ("t.jsonl", b'[\n{"cv": "a"},', "t.jsonl:1: not JSON (Expecting value: line 1 column 2 (char 1)); write one object a line"),
+    ("t.jsonl", b'[{"cv": "a"}]', "t.jsonl:1: expected an object with a key for each column, found list; write one object a line"),
+    ("t.jsonl", b'{"cv": "a", "cv ": "b", "jd": "c"}\n', "t.jsonl:1: the column 'cv' stands twice"),
+    ("t.jsonl", b'{"cv": "a"}\n{"cv": "a"}', "t.jsonl:1: no column 'jd'; there are 'cv'"), ("t.jsonl", b'{}\n{"cv', "t.jsonl:2: not JSON"),
     ("t.xlsx", b"PK", "give a .csv, .tsv or .jsonl file"), ("none.csv", None, "No such file")])
 def test_other_files_are_refused(name, content, says, tmp_path, capsys):
     if content is not None:
@@ -297,8 +312,12 @@ STRAY = GERMAN.encode().replace("Köchin 7 für".encode(), "Köchin 7".encode() 
     ("Köln,Bär\r\n".encode("cp1252") * 400 + "Köln,Bär\r\n".encode(), 1, "cannot be told"), (CHINESE.encode("gbk"), 2, "cannot be told"), (CHINESE.encode("big5", "replace"), 2, "byte"), (JAPANESE.encode("shift_jis"), 2, "cannot be told"),
     (JAPANESE.encode("euc_jp"), 2, "cannot be told"), (RUSSIAN.encode("cp1251"), 2, "cannot be told"), (RUSSIAN.encode("koi8-r"), 2, "cannot be told"),
     (POLISH.encode("cp1250"), 2, "cannot be told"), (GERMAN.encode("mac_roman"), 2, "cannot be told"), (GERMAN.encode("cp850"), 2, "cannot be told"),
-    (GERMAN.encode("utf-16-le"), 1, "every other byte is 0"), (GERMAN.encode("utf-16-be"), 1, "every other byte is 0"),
-    ((GERMAN + "a\0b,c\r\n").encode(), 42, "a NUL character"), (GERMAN.encode("utf-16")[:-1], 42, "is no utf-16 text"),
+    (GERMAN.encode("utf-32-le"), 1, "as in UTF-32"), (CHINESE.encode("utf-32-be"), 1, "(utf-32-le, utf-32-be)"),
+    (GERMAN.encode("utf-16-le"), 1, "every other byte is 0, or more, as in UTF-16"), (GERMAN.encode("utf-16-be"), 1, "every other byte is 0"),
+    ((GERMAN + "a\0b,c\r\n").encode(), 42, "a NUL character"),
+    (JAPANESE.encode("iso2022_jp"), 2, "an escape character, as in a file of another encoding (iso2022_jp"),
+    (GERMAN.encode() + b"\x1b$)C,d", 42, "an escape character"),
+    (GERMAN.encode("utf-16")[:-1], 42, "is no utf-16 text"),
     (("cv,jd\n" + "don’t cook,x\n" * 40).encode("cp1252") + b"\x81,b\n", 42, "byte 81 is neither UTF-8 nor cp1252")])
 def test_a_file_in_another_encoding_is_refused_with_its_line(content, line, says, tmp_path, capsys):
     """A guess would change rows that are right."""
@@ -323,7 +342,7 @@ def test_a_named_encoding_that_is_not_the_files_is_refused_with_its_line(content
     refused(capsys, data_command(written(tmp_path / "t.csv", content), tmp_path / "out", "--encoding", encoding), f"t.csv:{line}: ")
 
 
-@pytest.mark.parametrize("name", ["rot13", "base64", "hex", "no-such", "utf-8\0x"])
+@pytest.mark.parametrize("name", ["rot13", "base64", "hex", "no-such", "utf-8\0x", "idna", "undefined"])
 def test_what_is_no_encoding_of_text_is_refused(name, tmp_path, capsys):
     command = data_command(written(tmp_path / "t.csv", GERMAN.encode()), tmp_path / "out", "--encoding", name)
     refused(capsys, command, "--encoding")
@@ -332,9 +351,15 @@ def test_what_is_no_encoding_of_text_is_refused(name, tmp_path, capsys):
 def test_a_guess_shows_a_word(tmp_path, capsys):
     assert run(written(tmp_path / "t.csv", GERMAN.encode("cp1252")), tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert "The encoding is a guess: in cp1252 a word of the file is 'Köchin'. If that is wrong, give --encoding NAME." in said
-    assert result(tmp_path / "out")[1]["encoding_guessed_from"] == "Köchin"
+    assert "The encoding is a guess: in cp1252 words of the file are 'für', 'Cafés', 'Köchin'. If that is wrong, give --encoding NAME." in said
+    assert result(tmp_path / "out")[1]["encoding_guessed_from"] == ["für", "Cafés", "Köchin"]
     assert run(written(tmp_path / "t.csv", GERMAN.encode()), tmp_path / "out") == 0 and "guess:" not in capsys.readouterr().out
+
+
+def test_a_guess_shows_the_rarest_signs_first(tmp_path):
+    text = "cv,jd\n" + "".join(f"Szakács {i},Kávéház {i}\n" for i in range(40)) + "hűtő,ín\nöt,ú\nó,x\n"
+    assert run(written(tmp_path / "t.csv", text.encode("cp1250")), tmp_path / "out") == 0
+    assert result(tmp_path / "out")[1]["encoding_guessed_from"] == ["hûtõ", "ín", "öt", "ú", "ó"]
 
 
 def test_english_with_typographic_signs_is_western(tmp_path):
@@ -385,15 +410,39 @@ def test_a_delimiter_can_be_named(name, delimiter, tmp_path):
     ("t.csv", ["--delimiter", ";;"], "cv;jd\n", "--delimiter ';;' must be one character, or tab"), ("t.csv", ["--delimiter", '"'], "cv;jd\n", "must be one character"),
     ("t.csv", ["--delimiter", " "], "cv;jd\n", "must be one character"), ("t.csv", ["--delimiter", ""], "cv;jd\n", "--delimiter must name something"),
     ("t.jsonl", ["--delimiter", ";"], "{}\n", "t.jsonl: a .jsonl file has no delimiter"),
-    ("t.csv", ["--delimiter", ";"], lines("cv,jd\n", "{cv},{jd}"), "t.csv:2: no column 'cv'; there are 'cv,jd'"),
-    ("t.csv", [], lines("CV;Jd\n", "{cv};{jd}"), "t.csv:2: no column 'cv'; there are 'CV', 'Jd'"),
+    ("t.csv", ["--delimiter", ";"], lines("cv,jd\n", "{cv},{jd}"), "t.csv:1: no column 'cv'; there are 'cv,jd'"),
+    ("t.csv", [], lines("CV;Jd\n", "{cv};{jd}"), "t.csv:1: no column 'cv'; there are 'CV', 'Jd'"),
     ("t.csv", [], lines("text\n", "{cv}"), "no column 'cv'; there are 'text'"), ("t.csv", [], lines("'cv','jd'\n", "'{cv}','{jd}'"), "there are \"'cv'\", \"'jd'\""),
     ("t.csv", [], lines("a,b,c\n", "{cv},{jd}"), "t.csv:1: no column 'cv'; there are 'a', 'b', 'c'"),
     ("t.csv", [], lines("cv,jd\n", "{cv},{jd}") + '"a \\"b\\" c",d\n' + "e,f\n", "t.csv:42: the row that begins here is not a table"),
     ("t.csv", [], lines("cv,jd\n", "{cv},{jd}") + '"a \\"b\\" c",d\n', "double a quote within a cell, instead of a backslash"),
-    ("t.csv", [], lines("sep=,\r\ncv,jd\n", "{cv},{jd}") + '"a\nb"x,d\n', "t.csv:43: the row that begins here")])
+    ("t.csv", [], lines("sep=,\r\ncv,jd\n", "{cv},{jd}") + '"a\nb"x,d\n', "t.csv:43: the row that begins here"),
+    ("t.csv", ["--delimiter", "^"], lines('"cv","jd"\n', '"{cv}","{jd}"'), "or give --delimiter C, other than '^'"),
+    ("t.csv", ["--delimiter", ","], lines("cv;jd\n", '"{cv}";"{jd}"'), "t.csv:1: no column 'cv'; there are 'cv;jd'; name others, or give --delimiter C"),
+    ("t.csv", [], lines("\n\nsep=,\ncv;jd\n", '"{cv}";"{jd}"'), "t.csv:4: no column 'cv'; there are 'cv;jd'"),
+    ("t.tsv", [], lines("cv\tjd\n", "{cv}\t{jd}") + 'Cook\t"Big" pan\n', "expected after '\"'); correct its quotes (double a quote within a cell), or"),
+    ("t.tsv", [], lines("cv\tjd\n", "{cv}\t{jd}", "\n") + 'Cook\t"Big pan\nCook\tknife of 5"\n', "t.tsv:42: a quote makes these 2 lines one row"),
+    ("t.tsv", [], lines("cv\tjd\n", "{cv}\t{jd}", "\n") + '"Cook\tpan\nCook\tpan\nknife of 5"\tpan\n', "t.tsv:42: a quote makes these 3 lines one row"),
+    ("t.csv", [], 2 * lines("cv,jd\n", "{cv},{jd}"), "t.csv:42: the header again, as where two files were put together"),
+    ("t.csv", [], lines("cv,jd\n", "{cv},{jd}") + "jd , cv\na,b\n", "t.csv:42: the header again"),
+    ("t.csv", [], lines("id;cv;jd\n", "1;{cv};{jd}") + "number;cv;jd\n", "t.csv:42: the header again")])
 def test_a_table_that_can_be_read_in_two_ways_is_refused(name, flags, text, says, tmp_path, capsys):
     refused(capsys, data_command(written(tmp_path / name, text.encode()), tmp_path / "out", *flags), says)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_that_look_the_same_are_the_same_column(form, tmp_path):
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    for ending, text in (("csv", lines("résumé \u200b,jd\n", "{cv},{jd}")), ("jsonl", lines("", '{{"résumé ": "{cv}", "jd": "{jd}"}}'))):
+        path = written(tmp_path / f"t.{ending}", unicodedata.normalize(form, text).encode())
+        assert girl.main(["data", "--from", str(path), "--cv", unicodedata.normalize(other, "résumé"), "--jd", " jd", "--out", str(tmp_path / "out")]) == 0
+        assert {r[:2] for r in everything(result(tmp_path / "out")[0]) if r.accepted} == set(BODY)
+
+
+def test_lines_and_tabs_within_a_quoted_cell_stay(tmp_path):
+    text = lines("cv\tjd\n", "{cv}\t{jd}", "\n") + '"Cook\npots\tpans\n"\tkitchen\n'
+    assert run(written(tmp_path / "t.tsv", text.encode()), tmp_path / "out") == 0
+    assert "Cook\npots\tpans" in {r.cv for r in everything(result(tmp_path / "out")[0])}
 
 
 @pytest.mark.parametrize("flags", [["--encoding", "gbk"], ["--delimiter", ";"], ["--split-by", "cv"], ["--split-by", "group"], ["--keep-contacts"]])
@@ -402,7 +451,8 @@ def test_how_a_table_is_read_goes_with_a_table(flags, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------- missing cells
-@pytest.mark.parametrize("word", ["NULL", "null", "nan", "NaN", "N/A", "NA", "n/a", "None", "none", "#N/A", "\\N", "<NA>", " null ", "-", "#N/A N/A"])
+@pytest.mark.parametrize("word", ["NULL", "null", "nan", "NaN", "N/A", "NA", "n/a", "None", "none", "#N/A", "\\N", "<NA>", " null ", "-", "#N/A N/A",
+                                  "#NAME?", "#REF!", "#VALUE!", "#DIV/0!", "#NULL!", "#NUM!", "#BEZUG!", "nil", "undefined", "<null>", "\u200b", "\u2060 "])
 def test_a_cell_that_says_missing_is_missing(word, tmp_path):
     rows = [p | {"hired": "yes"} for p in people(40)]
     rows[0]["cv"], rows[1]["jd"], rows[2]["hired"], rows[3]["other"] = [word] * 4
@@ -411,13 +461,14 @@ def test_a_cell_that_says_missing_is_missing(word, tmp_path):
         assert run(path, tmp_path / "out", *flags) == 0
         splits, report = result(tmp_path / "out")
         assert report["rows_with_an_empty_cell"] == empty and report["rows_without_a_rejection"] == ("other" in flags)
-        assert report["cells_that_say_missing"] == {word.strip(): empty + ("other" in flags)}
-        assert not any(word.strip() in r[:2] for r in everything(splits))
+        says = word.strip(" \u200b\u2060")
+        assert report["cells_that_say_missing"] == ({says: empty + ("other" in flags)} if says else {})
+        assert not any(says in r[:2] for r in everything(splits))
 
 
 def test_a_text_that_holds_such_a_word_is_a_text(tmp_path):
     rows = people(20)
-    rows[0]["cv"], rows[1]["cv"], rows[2]["cv"] = "NULL pointers debugged", "Nan Miller, cook", "none / - /"
+    rows[0]["cv"], rows[1]["cv"], rows[2]["cv"] = "NULL pointers debugged", "Nan Miller, cook #1!", "none / - /"
     assert run(write_csv(tmp_path / "t.csv", rows), tmp_path / "out") == 0
     splits, report = result(tmp_path / "out")
     assert {r["cv"] for r in rows} == {r.cv for r in everything(splits)} and report["cells_that_say_missing"] == {}
@@ -438,6 +489,14 @@ def test_answers_as_numbers(tmp_path):
         assert run(write_csv(tmp_path / "t.csv", [p | {"hired": bad} for p in people(9)]), tmp_path / "out", "--accepted", "hired") == 2
 
 
+def test_a_key_that_some_rows_leave_out_is_a_missing_cell(tmp_path):
+    rows = [p | {"ok": "yes"} for p in people(40)]
+    del rows[0]["ok"], rows[1]["jd"], rows[39]["cv"]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(tmp_path / "t.jsonl", tmp_path / "out", "--accepted", "ok") == 0
+    assert result(tmp_path / "out")[1]["rows_with_an_empty_cell"] == 3
+
+
 def test_json_has_its_own_missing_cells(tmp_path, capsys):
     path = tmp_path / "t.jsonl"
     good = "".join(json.dumps({"cv": f"Cook {i}", "jd": f"Wanted: cook {i}"}) + "\n" for i in range(30))
@@ -445,7 +504,8 @@ def test_json_has_its_own_missing_cells(tmp_path, capsys):
     assert run(path, tmp_path / "out") == 0
     report = result(tmp_path / "out")[1]
     assert report["rows_with_an_empty_cell"] == 3 and report["cells_that_say_missing"] == {"NaN": 2}
-    for odd, says in (("Infinity", "t.jsonl:31: cv is inf"), ("-Infinity", "cv is -inf"), ("7", "cv must be a text, found int")):
+    for odd, says in (("Infinity", "t.jsonl:31: cv is inf"), ("-Infinity", "cv is -inf"), ("7", "cv must be a text, found int"),
+                      ('"x\\ud800"', "t.jsonl:31: cv holds half of a surrogate pair")):
         path.write_text(good + '{"cv": %s, "jd": "x"}\n' % odd)
         refused(capsys, data_command(path, tmp_path / "out"), says)
 
@@ -513,5 +573,5 @@ def test_a_half_without_acceptances_is_said_with_the_remedy(tmp_path, capsys):
 
 
 def test_a_table_too_small_to_split_by_cv_is_refused(tmp_path, capsys):
-    refused(capsys, data_command(written(tmp_path / "t.csv", b"cv,jd\n" + b"a,b\n" * 5), tmp_path / "out", "--split-by", "cv"),
-            "of 1 decisions 1 have CV and JD in one split", "give more rows")
+    refused(capsys, data_command(written(tmp_path / "t.csv", b"cv,jd\na,1\nb,2\nc,3\n"), tmp_path / "out", "--split-by", "cv"),
+            "of 3 decisions 3 have CV and JD in one split", "give more rows")

@@ -1,6 +1,7 @@
 """What every text goes through: the same text wherever it was read, and contacts, but nothing else, replaced."""
 import json
 import random
+import re
 import shutil
 import unicodedata
 from collections import Counter
@@ -9,10 +10,10 @@ import pytest
 
 import girl
 from conftest import argv, refused, tiny
-from data import Codec, save_tokenizer
+from data import Codec, load_codec, save_tokenizer
 from recommend import read_pool
 from texts import hide_contacts, is_utf16, normalize
-from weights import read_config, save_model
+from weights import load_model, read_config, save_model
 
 # The number stands between < and >; the text around it must stay.
 NUMBERS = """
@@ -104,6 +105,30 @@ Celular <11 3456-7890>
 <+49 30 1234567> 2015
 Phone <030 1234567> 05/2014 - 06/2016
 Fax: <+32 2 555 12 12>
+Mob: <9876543210>
+Mob. No. <98765 43210>
+Contact: <9876543210>
+Contact no. <9876543210>
+Ph: <9876543210>
+Telemóvel: <912 345 678>
+<(0049) 170 1234567>
+<8-912-345-67-89>
+<8 912 345 67 89>
+<0(532) 123 45 67>
+<0812-3456-7890>
+📞 <415 555 2671>
+📱<9876543210>
+☎️ <415 555 2671>
+Cell <415 555 2671>
+Phone <347 123 4567>
+Mobile <98765 43210>
+Mobielnummer <06-12345678>
+Mobil <40 12 34 56>
+Tel.-Nr.: <030 1234567>
+Rufnummer: <030 1234567>
+Telefonnummer <0301234567>
+Handynummer: <0151 23456789>
+Phonenumber: <0301234567>
 WhatsApp <+234 803 123 4567>
 """.strip().split("\n")
 
@@ -218,6 +243,41 @@ mobile 192.168.100.200
 3.14159265
 100000000
 1234567890
+Matrikelnummer: 0212345678
+Personalnummer 0123456789
+Kundennummer: 0123 456789
+Steuernummer 0123456789
+Sozialversicherungsnr.: 0123456789
+Passport 0212345678
+Certificate: 0212345678
+Student: 0212345678
+Étudiant : 06 12 34 56 78
+Matricola 0212345678
+PESEL 02123456789
+Número 0212345678
+Führerschein 0212345678
+Model 0212-345678
+Lot 0212 345678
+0030 0040 0050
+0044 0045 0046
+001 002 003 004
+0030 0630 1200
+GSM 900/1800/1900
+gsm 900 1800 1900
+GSM 850 900 1800 1900
+cell 18650 21700 26650
+cell 65000 70000
+call 0800 1200 1630
+phone 1234567 calls
+mobile 9000000 MHz
+flash mob 1200 1500 2000
+contact 1200 1500 1800 customers
+Mobilfunk 900 1800 1900
+cell 10000000 mAh
+Wage group 03 1200 1400
+01 02 03 04 05
+0830-1230-1630
+0800-1200-1600
 """.strip().split("\n")
 
 
@@ -248,7 +308,9 @@ def test_what_may_be_anything_else_stays(text):
 @pytest.mark.parametrize("text, hidden", [
     ("Write to ann.lee+jobs@mail.example.co.uk, please", "Write to [EMAIL], please"), ("ann@example.org, bob@example.org", "[EMAIL], [EMAIL]"),
     ("see https://example.org/me?x=1#y. Or www.me.dev/cv", "see [LINK]. Or [LINK]"), ("(github.com/ann)", "([LINK])"),
-    ("ann@example.org/path", "[EMAIL]/path"),
+    ("ann@example.org/path", "[EMAIL]/path"), ("linkedin.com/in/x, LinkedIn.com/in/x", "[LINK], [LINK]"), ("github.com/Name, GitHub.com/Ann", "[LINK], [LINK]"),
+    ("Ann-Lee.dev/Work/cv, Ann.com/Cv.pdf, Me.dev/cv, T.me/Ann", "[LINK], [LINK], [LINK], [LINK]"),
+    ("Monday.com/Jira, Salesforce.com/CRM. Crates.io/Rust or Open.ai/GPT", None),
     ("react@18.2.0, @types/node@18.0.0-beta.next, 10@2.50", None), ("ASP.net/C#, VB.NET/SQL, Node.js/React, C/C++.net/", None),
     ("and/or, TCP/IP, 24/7, Socket.io/Express, me@home", None), ("3.5/4.0, 60.000/70.000", None)])
 def test_links_and_addresses_are_replaced_and_versions_stay(text, hidden):
@@ -257,7 +319,7 @@ def test_links_and_addresses_are_replaced_and_versions_stay(text, hidden):
 
 def test_what_programs_do_to_a_text_is_undone():
     text = "Café cook\n\nSkills: crème brûlée"
-    for other in (text.replace("\n", "\r\n"), text.replace("\n", "\r"), "\ufeff" + text, f" \n{text}\t\r\n", text.replace(" ", "\u00a0"),
+    for other in (text.replace("\n", "\r\n"), text.replace("\n", "\r"), "\ufeff" + text, f" \n{text}\t\r\n", f"\u200b \u2060{text} \u200b\n", text.replace("c", "\u200bc\u2060"), text.replace(" ", "\u00a0"),
                   unicodedata.normalize("NFD", text), " \ufeff " + unicodedata.normalize("NFD", text).replace("\n", "\r\n")):
         assert other != text and normalize(other, False) == text
 
@@ -275,8 +337,9 @@ def test_contacts_are_replaced_where_it_is_asked_for_and_counted():
 
 def test_twice_gives_the_same_as_once():
     assert normalize("+49.030.1234567a.com/x", True) == "[PHONE][LINK]"
+    assert normalize("tel 030\u200b123\u200b4567", True) == "tel [PHONE]"
     draw = random.Random(0)
-    pieces = ["tel ", "Phone: ", "[PHONE]", "(", "+49 ", "030", "1234567", " ", "/", "-", ".", "2015", "ann@x.org", "www.a.de/x", "\r", "\n", "\ufeff",
+    pieces = ["tel ", "Phone: ", "[PHONE]", "(", "+49 ", "030", "1234567", " ", "/", "-", ".", "2015", "ann@x.org", "www.a.de/x", "\r", "\n", "\ufeff", "\u200b",
               "e", "\u0301", "\u00a0", "(415)", "555-0199", "a.com/", "@", ",", "x"]
     for _ in range(5000):
         text = "".join(draw.choices(pieces, k=draw.randint(1, 12)))
@@ -346,6 +409,19 @@ def test_all_models_of_a_run_keep_contacts_or_hide_them_as_its_data_do(whole, by
     assert score(by_hand / "reward", tmp_path, capsys) == score(by_hand / "reward", tmp_path, capsys, cv=CV.replace("\n", "\r\n"))
 
 
+def test_after_a_stage_1_that_did_not_note_it_the_data_say_whether_contacts_are_kept(by_hand, tmp_path, monkeypatch):
+    """As an earlier version of stage 1 did not."""
+    def without_the_note(*args, **more):
+        model = load_model(*args, **more)
+        model.config.keep_contacts = False
+        return model
+    shutil.copytree(by_hand, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "ppo")
+    monkeypatch.setattr(girl, "load_model", without_the_note)
+    assert girl.main(argv("ppo", tmp_path / "run", by_hand.parent / "data")) == 0
+    assert read_config(tmp_path / "run" / "ppo")[0].keep_contacts is True
+
+
 def test_each_model_reads_the_cv_as_its_own_data_were(whole, by_hand, tmp_path, monkeypatch):
     real, seen = Codec.prompt, []
     monkeypatch.setattr(Codec, "prompt", lambda self, cv: seen.append(cv) or real(self, cv))
@@ -397,3 +473,21 @@ def test_a_dense_table_feeds_all_stages(tmp_path):
                       "--out", str(tmp_path / "data")]) == 0
     for stage in ("sft", "reward", "judge"):
         assert girl.main(argv(stage, tmp_path / "run", tmp_path / "data")) == 0
+
+
+def test_generate_scores_a_jd_as_score_does(whole, tmp_path, capsys, monkeypatch):
+    """Also one that the reward model would not have met like this: with blanks around it."""
+    model, scorer = str(whole / "run" / "sft"), str(whole / "run" / "reward")
+    (tmp_path / "cv").write_text("A cook")
+    (tmp_path / "jd").write_text("Wanted:\u00a0cook \n")
+    codec = load_codec(whole / "run" / "sft", read_config(whole / "run" / "sft")[0])
+    monkeypatch.setattr(girl, "generate", lambda *rest: [codec.jd("Wanted:\u00a0cook \n")])
+    assert girl.main(["generate", "--model", model, "--reward", scorer, "--cv", str(tmp_path / "cv")]) == 0
+    shown = re.match(r"\[([+-][\d.]+)\]\n", capsys.readouterr().out)[1]
+    assert girl.main(["score", "--reward", scorer, "--cv", str(tmp_path / "cv"), "--jd", str(tmp_path / "jd")]) == 0
+    assert float(capsys.readouterr().out) == pytest.approx(float(shown), abs=6e-4)
+
+
+@pytest.mark.parametrize("content", [b"\x00", b"\x18\x00", b"\x00Sf", b"\xdd\x96\x00", b"A cook\x00\x00\x00"])
+def test_a_nul_or_three_in_a_short_text_are_no_utf16(content):
+    assert not is_utf16(content) and is_utf16("A cook".encode("utf-16-le")) and is_utf16("A cook".encode("utf-16-be"))

@@ -19,7 +19,7 @@ from data import Codec, plain_text_only, save_tokenizer, train_tokenizer
 from model import Config, LanguageModel, LoRA, RewardModel, add_lora, generate, is_target, merge_lora, twin
 from conftest import NotedCritic
 from run import BadInput
-from weights import load_model, read_config, save_model
+from weights import is_reward, load_model, read_config, save_model
 from test_model import random_ids, saved, tiny
 
 SIZES = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -135,7 +135,10 @@ def test_a_missing_shard_is_named(tmp_path):
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"), ({"rope_interleaved": True}, "rope_interleaved True"),
     ({"is_causal": False}, "is_causal False"), ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types ['full_attention', 'linear"),
     ({"layer_types": ["sliding_attention"] * 2}, "layer_types ['sliding_attention'"), ({"layer_types": "x"}, "layer_types 'x'"),
-    ({"rope_parameters": "x"}, "rope_scaling must be an object"), ({"rope_theta": "x"}, "rope_theta cannot be 'x'"),
+    ({"rope_parameters": "x"}, "rope_parameters and rope_scaling must be objects"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "has rope_parameters and another rope_scaling; keep the one"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "must be objects that hold for all layers"),
+    ({"rope_parameters": LLAMA3, "original_max_position_embeddings": 32}, "two different original_max_position_embeddings"), ({"rope_theta": "x"}, "rope_theta cannot be 'x'"),
     ({"rope_parameters": LLAMA3 | {"factor": 0}}, "is not supported"), ({"rope_parameters": None, "rope_theta": 0}, "rope_theta cannot be 0"),
     ({"rms_norm_eps": "1"}, "rms_norm_eps cannot be '1'"), ({"eos_token_id": "x"}, "eos_token_id cannot be 'x'"),
     ({"eos_token_id": [-1]}, "eos_token_id cannot be -1"), ({"tie_word_embeddings": 1}, "tie_word_embeddings cannot be 1"),
@@ -405,7 +408,7 @@ def test_every_key_that_peft_may_set_is_known_or_refused(tmp_path):
     defaults = LoraConfig(r=3, target_modules=["q_proj"]).to_dict()
     path.write_text(json.dumps(defaults | raw, default=str))
     load_model(tmp_path / "adapters")
-    neutral = {"peft_version": "9", "revision": "x", "lora_dropout": 0.1, "inference_mode": False, "task_type": None,
+    neutral = {"bias": None, "modules_to_save": ["score", "classifier", "score"], "peft_version": "9", "revision": "x", "lora_dropout": 0.1, "inference_mode": False, "task_type": None,
                "auto_mapping": {"x": "y"}, "runtime_config": {"x": 1}, "megatron_core": "x", "qalora_group_size": 8}
     path.write_text(json.dumps(raw | neutral))
     load_model(tmp_path / "adapters")
@@ -416,6 +419,53 @@ def test_every_key_that_peft_may_set_is_known_or_refused(tmp_path):
             path.write_text(json.dumps(raw | {name: value}))
             with pytest.raises(BadInput, match=f"adapter_config.json: {name} .* is not supported"):
                 load_model(tmp_path / "adapters")
+
+
+@pytest.mark.parametrize("name, value", [("rope_theta", 900.0), ("rms_norm_eps", 1e-2), ("model_type", "qwen3")])
+def test_a_config_beside_adapters_does_not_overrule_that_of_their_base(name, value, tmp_path):
+    save_model(tmp_path / "adapters", with_adapters(tmp_path))
+    (tmp_path / "adapters" / "girl.json").unlink()
+    raw = json.loads((tmp_path / "base" / "config.json").read_text()) | {name: value, "qk_norm": name == "model_type"}
+    (tmp_path / "adapters" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(BadInput, match="adapters/config.json: (qk_norm|rope_theta|rms_norm_eps) is .*, and .* in its base"):
+        load_model(tmp_path / "adapters")
+
+
+def test_what_else_adapters_come_with_is_named(tmp_path):
+    save_model(tmp_path / "adapters", with_adapters(tmp_path))
+    path = tmp_path / "adapters" / "adapter_model.safetensors"
+    stored = load_file(path)
+    save_file(stored | {"base_model.model.lm_head.weight": torch.zeros(41, 32)}, path)
+    with pytest.raises(BadInput, match="also holds lm_head.weight, .* merge the adapters with peft first"):
+        load_model(tmp_path / "adapters")
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(BadInput, match="adapter_model.bin: a pickle can run any code and is not opened"):
+        load_model(tmp_path / "adapters")
+
+
+def test_the_body_alone_is_read_where_the_head_is_tied(tmp_path):
+    base = saved(tmp_path / "base", tiny(initializer_range=0.1))
+    transformers.AutoModel.from_pretrained(base).save_pretrained(tmp_path / "body")
+    assert "embed_tokens.weight" in load_file(tmp_path / "body" / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "body")(random_ids(2, 9)), load_model(base)(random_ids(2, 9)))
+
+
+def test_what_wrapped_a_model_is_named(tmp_path):
+    path = saved(tmp_path) / "model.safetensors"
+    save_file({f"_orig_mod.{name}": t for name, t in load_file(path).items()}, path)
+    with pytest.raises(BadInput, match="its names begin with _orig_mod.; save the unwrapped model"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("changes, scores", [
+    ({"architectures": ["LlamaForSequenceClassification"], "num_labels": ...}, True), ({"architectures": ["LlamaForCausalLM"], "num_labels": 2}, False),
+    ({"architectures": 5}, False), ({"architectures": "LlamaForSequenceClassification"}, True), ({"architectures": None}, True), ({"architectures": None, "num_labels": ...}, False)])
+def test_what_a_folder_holds_is_known_by_its_architecture(changes, scores, tmp_path):
+    saved(tmp_path, tiny(RewardModel))
+    raw = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+    assert is_reward(tmp_path) == scores
 
 
 def test_export_knows_a_reward_model_that_peft_saved(tmp_path, capsys):
@@ -497,13 +547,15 @@ def test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_p
     ({"target_modules": "(" }, "not the config of LoRA adapters"), ({"target_modules": None}, "found None"), ({"target_modules": ["lm_head"]}, "['lm_head']"),
     ({"exclude_modules": ["q_proj"]}, "exclude_modules ['q_proj'] is not supported"), ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
     ({"alora_invocation_tokens": [0, 0]}, "alora_invocation_tokens [0, 0] is not supported"), ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']"),
+    ({"modules_to_save": "score"}, "modules_to_save 'score'"), ({"modules_to_save": 5}, "modules_to_save 5"), ({"base_model_name_or_path": None}, "must name the folder of its base model"),
+    ({"lora_alpha": "8"}, "lora_alpha must be a number above 0, found '8'"), ({"r": ...}, "it has no r"),
     ({"base_model_name_or_path": "/nowhere"}, "its base model /nowhere is not there"), ({"base_model_name_or_path": "{self}"}, "or no whole model"), ({"lora_alpha": None}, "not the config")])
 def test_adapters_that_cannot_be_ours_are_refused(change, says, tmp_path):
     save_model(tmp_path / "adapters", with_adapters(tmp_path))
     path = tmp_path / "adapters" / "adapter_config.json"
     shutil.copy(tmp_path / "base" / "config.json", tmp_path / "adapters")
     change = {k: str(tmp_path / "adapters") if v == "{self}" else v for k, v in change.items()}
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | change).items() if v is not ...}))
     with pytest.raises(BadInput) as e:
         load_model(tmp_path / "adapters")
     assert says in str(e.value) and "\n" not in str(e.value)

@@ -44,7 +44,6 @@ class SFTFlags(StartFlags):
     warm_steps: int = flag(900, "steps before all others in which the model learns to copy the CV, and to compare it with a JD",
                            least=0)
     reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
-    cv_loss: float = flag(0.0, "weight of the loss on the prompt's tokens: the CV and its frame")
     hidden: int = flag(128, "C, the hidden size")
     layers: int = flag(4, "transformer blocks", most=256)
     heads: int = flag(4, "H, query heads")
@@ -63,10 +62,8 @@ class Example(NamedTuple):
     read: bool          # to tell which of this JD's tokens the CV holds too, see reading_loss
 
 
-def sft_loss(model, reader, examples, cv_loss, device):
-    """Sum of -log P over the tokens to write (with end-of-text), their number, and the mean loss of reading.
-
-    With `cv_loss` the prompts' tokens of the rows to write count too, at that weight."""
+def sft_loss(model, reader, examples, device):
+    """Sum of -log P over the tokens to write (with end-of-text), their number, and the mean loss of reading."""
     ids, lengths = (x.to(device) for x in pad_right([e.prompt + e.jd for e in examples]))    # [B, T], [B]
     starts, write, read = (torch.tensor(x, device=device)[:, None] for x in zip(             # [B, 1] each
         *[(len(e.prompt), e.write, e.read) for e in examples]))
@@ -79,9 +76,6 @@ def sft_loss(model, reader, examples, cv_loss, device):
         before, targets = hidden[:, :-1], ids[:, 1:]                                         # [B, T-1, C], [B, T-1]
         # The head is the most expensive layer of a small model: it is applied only where there is something to learn.
         loss = F.cross_entropy(model.lm_head(before[to_write]).float(), targets[to_write], reduction="sum")
-        if cv_loss:
-            of_cv = ((at < starts) & write)[:, 1:]                                           # [B, T-1]
-            loss = loss + cv_loss * F.cross_entropy(model.lm_head(before[of_cv]).float(), targets[of_cv], reduction="sum")
         to_read = [(e.prompt, e.jd) for e in examples if e.read]
         reading = reading_loss(reader, hidden[in_jd & read], to_read) if to_read else torch.zeros(())
     return loss, int(to_write.sum()), reading
@@ -93,7 +87,7 @@ def mean_nll(model, pairs, codec, device):
     total, count, batch = 0.0, 0, rows_that_fit(64, logits_size(model.config))
     for k in range(0, len(pairs), batch):
         part = [Example(codec.prompt(cv), codec.jd(jd), True, False) for cv, jd in pairs[k:k + batch]]
-        loss, n, _ = sft_loss(model, None, part, 0.0, device)
+        loss, n, _ = sft_loss(model, None, part, device)
         total, count = total + float(loss), count + n
     return total / count
 
@@ -222,13 +216,12 @@ def sft_steps(model, reader, optimizer, examples, codec, first, last, flags, see
 
 
 def sft_step(model, reader, batch, flags, device):
-    """Gradients of the objective; returns the loss of a written token, on average (the prompts'
-    tokens add theirs at the weight `cv_loss`), and the loss of reading."""
+    """Gradients of the objective; returns the loss of a written token, on average, and the loss of reading."""
     tokens, reads = sum(len(e.jd) for e in batch if e.write), sum(e.read for e in batch)
     total = total_reading = 0.0
     for k in range(min(flags.accumulate, len(batch))):
         if part := batch[k::flags.accumulate]:
-            loss, _, reading = sft_loss(model, reader, part, flags.cv_loss, device)
+            loss, _, reading = sft_loss(model, reader, part, device)
             share = sum(e.read for e in part) / max(reads, 1)
             # by token, and by row: micro-batches add up to the gradient of the whole batch
             (loss / max(tokens, 1) + flags.reading * share * reading).backward()

@@ -85,7 +85,7 @@ def check_loss(model, codec, texts):
     targets, real = [], sft.F.cross_entropy
     sft.F.cross_entropy = lambda logits, target, reduction: targets.append(target.tolist()) or real(logits, target, reduction=reduction)
     try:
-        assert sft.sft_loss(model, None, rows, 0.0, torch.device("cpu"))[1] == len(rows) * len(jd)
+        assert sft.sft_loss(model, None, rows, torch.device("cpu"))[1] == len(rows) * len(jd)
     finally:
         sft.F.cross_entropy = real
     assert targets == [jd * len(rows)], "other tokens are learned"

@@ -26,7 +26,7 @@ def nll_by_hand(lm, prompt, jd):
 def test_sft_loss_is_on_the_jd_and_its_end_only():
     codec, lm = tiny()
     rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a"))]
-    loss, count, _ = sft.sft_loss(lm, None, [sft.Example(p, j, True, False) for p, j in rows], 0.0, CPU)
+    loss, count, _ = sft.sft_loss(lm, None, [sft.Example(p, j, True, False) for p, j in rows], CPU)
     by_hand = sum(sum(nll_by_hand(lm, p, j)[len(p) - 1:]) for p, j in rows)
     assert count == len(rows[0][1]) + len(rows[1][1]) and rows[0][1][-1] == codec.eos
     assert loss.item() == pytest.approx(by_hand, rel=1e-5)
@@ -39,19 +39,11 @@ def test_sft_loss_learns_from_each_row_what_the_row_is_for():
     rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a")),
             (codec.prompt("skills"), codec.jd("knife skills"))]
     examples = [sft.Example(*rows[0], True, False), sft.Example(*rows[1], False, True), sft.Example(*rows[2], True, True)]
-    loss, count, reading = sft.sft_loss(lm, reader, examples, 0.0, CPU)
+    loss, count, reading = sft.sft_loss(lm, reader, examples, CPU)
     assert count == len(rows[0][1]) + len(rows[2][1])
     assert loss.item() == pytest.approx(sum(sum(nll_by_hand(lm, p, j)[len(p) - 1:]) for p, j in (rows[0], rows[2])), rel=1e-5)
     states = torch.cat([lm.model(torch.tensor([p + j]))[0, len(p):] for p, j in rows[1:]])
     assert reading.item() == pytest.approx(reward.reading_loss(reader, states, rows[1:]).item(), rel=1e-5)
-
-
-def test_sft_loss_counts_the_cv_tokens_at_their_weight():
-    codec, lm = tiny()
-    p, j = codec.prompt("a cook with skills"), codec.jd("a job")
-    examples = [sft.Example(p, j, True, False), sft.Example(codec.prompt("skills"), codec.jd("a cook for a"), False, False)]
-    plain, with_cv = (sft.sft_loss(lm, None, examples, weight, CPU)[0].item() for weight in (0.0, 0.5))
-    assert with_cv - plain == pytest.approx(0.5 * sum(nll_by_hand(lm, p, j)[:len(p) - 1]), rel=1e-4)
 
 
 def test_sft_gradient_accumulation_equals_the_big_batch():
@@ -73,8 +65,8 @@ def test_sft_gradient_accumulation_equals_the_big_batch():
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_gradient_is_that_of_the_objective_by_hand(accumulate):
-    """A mean over the tokens of all JDs to write, a long and a short one, with `cv_loss` times
-    those of their prompts; and `reading` times its mean over two rows to read. Each row alone."""
+    """A mean over the tokens of all JDs to write, a long and a short one; and `reading` times its
+    mean over two rows to read. Each row alone."""
     codec, lm = tiny()
     reader = torch.nn.Linear(32, 1)
     texts = [("a cook", "a job for a cook with knife skills"), ("skills", "a"),
@@ -83,7 +75,7 @@ def test_the_gradient_is_that_of_the_objective_by_hand(accumulate):
     for prompt, jd in rows[:2]:
         logp = lm(torch.tensor([prompt + jd]))[0, :-1].log_softmax(-1)                  # [T-1, V]
         nll, start = -logp[torch.arange(len(logp)), (prompt + jd)[1:]], len(prompt) - 1     # [T-1]
-        written = written + nll[start:].sum() + 0.2 * nll[:start].sum()
+        written = written + nll[start:].sum()
     written = written / sum(len(jd) for _, jd in rows[:2])
     to_read = [rows[0], rows[2]]
     states = torch.cat([lm.model(torch.tensor([p + jd]))[0, len(p):] for p, jd in to_read])
@@ -95,7 +87,7 @@ def test_the_gradient_is_that_of_the_objective_by_hand(accumulate):
 
     batch = [sft.Example(*rows[0], True, True), sft.Example(*rows[1], True, False),
              sft.Example(*rows[2], False, True)]
-    flags = sft.SFTFlags(reading=0.3, cv_loss=0.2, accumulate=accumulate)
+    flags = sft.SFTFlags(reading=0.3, accumulate=accumulate)
     loss, read = sft.sft_step(lm, reader, batch, flags, CPU)
     for p, gradient in zip(parameters, by_hand):
         torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-3)

@@ -43,6 +43,7 @@ class DataFlags:
     held_out: int = flag(1000, "job seekers in valid, and in test")
     jobs: int = flag(60000, "jobs on offer in each split")
     applications: int = flag(6, "jobs that each of them applies for, about", least=4)
+    fields: int = flag(8, "fields of work, the first ones of market.OCCUPATIONS", least=2, most=len(market.OCCUPATIONS))
 
 
 # ------------------------------------------------------------------------------------------ the stages and their models
@@ -255,7 +256,7 @@ def write_data(args, flags, start):
         raise BadInput(f"data: --{given[0].replace('_', '-')} says how a table is read; give the "
                        "table with --from FILE")
     else:
-        market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed)
+        market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications, args.seed, flags.fields)
     write_json(Path(args.out) / "summary.json", with_checksum({
         "started": round(start, 1), "seconds": round(time.time() - start, 1), "peak_rss_mb": peak_rss_mb(),
         "asked": data_asked(args), "inputs": {}, "sha256": checksums(files_of(args.out))}))

@@ -323,8 +323,8 @@ def alphabetical(skills):
     return tuple(sorted(skills, key=str.lower))
 
 
-def draw_person(rng):
-    o = BY_TITLE[rng.choice(list(BY_TITLE))]
+def draw_person(rng, titles=tuple(BY_TITLE)):
+    o = BY_TITLE[rng.choice(titles)]
     return Person(o.title, years=min(int(rng.expovariate(1 / 6)), MAX_YEARS_HELD),
                   degree=min(max(o.degree + rng.choice((-1, 0, 0, 1)), 0), 3), city=rng.choice(list(CITIES)),
                   remote=o.remote and rng.random() < 0.5,
@@ -339,7 +339,7 @@ def draw_skills(rng, occupation, n):
 
 
 def draw_job(rng, title=None):
-    o = BY_TITLE[title or rng.choice(list(BY_TITLE))]
+    o = BY_TITLE[title or rng.choice(tuple(BY_TITLE))]
     years = min(int(rng.expovariate(1 / 6)), MAX_YEARS_ASKED)
     place = REMOTE if o.remote and rng.random() < 0.25 else rng.choices(list(CITIES), CITIES.values())[0]
     return Job(o.title, years, min(max(o.degree + rng.choice((-1, 0, 0, 0, 1)), 0), 3), place,
@@ -416,11 +416,11 @@ SPOILT = (("slip",) * 5 + ("title",) * 3 + ("duty", "repeated") * 2
           + ("padded", "short", "blended", "seniority", "pay", "cut", "twice", "shuffled", "empty"))
 
 
-def spoil(rng, job, layout):
+def spoil(rng, job, layout, titles=tuple(BY_TITLE)):
     """A JD that nobody would post, made from a good one: what a policy tries when it looks for gaps in a reward model.
     The true match of each is at most a tenth."""
     o, text = BY_TITLE[job.title], write_jd(job, layout)
-    words, other = text.split(" "), BY_TITLE[rng.choice([t for t in BY_TITLE if BY_TITLE[t].field != o.field])]
+    words, other = text.split(" "), BY_TITLE[rng.choice([t for t in titles if BY_TITLE[t].field != o.field])]
     kind = rng.choice(SPOILT)
     if kind == "padded":
         more = [s for s in o.skills if s not in job.skills]
@@ -437,7 +437,7 @@ def spoil(rng, job, layout):
     if kind == "title":         # of another field of work: "plumber", and then the skills of a nurse
         return write_jd(replace(job, title=other.title, duty=rng.choice(other.duties)), layout)
     if kind == "duty":
-        return write_jd(replace(job, duty=rng.choice(BY_TITLE[rng.choice([t for t in BY_TITLE if t != o.title])].duties)), layout)
+        return write_jd(replace(job, duty=rng.choice(BY_TITLE[rng.choice([t for t in titles if t != o.title])].duties)), layout)
     if kind == "slip":          # a value in the place of another: "Place: 24k"
         values = [job.title, job.place, years_text(job.years, "+"), DEGREES[job.degree], job.duty, f"{job.pay[0]}k", *job.skills]
         old, new = rng.sample(values, 2)
@@ -545,23 +545,23 @@ def rules(rng, train_cvs, train_jds, cvs):
 
 
 # ------------------------------------------------------------------------------------------------------- the data set
-def draw_split(rng, people, jobs, n_applications, taken=frozenset()):
+def draw_split(rng, people, jobs, n_applications, taken=frozenset(), fields=len(OCCUPATIONS)):
     """Every decision of one split, and probes: a spoiled copy of an accepted JD for every person who has one.
-    No text in `taken` is used: no CV and no JD may be in two splits."""
-    all_jobs, texts = [], []
+    No text in `taken` is used: no CV and no JD may be in two splits. People and jobs are of the first `fields` fields of work."""
+    all_jobs, texts, titles = [], [], [title for field in list(OCCUPATIONS)[:fields] for title in OCCUPATIONS[field]]
     while len(all_jobs) < jobs:
         # Half of the jobs are posted a second time with one field changed.
-        job = sibling(rng, all_jobs[-1]) if all_jobs and rng.random() < 0.5 else draw_job(rng)
+        job = sibling(rng, all_jobs[-1]) if all_jobs and rng.random() < 0.5 else draw_job(rng, rng.choice(titles))
         text = write_jd(job, rng.randrange(len(JD_LAYOUTS)))
         if text not in taken:
             all_jobs.append(job)
             texts.append(text)
     pools = in_pools(all_jobs)
-    if without := [title for title in BY_TITLE if not pools[title, None]]:
+    if without := [title for title in titles if not pools[title, None]]:
         raise BadInput(f"data: among {jobs} jobs there is none for a {without[0]}; raise --jobs")
     decisions, probes = [], []
     for _ in range(people):
-        person = draw_person(rng)
+        person = draw_person(rng, titles)
         cv = write_cv(person, rng.randrange(len(CV_LAYOUTS)))
         if cv in taken:
             continue
@@ -570,21 +570,21 @@ def draw_split(rng, people, jobs, n_applications, taken=frozenset()):
             decisions.append(Record(cv, texts[j], rng.random() < match(person, all_jobs[j])))
             accepted += [all_jobs[j]] if decisions[-1].accepted else []
         if accepted:
-            probes.append(Record(cv, spoil(rng, rng.choice(accepted), rng.randrange(len(JD_LAYOUTS))), False))
+            probes.append(Record(cv, spoil(rng, rng.choice(accepted), rng.randrange(len(JD_LAYOUTS)), titles), False))
     return decisions, probes
 
 
-def write_market(out, people, held_out, jobs, n_applications, seed):
+def write_market(out, people, held_out, jobs, n_applications, seed, fields=len(OCCUPATIONS)):
     """Write train/valid/test.jsonl, probes.jsonl (of train) and market.json into the folder `out`."""
     out, taken, splits, probes = Path(out), set(), {}, {}
     for split, n in (("train", people), ("valid", held_out), ("test", held_out)):
         rng = random.Random(f"{seed} {split}")
-        splits[split], probes[split] = draw_split(rng, n, jobs, n_applications, taken)
+        splits[split], probes[split] = draw_split(rng, n, jobs, n_applications, taken, fields)
         taken |= {text for r in splits[split] for text in (r.cv, r.jd)}
         print(f"data: {split}: {len(splits[split])} decisions, {sum(r.accepted for r in splits[split])} accepted")
     clear_data(out)
     write_json(out / "market.json", {"rules": code_checksum(Path(__file__)), "seed": seed, "people": people, "held_out": held_out, "jobs": jobs,
-                                     "applications": n_applications, "degrees": DEGREES, "cities": list(CITIES),
+                                     "applications": n_applications, "fields": fields, "degrees": DEGREES, "cities": list(CITIES),
                                      "occupations": {t: vars(o) for t, o in BY_TITLE.items()}})
     write_records(out / "probes.jsonl", probes["train"])
     for split, decisions in splits.items():

@@ -387,6 +387,15 @@ def test_the_same_seed_draws_the_same_market_in_another_process():
     assert len(found) == 1
 
 
+def test_a_smaller_market_has_the_first_fields_of_work_alone():
+    """Decisions and probes: no word of another field stands in them."""
+    decisions, probes = draw_split(random.Random(1), people=200, jobs=1000, n_applications=6, fields=2)
+    mine = {title for field in list(OCCUPATIONS)[:2] for title in OCCUPATIONS[field]}
+    assert {parse_cv(r.cv).title for r in decisions} == {parse_jd(r.jd).title for r in decisions} == mine
+    others = [t for t in BY_TITLE if t not in mine] + [d for t in BY_TITLE if t not in mine for d in BY_TITLE[t].duties]
+    assert len(probes) > 20 and not [r for r in probes for text in others if text in r.jd]
+
+
 @pytest.mark.parametrize("kind", ["cv", "jd"])
 def test_taken_texts_are_not_used_again(split, kind):
     """The same draw, were some of its texts in another split already: none of them may come back."""

@@ -161,20 +161,27 @@ def test_logistic_regression_finds_its_minimum_and_is_held_by_few_labels():
         assert recommend.logistic(scores[:1] * 1000, y, (0, 1, 0), (0.1, 3, 3)).isfinite().all()
 
 
-def test_the_gate_is_learned_from_labels_kept_apart_and_follows_what_the_written_jd_is_worth():
-    kept = torch.arange(0, 4000, 5)
+KEPT = torch.arange(0, 4000, 5)             # of 4,000 labels a fifth is kept apart
+
+
+def test_the_gate_is_learned_from_labels_kept_apart():
+    """A recommender that knows by heart the labels it has learned from is believed no more for that."""
     scores, labels = decisions(4000, (1.0, 2.0))
-    b, a, g = recommend.fit_gate(scores[:, 0], scores[:, 1], labels, kept)
-    assert abs(b + 1) < 0.3 and abs(a - 1) < 0.3 and abs(g - 2) < 0.4
-    # A recommender that knows the labels it has learned from by heart is believed no more for that.
-    by_heart = torch.where(torch.isin(torch.arange(4000), kept), scores[:, 0], 20 * (labels - 0.5))
-    assert recommend.fit_gate(by_heart, scores[:, 1], labels, kept)[2] > 1.5
-    scores, labels = decisions(4000, (1.0, 0.0))                        # the written JD is worth nothing
-    assert abs(recommend.fit_gate(scores[:, 0], scores[:, 1], labels, kept)[2]) < 0.15
-    # The first kept labels are few: what all labels say of the similarity alone has its weight.
+    by_heart = torch.where(torch.isin(torch.arange(4000), KEPT), scores[:, 0], 20 * (labels - 0.5))
+    assert recommend.fit_gate(by_heart, scores[:, 1], labels, KEPT)[2] > 1.5
+
+
+def test_the_gate_follows_what_the_written_jd_is_worth():
+    for worth in (0.0, 2.0):
+        scores, labels = decisions(4000, (1.0, worth))
+        b, a, g = recommend.fit_gate(scores[:, 0], scores[:, 1], labels, KEPT)
+        assert abs(b + 1) < 0.3 and abs(a - 1) < 0.3 and abs(g - worth) < 0.3
+
+
+def test_the_gate_of_few_labels_kept_apart_is_near_what_all_labels_say():
     scores, labels = decisions(200, (0.0, 2.0))
-    few = torch.arange(200)[labels == 0][:10]
-    assert recommend.fit_gate(scores[:, 0], scores[:, 1], labels, few)[2] > 0.7
+    rejected = torch.arange(200)[labels == 0][:10]                          # they alone say nothing good
+    assert recommend.fit_gate(scores[:, 0], scores[:, 1], labels, rejected)[2] > 0.7
 
 
 def test_features_that_carry_the_label_help_and_noise_does_not(stage):
@@ -251,6 +258,30 @@ def test_no_text_of_the_test_has_a_part_in_what_features_are_scaled_by(monkeypat
     for before, after in zip(*seen, strict=True):
         torch.testing.assert_close(after, before)
     assert all(float(x[0].std()) > 0.1 for x in seen[0])            # they are not all the same
+
+
+def test_what_was_measured_is_noted_in_the_results_as_they_are_by_then(tmp_path, monkeypatch):
+    """`evaluate` may write while `measure` runs: `measure` neither reads nor writes results.json."""
+    for stand_in in ("make_encoder", "compare_recommenders", "ground"):
+        monkeypatch.setattr(recommend, stand_in, lambda *_: None)
+    found = recommend.measure(tmp_path, None, [], [], [], None, False, None)
+    assert not (tmp_path / "results.json").exists()
+
+    found |= {"recommend": {}, "seconds": 7.0}
+    results = {"seed": 1, "split": "test", "measured": {"models": "a"}, "peak_rss_mb": 1e9,
+               "seconds": {"evaluate": 5.0, "total": 20.0}, "sft": {"nll": 2.0}}
+    recommend.write_results(tmp_path, results)
+    measured = {"models": "a", "recommend": "b"}
+    for _ in range(2):                                                      # the second in place of the first
+        recommend.note(tmp_path, found, 1, "test", measured)
+    noted = recommend.read_results(tmp_path)
+    assert noted["seconds"] == {"evaluate": 5.0, "recommend": 7.0, "total": 27.0}
+    assert noted["measured"] == measured and noted["sft"] == {"nll": 2.0}
+    assert noted["recommend"] == {} and noted["grounding"] is None and noted["peak_rss_mb"] == 1e9
+    for seed, split, models, says in ((2, "test", "a", "of seed 1"), (1, "valid", "a", "split test"),
+                                      (1, "test", "c", "other models")):
+        with pytest.raises(BadInput, match=says):
+            recommend.note(tmp_path, found, seed, split, {"models": models})
 
 
 # ------------------------------------------------------------------------------------------------------- grounding

@@ -20,7 +20,7 @@ whatever it gets wrong. AUC less that of `none`, dot (valid, seed 0; all labels;
 with "a factor" two):
 
     j' in the MLPs    SFT -0.031  GIRL -0.015  shuffled -0.080      a factor  -0.026  -0.011  -0.001
-    a gate of its own     +0.005       +0.010            0.000
+    a gate of its own     +0.005       +0.011            0.000
 
 Its labels are decisions on half B of the train CVs, from which neither the generators nor the
 reward model learned (the judge did; it has no part here). Three controls: `none` (j' is 0),

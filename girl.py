@@ -480,8 +480,10 @@ def recommend_run(args, device):
     else:
         flags, measured = from_args(recommend.RecommendFlags, args), what_is_measured(args)
         with alone(run / "evaluate"):
-            recommend.measure(run, models, train, read_half(folder, "B"), read_records(folder / f"{args.split}.jsonl"),
-                              args.split, flags, args.full, truth, measured)
+            recommend.results_of(run, args.seed, args.split, measured)      # or minutes were for nothing
+            found = recommend.measure(run, models, train, read_half(folder, "B"),
+                                      read_records(folder / f"{args.split}.jsonl"), flags, args.full, truth)
+            recommend.note(run, found, args.seed, args.split, measured)
 
 
 STAGES = {"sft": sft.SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags}

@@ -2,7 +2,7 @@
 trains on all the same. Here is a list of such ways, and the test that must fail for each.
 
     python tests/mutants.py            all of them, some minutes; ends in  killed N of M
-    python tests/mutants.py 24 31      those of these statements (test_NN_... decides statement NN)
+    python tests/mutants.py 24 31      those of these statements (test_NN_... decides statement NN; 0: the recommender)
 
 It works in a copy of the project, and is not part of test.sh. To add one: break a line by hand, see
 which test fails, and write it down. If none does, there is a test to write first.
@@ -247,6 +247,31 @@ MUTANTS = {
     "test_ppo.py::test_33_the_true_match_is_that_of_each_cv_and_its_own_jd": [
         (33, "ppo.py", "sum(map(true_match, chosen, texts))",
          "sum(map(true_match, sorted(chosen), texts))", "the JDs of other CVs are judged")],
+    # --------------------------------------------------- 0, no statement on PPO: the recommender
+    "test_recommend.py::test_logistic_regression_finds_its_minimum_and_is_held_by_few_labels": [
+        (0, "recommend.py", "(hold * (weights - start) ** 2).sum() / 2", "0", "nothing is held"),
+        (0, "recommend.py", 'labels.double(), reduction="sum")', "labels.double())",
+         "the start counts as much with many labels as with few")],
+    "test_recommend.py::test_the_gate_is_learned_from_labels_kept_apart": [
+        (0, "recommend.py", "logistic(both[kept], labels[kept],", "logistic(both, labels,",
+         "labels that were fitted decide the gate")],
+    "test_recommend.py::test_the_gate_follows_what_the_written_jd_is_worth": [
+        (0, "recommend.py", "(0.1, 3.0, 3.0))", "(0.1, 3.0, 3000.0))", "the gate cannot fall")],
+    "test_recommend.py::test_the_gate_of_few_labels_kept_apart_is_near_what_all_labels_say": [
+        (0, "recommend.py", "(0.0, 1.0, float(alone[1]))", "(0.0, 1.0, 0.0)",
+         "a few labels alone decide the gate")],
+    "test_recommend.py::"
+    "test_a_jd_is_compared_with_the_mean_of_the_first_k_written_jds_or_with_nothing": [
+        (0, "recommend.py", "[:, :k].mean(1)[cv]", ".mean(1)[cv]", "all written JDs, for any k"),
+        (0, "recommend.py", 'if mode == "none":', 'if mode == "nobody":', "`none` is not told apart")],
+    "test_recommend.py::test_features_that_carry_the_label_help_and_noise_does_not": [
+        (0, "recommend.py", "a * on_test + g * similar[mode] + b", "a * on_test - g * similar[mode] + b",
+         "the gate is turned around"),
+        (0, "recommend.py", "similarity(encoded, some, *mode), labels, kept)",
+         "similarity(encoded, some, *mode), labels.flip(0), kept)", "the gate learns from other labels")],
+    "test_recommend.py::test_what_was_measured_is_noted_in_the_results_as_they_are_by_then": [
+        (0, "recommend.py", 'seconds["total"] - seconds.get("recommend", 0)', 'seconds["total"]',
+         "time spent twice counts twice")],
 }
 
 

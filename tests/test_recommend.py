@@ -46,15 +46,15 @@ def test_vectors_are_whitened_and_of_one_length():
 # -------------------------------------------------------------------------------------------------- the recommender
 def test_the_two_predictors_are_their_formulas():
     torch.manual_seed(0)
-    c, w, j = torch.randn(3, 4, 6).unbind(0)
+    c, j = torch.randn(2, 4, 6).unbind(0)
     dot, mlp = (recommend.Recommender(kind, 6, recommend.RecommendFlags(hidden=5)).eval() for kind in ("dot", "mlp"))
-    torch.testing.assert_close(dot(c, w, j), math.e * ((c + w) * j).mean(1) + dot.bias)         # before any label: cosines
+    torch.testing.assert_close(dot(c, j), math.e * (c * j).mean(1) + dot.bias)          # before any label: cosines
     for p in (*dot.parameters(), *mlp.parameters()):
         torch.nn.init.normal_(p)
     scale = float(dot.log_scale.detach().exp())
-    expected = scale * ((c + w + dot.seeker(torch.cat((c, w), 1))) * (j + dot.job(j))).sum(1) / 6 + dot.bias
-    torch.testing.assert_close(dot(c, w, j), expected)
-    torch.testing.assert_close(mlp(c, w, j), mlp.both(torch.cat((c, w, j), 1))[:, 0] + mlp.bias)
+    expected = scale * ((c + dot.seeker(c)) * (j + dot.job(j))).sum(1) / 6 + dot.bias
+    torch.testing.assert_close(dot(c, j), expected)
+    torch.testing.assert_close(mlp(c, j), mlp.both(torch.cat((c, j), 1))[:, 0] + mlp.bias)
 
 
 def test_training_stops_where_the_labels_kept_apart_say_so(monkeypatch):
@@ -62,29 +62,29 @@ def test_training_stops_where_the_labels_kept_apart_say_so(monkeypatch):
     torch.manual_seed(0)
     x, labels = torch.randn(60, 8), torch.tensor([0.0, 1.0, 0.0] * 20)
     flags = recommend.RecommendFlags(steps=400, lr=1e-2, dropout=0.0, prior=0.0)
-    c, w, j = x, torch.randn(60, 8), torch.randn(60, 8)
+    c, j = x, torch.randn(60, 8)
     looks = []
     predict = recommend.predict
     monkeypatch.setattr(recommend, "predict", lambda *a: looks.append(predict(*a)) or looks[-1])
-    model = recommend.fit(recommend.Recommender("mlp", 8, flags), (c, w, j), labels, flags, torch.Generator().manual_seed(1))
+    model, kept = recommend.fit(recommend.Recommender("mlp", 8, flags), (c, j), labels, flags, torch.Generator().manual_seed(1))
     assert all(len(look) == 12 for look in looks)                               # a fifth
-    kept = torch.randperm(60, generator=torch.Generator().manual_seed(1))[:12]
+    assert kept.equal(torch.randperm(60, generator=torch.Generator().manual_seed(1))[:12])
     losses = [recommend.log_loss(look, labels[kept]) for look in looks]
     best = losses.index(min(losses))
     assert len(looks) == best + 11 < 41                                         # ten looks after the best one
-    torch.testing.assert_close(predict(model, [v[kept] for v in (c, w, j)]), looks[best])
+    torch.testing.assert_close(predict(model, [v[kept] for v in (c, j)]), looks[best])
 
 
 def test_the_fewer_the_labels_the_more_the_similarity_is_kept():
     """Weight decay is prior / labels: with few of them the towers' own part stays small, scale and bias are learned."""
     torch.manual_seed(0)
-    c, w, j = torch.randn(3, 2000, 8).unbind(0)
-    labels = (((c + w) * j).mean(1) > 0.3).float()
+    c, j = torch.randn(2, 2000, 8).unbind(0)
+    labels = ((c * j).mean(1) > 0.3).float()
     sizes = []
     for n in (60, 2000):
         flags = recommend.RecommendFlags(steps=100)
-        model = recommend.fit(recommend.Recommender("dot", 8, flags), [x[:n] for x in (c, w, j)], labels[:n], flags,
-                              torch.Generator().manual_seed(0))
+        model, _ = recommend.fit(recommend.Recommender("dot", 8, flags), [x[:n] for x in (c, j)], labels[:n], flags,
+                                 torch.Generator().manual_seed(0))
         sizes.append(float(model.seeker[-1].weight.detach().abs().mean()))
         assert model.log_scale > 1.2 and model.bias < 0
     assert 0 < 3 * sizes[0] < sizes[1]
@@ -92,13 +92,12 @@ def test_the_fewer_the_labels_the_more_the_similarity_is_kept():
 
 def test_the_reward_model_alone_is_calibrated_on_some_labels_and_ranked_by_its_own_scores():
     records = [Record(f"cv {i}", "jd 0", i % 4 == 0 or i % 5 == 0) for i in range(400)]
-    encoded = recommend.Encoded({r.cv: i for i, r in enumerate(records)}, {"jd 0": 0}, None, None, {})
+    encoded = recommend.Encoded({r.cv: i for i, r in enumerate(records)}, {"jd 0": 0}, {}, {}, {})
     scores = {(i, 0): 100.0 * (r.accepted - 0.5) + i % 7 for i, r in enumerate(records)}
-    flags = recommend.RecommendFlags()
-    found = recommend.reward_alone(encoded, records[:200], records[200:], lambda pairs: scores, 1.0, flags, 0)
+    found = recommend.reward_alone(encoded, records[:200], records[200:], lambda pairs: scores, 1.0, 0)
     assert found["reward_auc"] == 1 and found["reward_log_loss"] < 0.01
     upside_down = {pair: -score for pair, score in scores.items()}
-    assert recommend.reward_alone(encoded, records[:200], records[200:], lambda pairs: upside_down, 1.0, flags, 0)["reward_auc"] == 0
+    assert recommend.reward_alone(encoded, records[:200], records[200:], lambda pairs: upside_down, 1.0, 0)["reward_auc"] == 0
 
 
 def test_paired_interval_by_hand():
@@ -119,22 +118,71 @@ def constructed(n_cvs=120, n_jds=80, C=8):
     girl[:, 1] = girl[:, 0]
     written = {"girl": girl, "sft": torch.randn(n_cvs, 2, C), "shuffled": girl.roll(1, 0)}
     encoded = recommend.Encoded({f"cv {i}": i for i in range(n_cvs)}, {f"jd {i}": i for i in range(n_jds)},
-                                torch.randn(n_cvs, C), j, written)
+                                dict.fromkeys(recommend.KINDS, torch.randn(n_cvs, C)), dict.fromkeys(recommend.KINDS, j), written)
     draw = random.Random(0)
     records = [Record(f"cv {q}", f"jd {d}", bool(girl[q, 0] @ j[d] > 0))
                for q, d in ((draw.randrange(n_cvs), draw.randrange(n_jds)) for _ in range(3000))]
-    return ({kind: encoded for kind in recommend.KINDS}, [r for r in records if int(r.cv[3:]) < 90],
+    return (encoded, [r for r in records if int(r.cv[3:]) < 90],
             [r for r in records if int(r.cv[3:]) >= 90])
 
 
-def test_features_are_the_mean_of_the_first_k_written_jds_or_nothing():
-    written = torch.randn(2, 4, 3)
-    encoded = recommend.Encoded({"a": 0, "b": 1}, {"x": 0, "y": 1}, torch.randn(2, 3), torch.randn(2, 3), {"girl": written})
+def test_a_jd_is_compared_with_the_mean_of_the_first_k_written_jds_or_with_nothing():
+    written, c, j = torch.randn(2, 4, 3), torch.randn(2, 2, 3), torch.randn(2, 2, 3)
+    encoded = recommend.Encoded({"a": 0, "b": 1}, {"x": 0, "y": 1}, dict(zip(recommend.KINDS, c)),
+                                dict(zip(recommend.KINDS, j)), {"girl": written})
     records = [Record("b", "x", True), Record("a", "y", False)]
-    c, w, j = recommend.features(encoded, records, "girl", 3)
-    torch.testing.assert_close(w, torch.stack([written[1, :3].mean(0), written[0, :3].mean(0)]))
-    assert c.equal(encoded.c[[1, 0]]) and j.equal(encoded.j[[0, 1]])
-    assert recommend.features(encoded, records, "none", 3)[1].equal(torch.zeros(2, 3))
+    expected = [written[1, :3].mean(0) @ j[0, 0] / 3, written[0, :3].mean(0) @ j[0, 1] / 3]
+    torch.testing.assert_close(recommend.similarity(encoded, records, "girl", 3), torch.stack(expected))
+    assert recommend.similarity(encoded, records, "none", 3).equal(torch.zeros(2))
+    for kind, its_c, its_j in zip(recommend.KINDS, c, j):
+        found = recommend.features(encoded, records, kind)
+        assert found[0].equal(its_c[[1, 0]]) and found[1].equal(its_j)
+
+
+def decisions(n, gates):
+    """Scores of n decisions: of what a recommender says, and of similarities; and labels that
+    depend on their sum, each times its gate."""
+    scores = torch.randn(n, len(gates), generator=torch.Generator().manual_seed(n))
+    draw = torch.rand(n, generator=torch.Generator().manual_seed(n + 1))
+    return scores, (draw < (scores @ torch.tensor(gates) - 1).sigmoid()).float()
+
+
+def test_logistic_regression_finds_its_minimum_and_is_held_by_few_labels():
+    scores, labels = decisions(400, (1.5, -0.5))
+    start, hold = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.1, 3.0, 30.0])
+    found = recommend.logistic(scores, labels, start.tolist(), hold.tolist())
+    x = torch.cat((torch.ones(400, 1), scores), 1)
+    slope = x.T @ ((x @ found).sigmoid() - labels) + hold * (found - start)      # of the objective
+    assert slope.abs().max() < 1e-2
+    torch.testing.assert_close(recommend.logistic(*decisions(20000, (1.5, -0.5)), (0, 0, 0), (0.1, 3, 3)),
+                               torch.tensor([-1.0, 1.5, -0.5]), atol=0.1, rtol=0)
+    # One label, and labels that a score tells apart: all numbers stay finite.
+    for y in (labels[:1], (scores[:1, 0] > 0).float()):
+        assert recommend.logistic(scores[:1] * 1000, y, (0, 1, 0), (0.1, 3, 3)).isfinite().all()
+
+
+KEPT = torch.arange(0, 4000, 5)             # of 4,000 labels a fifth is kept apart
+
+
+def test_the_gate_is_learned_from_labels_kept_apart():
+    """A recommender that knows by heart the labels that it learned from, and nothing else, is not believed."""
+    scores, labels = decisions(4000, (0.0, 2.0))
+    by_heart = torch.where(torch.isin(torch.arange(4000), KEPT), 3 * scores[:, 0], 6 * (labels - 0.5))
+    b, a, g = recommend.fit_gate(by_heart, scores[:, 1], labels, KEPT)
+    assert abs(a) < 0.1 and abs(g - 2) < 0.3
+
+
+def test_the_gate_follows_what_the_written_jd_is_worth():
+    for worth in (0.0, 2.0):
+        scores, labels = decisions(4000, (1.0, worth))
+        b, a, g = recommend.fit_gate(scores[:, 0], scores[:, 1], labels, KEPT)
+        assert abs(b + 1) < 0.3 and abs(a - 1) < 0.3 and abs(g - worth) < 0.3
+
+
+def test_the_gate_of_few_labels_kept_apart_is_near_what_all_labels_say():
+    scores, labels = decisions(200, (0.0, 2.0))
+    rejected = torch.arange(200)[labels == 0][:10]                          # they alone say nothing good
+    assert recommend.fit_gate(scores[:, 0], scores[:, 1], labels, rejected)[2] > 0.7
 
 
 def test_features_that_carry_the_label_help_and_noise_does_not(stage):
@@ -150,14 +198,16 @@ def test_features_that_carry_the_label_help_and_noise_does_not(stage):
         assert row["auc_over_none"][1] > 0.2 and row["auc_over_shuffled"][1] > 0.2 and row["auc"][1] < 0.1
         assert auc[kind, "girl", 2] == auc[kind, "girl", 1]
     # Before any label only the written JDs that carry it rank the decisions.
-    found = recommend.untrained(encoded["dot"], test, [("none", 1), ("girl", 1), ("shuffled", 1)])
+    found = recommend.untrained(encoded, test, [("none", 1), ("girl", 1), ("shuffled", 1)])
     assert found["girl k=1"] > 0.8 and abs(found["none k=1"] - 0.5) < 0.08 and abs(found["shuffled k=1"] - 0.5) < 0.08
 
 
 def test_few_labels_are_few(stage):
     """The share of the labels is what the recommender sees: 1% of them do not teach the constructed case to an `mlp`."""
     encoded, learn, test = constructed()
-    rows = recommend.train_and_test(encoded, learn, test, [("girl", 1)], (0.01, 1.0), recommend.RecommendFlags(seeds=2, steps=150, lr=5e-3, prior=100),
+    told = encoded.c["dot"] - encoded.written["girl"][:, 0]     # by the CV, but not by its similarity
+    encoded = encoded._replace(c=dict.fromkeys(recommend.KINDS, told))
+    rows = recommend.train_and_test(encoded, learn, test, [("none", 1)], (0.01, 1.0), recommend.RecommendFlags(seeds=2, steps=150, lr=5e-3, prior=100),
                                     0, stage)
     labels = {r["share"]: r["labels"] for r in rows}
     assert labels == {0.01: round(0.01 * len(learn)), 1.0: len(learn)}
@@ -197,8 +247,8 @@ def test_no_text_of_the_test_has_a_part_in_what_features_are_scaled_by(monkeypat
 
     def note(encoded, learn, test, *_):
         assert test == tested
-        seen.append([recommend.features(encoded[kind], learn, mode, 1)
-                     for kind in recommend.KINDS for mode in ("none", "girl", "sft")])
+        seen.append([recommend.features(encoded, learn, kind) for kind in recommend.KINDS]
+                    + [[recommend.similarity(encoded, learn, mode, 1)] for mode in ("girl", "sft")])
         return []
     monkeypatch.setattr(recommend, "train_and_test", note)
     monkeypatch.setattr(recommend, "SETTINGS", {False: (setting,)})
@@ -209,6 +259,30 @@ def test_no_text_of_the_test_has_a_part_in_what_features_are_scaled_by(monkeypat
     for before, after in zip(*seen, strict=True):
         torch.testing.assert_close(after, before)
     assert all(float(x[0].std()) > 0.1 for x in seen[0])            # they are not all the same
+
+
+def test_what_was_measured_is_noted_in_the_results_as_they_are_by_then(tmp_path, monkeypatch):
+    """`evaluate` may write while `measure` runs: `measure` neither reads nor writes results.json."""
+    for stand_in in ("make_encoder", "compare_recommenders", "ground"):
+        monkeypatch.setattr(recommend, stand_in, lambda *_: None)
+    found = recommend.measure(tmp_path, None, [], [], [], None, False, None)
+    assert not (tmp_path / "results.json").exists()
+
+    found |= {"recommend": {}, "seconds": 7.0}
+    results = {"seed": 1, "split": "test", "measured": {"models": "a"}, "peak_rss_mb": 1e9,
+               "seconds": {"evaluate": 5.0, "total": 20.0}, "sft": {"nll": 2.0}}
+    recommend.write_results(tmp_path, results)
+    measured = {"models": "a", "recommend": "b"}
+    for _ in range(2):                                                      # the second in place of the first
+        recommend.note(tmp_path, found, 1, "test", measured)
+    noted = recommend.read_results(tmp_path)
+    assert noted["seconds"] == {"evaluate": 5.0, "recommend": 7.0, "total": 27.0}
+    assert noted["measured"] == measured and noted["sft"] == {"nll": 2.0}
+    assert noted["recommend"] == {} and noted["grounding"] is None and noted["peak_rss_mb"] == 1e9
+    for seed, split, models, says in ((2, "test", "a", "of seed 1"), (1, "valid", "a", "split test"),
+                                      (1, "test", "c", "other models")):
+        with pytest.raises(BadInput, match=says):
+            recommend.note(tmp_path, found, seed, split, {"models": models})
 
 
 # ------------------------------------------------------------------------------------------------------- grounding

@@ -28,6 +28,7 @@ import hashlib
 import math
 import random
 import re
+import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -40,9 +41,9 @@ import torch.nn.functional as F
 
 import reward
 from data import Codec, json_lines, load_codec, pad_right, text_of
-from evaluate import alike, bootstrap_ci95, read_results, write_jds, write_results
+from evaluate import add_results, alike, bootstrap_ci95, check_recommend, write_jds
 from model import LanguageModel, RewardModel
-from run import BadInput, Stage, autocast, flag, generator, peak_rss_mb
+from run import BadInput, Stage, alone, autocast, flag, generator
 from texts import normalize
 from weights import load_model
 
@@ -578,32 +579,24 @@ def agreement(a, b, market):
 
 
 # ------------------------------------------------------------------------------------------------------- the whole
-def measure(run, models, train, labels, held_out, split, flags, full, market, measured):
+def measure(run, folder, models, train, labels, held_out, split, flags, full, market, measured):
     """Recommender and grounding into results.json, and their tables. `market`: the simulation's module, or None; `measured`:
     checksums of what all this depends on."""
-    start, results = time.time(), read_results(run)
-    if (results["seed"], results["split"]) != (models.seed, split):
-        raise BadInput(f"{run / 'results.json'}: is of seed {results['seed']} and split {results['split']}; run  python "
-                       f"girl.py evaluate --run {run} --seed {models.seed} --split {split}  first")
-    if results["measured"]["models"] != measured["models"]:
-        raise BadInput(f"{run / 'results.json'}: is of other models than those in {run}; run  python girl.py evaluate --run {run}  "
-                       "first")
-    encoder = make_encoder(models, train)
+    start, found = time.time(), {"seed": models.seed, "split": split, "measured": measured}
+    check_recommend(run, found)
     with Stage(run, "recommend") as stage:
+        encoder = make_encoder(models, train)
         table = compare_recommenders(models, train, labels, held_out, encoder, flags, full, market,
                                      stage)
         grounded = ground(models, held_out, encoder, flags, full, market)
         if stage.rows:                  # there were decisions enough in some setting
             stage.finish()
-    results["measured"] |= measured
-    results |= {"recommend": table, "grounding": grounded, "peak_rss_mb": max(results["peak_rss_mb"], peak_rss_mb())}
-    seconds = results["seconds"]
-    others = seconds["total"] - seconds.get("recommend", 0)
-    seconds["recommend"] = round(time.time() - start, 1)
-    seconds["total"] = round(others + seconds["recommend"], 1)
-    write_results(run, results)
-    print_recommend(table)
-    print_grounding(grounded)
+    found |= {"recommend": table, "grounding": grounded}
+    results = add_results(run, folder, "recommend", start, found)
+    with alone(run, wait=True):         # evaluate may print at the same moment
+        print_recommend(table)
+        print_grounding(grounded)
+        sys.stdout.flush()
     return results
 
 

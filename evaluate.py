@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 import time
 
 import numpy as np
@@ -31,13 +32,15 @@ import ppo
 import reward
 from data import json_lines, load_codec, read_half, read_records
 from model import LanguageModel, RewardModel, generate, logits_size, rows_that_fit
-from run import (BadInput, autocast, generator, peak_rss_mb, read_checked, read_summary, with_checksum, write_bytes,
-                 write_json)
+from run import (BadInput, alone, autocast, generator, peak_rss_mb, read_checked, read_summary,
+                 with_checksum, write_bytes, write_json)
 from sft import mean_nll
 from weights import load_model
 
 BEST_OF = 16
+SAMPLES = 4                 # of each CV, for the accuracy on a policy's own samples
 STAGES = ("data", "sft", "reward", "judge", "ppo")
+MEASURES = ("evaluate", "recommend")
 # Who is compared with whom, CV by CV; GIRL is the generator after PPO.
 CONTRASTS = {"girl_vs_sft": ("ppo", "sft"), "girl_vs_nearest": ("ppo", "nearest"), "girl_vs_random": ("ppo", "random"),
              "girl_vs_constant": ("ppo", "constant"), "girl_vs_echo": ("ppo", "echo"), "girl_vs_best16": ("ppo", "sft_best16"),
@@ -45,6 +48,8 @@ CONTRASTS = {"girl_vs_sft": ("ppo", "sft"), "girl_vs_nearest": ("ppo", "nearest"
              "girl_vs_base": ("ppo", "base"), "girl_greedy_vs_base_greedy": ("ppo_greedy", "base_greedy")}
 # Differences below this are a tie: in true match, and in standard deviations of the judge.
 TIE = {"true": 0.02, "judge": 0.1}
+# The true match is 0.95 times their product: market.skills_factor and so on.
+FACTORS = ("skills", "years", "degree", "place", "field")
 ANSWERS = ("base", "sft", "ppo", "base_greedy", "sft_greedy", "ppo_greedy", "sft_best16", "nearest", "random", "constant", "echo")
 
 
@@ -83,22 +88,44 @@ def distinct_2(texts):
 
 
 # ---------------------------------------------------------------------------------------------- writing and scoring
-def write_jds(lm, codec, cvs, temperature, seed, name, device, batch_size=128):
+def write_jds(lm, codec, cvs, temperature, seed, name, device, batch_size=256):
     """One response (token list) for each CV."""
     out = []
-    for k in tqdm(range(0, len(cvs), batch_size), desc=f"evaluate: {name}", unit="batch"):
+    for k in tqdm(range(0, len(cvs), batch_size), desc=f"evaluate: {name}", unit="batch",
+                  mininterval=1 if sys.stderr.isatty() else 20, dynamic_ncols=True):
         with autocast(device):
             out += generate(lm, [codec.prompt(cv) for cv in cvs[k:k + batch_size]], codec.max_jd, temperature,
                             generator=generator(seed, "evaluate", name, k, device=device))
     return out
 
 
-def best_of(lm, reward_model, codec, cvs, seed, device):
-    """BEST_OF samples for each CV and their scores: responses [CV][16], scores [CVs, 16]."""
-    out = write_jds(lm, codec, [cv for cv in cvs for _ in range(BEST_OF)], 1.0, seed, "best", device)
-    rows = [codec.prompt(cvs[i // BEST_OF]) + r for i, r in enumerate(out)]
-    return ([out[i:i + BEST_OF] for i in range(0, len(out), BEST_OF)],
-            reward.score_rows(reward_model, rows).reshape(-1, BEST_OF))
+def write_samples(lm, codec, cvs, n, seed, name, device):
+    """n times one response for each CV, [n][CVs], at temperature 1."""
+    out = write_jds(lm, codec, [cv for cv in cvs for _ in range(n)], 1.0, seed, name, device)
+    return [out[k::n] for k in range(n)]
+
+
+def score(model, rows):
+    """Scores of (prompt, JD) token rows, an array in their order. Here a CV comes with many JDs,
+    and some come twice: a row is scored once, and a prompt is read once for all JDs of a batch. (On
+    the decisions of a split that took 0.58 of the time of reward.score_rows.)"""
+    prompts = sorted(dict.fromkeys(tuple(prompt) for prompt, _ in rows), key=len)
+    jds = list(dict.fromkeys(tuple(jd) for _, jd in rows))
+    of_prompt, of_jd = ({row: i for i, row in enumerate(some)} for some in (prompts, jds))
+    pairs = [(of_prompt[tuple(prompt)], of_jd[tuple(jd)]) for prompt, jd in rows]
+    found = reward.score_pairs(model, prompts, jds, set(pairs))
+    return np.array([found[pair] for pair in pairs])
+
+
+def score_texts(model, codec, pairs):
+    """`score` of (cv, jd) texts."""
+    return score(model, [(codec.prompt(cv), codec.jd(jd)) for cv, jd in pairs])
+
+
+def score_each(model, codec, cvs, answers):
+    """Scores [answers, CVs] of several answers, each of which is one response for each CV."""
+    rows = [(codec.prompt(cv), r) for responses in answers for cv, r in zip(cvs, responses)]
+    return score(model, rows).reshape(len(answers), len(cvs))
 
 
 @torch.no_grad()
@@ -113,18 +140,39 @@ def kl_per_text(policy, reference, codec, cvs, responses, device):
     return total / len(cvs)
 
 
-def judge_all(cvs, responses, codec, reward_model, judge, market):
-    """What is known of each JD, in the order of the CVs: its text, two models' scores, and the true match."""
-    rows, texts = [codec.prompt(cv) + r for cv, r in zip(cvs, responses)], [codec.text(r) for r in responses]
-    return {"texts": texts, "reward": reward.score_rows(reward_model, rows), "judge": reward.score_rows(judge, rows),
-            "true": np.array([market.true_match(cv, t) for cv, t in zip(cvs, texts)]) if market else None}
+def true_matches(cvs, texts, market):
+    return np.array([market.true_match(cv, text) for cv, text in zip(cvs, texts)])
+
+
+def judge_all(cvs, responses, codec, models, market):
+    """{answer: what is known of each of its JDs, in the order of the CVs}: the texts, the true
+    match, and the scores by two models. `models`: {"reward": ..., "judge": ...}."""
+    answers, known = list(responses.values()), {}
+    scores = {by: score_each(model, codec, cvs, answers) for by, model in models.items()}
+    for i, name in enumerate(responses):
+        texts = [codec.text(r) for r in answers[i]]
+        known[name] = {"texts": texts, "true": true_matches(cvs, texts, market) if market else None}
+        known[name] |= {by: found[i] for by, found in scores.items()}
+    return known
+
+
+def mean_factors(cvs, texts, market):
+    """What the true match is made of, {factor: mean}, over the JDs that parse: the others have no
+    factors, and `format_rate` says how many those are. Each is None where no JD parses."""
+    pairs = [(market.of_market(cv), market.parse_jd(text)) for cv, text in zip(cvs, texts)]
+    parsed = [(person, job) for person, job in pairs if job]
+    if not parsed:
+        return dict.fromkeys(FACTORS)
+    factors = {name: getattr(market, f"{name}_factor") for name in FACTORS}
+    return {name: float(np.mean([f(*pair) for pair in parsed])) for name, f in factors.items()}
 
 
 def describe(cvs, responses, found, codec, known, market, seed):
     """The figures of one kind of answer: one response for each CV, and what `judge_all` found. `known`: the JDs of half A;
     `seen_rate` is the share that is one of them word for word."""
     texts = found["texts"]
-    result = {"format_rate": None, "title_rate": None, "true_match": None, "true_match_ci95": None,
+    result = {"format_rate": None, "title_rate": None, "factors": None,
+              "true_match": None, "true_match_ci95": None,
               "reward": float(found["reward"].mean()), "reward_ci95": bootstrap_ci95(found["reward"], seed),
               "judge": float(found["judge"].mean()), "judge_ci95": bootstrap_ci95(found["judge"], seed),
               "copy_rate": copy_rate(cvs, texts), "distinct_2": distinct_2(texts),
@@ -135,6 +183,7 @@ def describe(cvs, responses, found, codec, known, market, seed):
         result |= {"format_rate": float(np.mean([market.parse_jd(t) is not None for t in texts])),
                    "title_rate": float(np.mean([market.fits_title(cv, t) for cv, t in zip(cvs, texts)])),
                    "true_match": float(found["true"].mean()), "true_match_ci95": bootstrap_ci95(found["true"], seed)}
+        result["factors"] = mean_factors(cvs, texts, market)
     return result
 
 
@@ -240,25 +289,17 @@ def read_verdicts(path, results):
     return table
 
 
-def read_results(run):
-    """results.json, as `write_results` left it."""
-    path, command = run / "results.json", f"python girl.py evaluate --run {run}"
-    if not path.exists():
-        raise BadInput(f"{path}: no such file; run  {command}  first")
-    return read_checked(path, f"run  {command}  again")
-
-
-def write_results(run, results):
-    write_json(run / "results.json", with_checksum(results))
-
-
 def add_verdicts(run, path):
     """Read the answers to `export_pairs` into results.json, and print them."""
-    results = read_results(run)
-    table = read_verdicts(path, results)
-    for contrast, row in table.items():
-        results["wins"][contrast] = results["wins"].get(contrast, {}) | row
-    write_results(run, results)
+    with alone(run, wait=True):             # the recommender may be about to write it
+        results = read_results(run)
+        if "wins" not in results:
+            raise BadInput(f"{run / 'results.json'}: holds no evaluation; run  "
+                           f"python girl.py evaluate --run {run}  first")
+        table = read_verdicts(path, results)
+        for contrast, row in table.items():
+            results["wins"][contrast] = results["wins"].get(contrast, {}) | row
+        write_results(run, results)
     print_wins(table)
 
 
@@ -290,45 +331,79 @@ def data_figures(records, rules, cvs, market):
             "bayes_pair_accuracy": reward.pair_metrics(same, truth)["pair_accuracy"]}
 
 
-def reward_figures(model, codec, records, market, seed):
-    """Pair accuracy on the split's decisions (within one occupation, where there are occupations), on easy ones (an accepted JD
-    against the JD that another CV of these was accepted for), and on single changes."""
-    def score(pairs):
-        return reward.score_texts(model, codec, pairs)
+def accuracy(margins, seed):
+    """The share of positive margins in groups (ties count half), and its interval over groups."""
+    if not margins:
+        return None, None
+    right, sizes = [((m > 0) + 0.5 * (m == 0)).mean() for m in margins], [len(m) for m in margins]
+    return float(np.average(right, weights=sizes)), bootstrap_ci95(right, seed, sizes)
 
-    def accuracy(margins):
-        """Share of positive margins (ties count half) over groups of them, and its interval over the groups."""
-        right, sizes = [((m > 0) + 0.5 * (m == 0)).mean() for m in margins], [len(m) for m in margins]
-        return (float(np.average(right, weights=sizes)), bootstrap_ci95(right, seed, sizes)) if margins else (None, None)
-    same = [r for r in records if market.same_occupation(r)] if market else records
-    scores, draw = score([(r.cv, r.jd) for r in same]), random.Random(f"{seed} easy")
-    figures = reward.pair_metrics(same, scores) | {"pair_accuracy_ci95": accuracy(reward.pair_margins(same, scores))[1],
-                                                   "center": model.center, "one_change_accuracy": None}
+
+def easy_pairs(records, draw):
+    """(cv, jd, other jd): up to 400 accepted decisions, and a JD that another CV got accepted."""
     pairs = [(r.cv, r.jd) for r in records if r.accepted]
     mine, easy = set(pairs), []
     for cv, jd in draw.sample(pairs, min(400, len(pairs))):
         other = draw.choice(pairs)[1]
         if (cv, other) not in mine:
             easy.append((cv, jd, other))
-    margins = score([(cv, jd) for cv, jd, _ in easy]) - score([(cv, other) for cv, _, other in easy])
-    figures["easy_pair_accuracy"], figures["easy_pair_accuracy_ci95"] = accuracy(list(margins[:, None]))
-    if market:
-        figures["one_change_accuracy"] = {}
-        for field in market.FIELDS:
-            triples = market.one_changes(random.Random(f"{seed} {field}"), same, field, 400)
-            good, worse = score([(cv, jd) for cv, jd, _ in triples]), score([(cv, jd) for cv, _, jd in triples])
-            figures["one_change_accuracy"][field] = float((good > worse).mean()) if triples else None
-    return figures
+    return easy
 
 
-def sample_accuracy(scores, cvs, samples, codec, market):
-    """Of the first two SFT samples for each CV, does the reward model prefer the one with the higher true match?"""
-    right = []
-    for i, cv in enumerate(cvs):
-        a, b = (market.true_match(cv, codec.text(samples[i][k])) for k in (0, 1))
-        if a != b:
-            right.append((scores[i, 0] > scores[i, 1]) == (a > b))
-    return float(np.mean(right)) if right else None
+def reward_figures(model, codec, records, market, seed):
+    """Pair accuracy on the split's decisions (within one occupation, where there are occupations),
+    on easy ones (an accepted JD against the JD that another CV was accepted for), and on single
+    changes."""
+    same = [r for r in records if market.same_occupation(r)] if market else records
+    decided, changes = [(r.cv, r.jd) for r in same], {}
+    easy = easy_pairs(records, random.Random(f"{seed} easy"))
+    for field in market.FIELDS if market else ():
+        changes[field] = market.one_changes(random.Random(f"{seed} {field}"), same, field, 400)
+    triples = easy + [triple for some in changes.values() for triple in some]
+    pairs = decided + [(cv, jd) for cv, *both in triples for jd in both]
+    found = dict(zip(pairs, score_texts(model, codec, pairs)))
+    scores = np.array([found[pair] for pair in decided])
+
+    def margins(some):
+        """Of the first JD over the second one."""
+        return np.array([found[cv, jd] - found[cv, other] for cv, jd, other in some])
+    share, interval = accuracy(list(margins(easy)[:, None]), seed)
+    noticed = {field: float((margins(some) > 0).mean()) if some else None
+               for field, some in changes.items()}
+    return reward.pair_metrics(same, scores) | {
+        "pair_accuracy_ci95": accuracy(reward.pair_margins(same, scores), seed)[1],
+        "easy_pair_accuracy": share, "easy_pair_accuracy_ci95": interval, "center": model.center,
+        "one_change_accuracy": noticed if market else None}
+
+
+def sample_margins(truth, scores):
+    """For each CV the margins score(better) - score(worse) of the pairs of its samples, ordered by
+    the true match; without pairs that differ by less than a tie. truth, scores: [samples, CVs]."""
+    margins = []
+    for true, given in zip(truth.T, scores.T):
+        better, worse = np.nonzero(true[:, None] - true >= TIE["true"])
+        margins.append(given[better] - given[worse])
+    return [m for m in margins if len(m)]
+
+
+def sample_figures(cvs, samples, scores, codec, market, seed):
+    """How well does a score order a policy's own samples? It is there that PPO needs it.
+
+    `sample_accuracy` is {policy: {score: share}}: of all pairs among SAMPLES samples for one CV,
+    the share that the score orders as the true match does. Pairs that differ in truth by less than
+    a tie do not count, equal scores count half. The intervals are over CVs.
+
+    samples: {policy: [samples][CVs] responses}, scores: {policy: {score: [samples, CVs]}}."""
+    if not market:
+        return {"sample_accuracy": None, "sample_accuracy_ci95": None}
+    shares, intervals = {}, {}
+    for policy, drawn in samples.items():
+        truth = np.array([true_matches(cvs, map(codec.text, some), market) for some in drawn])
+        found = {by: accuracy(sample_margins(truth, given), seed)
+                 for by, given in scores[policy].items()}
+        shares[policy] = {by: share for by, (share, _) in found.items()}
+        intervals[policy] = {by: interval for by, (_, interval) in found.items()}
+    return {"sample_accuracy": shares, "sample_accuracy_ci95": intervals}
 
 
 # -------------------------------------------------------------------------------------------------------- the whole
@@ -338,6 +413,88 @@ def covered(stages):
     for start, end in sorted((s["started"], s["started"] + s["seconds"]) for s in stages):
         total, until = total + max(end - max(start, until), 0.0), max(until, end)
     return total
+
+
+# results.json has two writers, side by side in `train`: evaluate, and recommend, whose these are.
+OF_RECOMMEND = ("recommend", "grounding")
+
+
+def read_results(run):
+    """results.json, as `write_results` left it."""
+    path, command = run / "results.json", f"python girl.py evaluate --run {run}"
+    if not path.exists():
+        raise BadInput(f"{path}: no such file; run  {command}  first")
+    return read_checked(path, f"run  {command}  again")
+
+
+def write_results(run, results):
+    write_json(run / "results.json", with_checksum(results))
+
+
+def of_others(results, found):
+    """Is what stands in results.json of another seed, split, models or data than what was found?
+    Says of which."""
+    noted, now = results["measured"], found["measured"]
+    if (results["seed"], results["split"]) != (found["seed"], found["split"]):
+        return f"seed {results['seed']} and split {results['split']}"
+    for what in ("models", "data"):
+        if noted.get(what, now[what]) != now[what]:     # an earlier version noted no data
+            return f"other {what}"
+    return None
+
+
+def forget_others(run, found):
+    """Remove a results.json that is damaged, or of others: what was found now takes its place."""
+    try:
+        stale = of_others(read_results(run), found)
+    except BadInput:                        # not there, or damaged
+        stale = True
+    if stale:
+        (run / "results.json").unlink(missing_ok=True)
+
+
+def check_recommend(run, found):
+    """Refuse to add a recommender to an evaluation of others. Without one it stands alone."""
+    path = run / "results.json"
+    if path.exists() and (others := of_others(read_results(run), found)):
+        raise BadInput(f"{path}: is of {others}; run  python girl.py evaluate --run {run} "
+                       f"--seed {found['seed']} --split {found['split']}  first")
+
+
+def add_results(run, folder, name, start, found):
+    """Write what `evaluate` or `recommend` (the name) found into results.json. What the other one
+    wrote stays, if it is of the same seed, split, models and data. `start`: when it began to
+    measure."""
+    with alone(run, wait=True):
+        if name == "recommend":
+            check_recommend(run, found)
+        else:
+            forget_others(run, found)
+        old = read_results(run) if (run / "results.json").exists() else {}
+        theirs = {key: old[key] for key in old if (key in OF_RECOMMEND) == (name == "evaluate")}
+        results = theirs | found | {"measured": old.get("measured", {}) | found["measured"]}
+        results["clocks"] = old.get("clocks", {}) | {name: {
+            "started": round(start, 1), "seconds": round(time.time() - start, 1),
+            "peak_rss_mb": peak_rss_mb()}}
+        results |= time_and_memory(run, folder, results["clocks"], old.get("seconds", {}))
+        write_results(run, results)
+    return results
+
+
+def time_and_memory(run, folder, clocks, before):
+    """Seconds of each stage, and of all of them; and the most memory: what ran side by side counts
+    once in time, and together in memory. `clocks`: those of evaluate and recommend; `before`: the
+    seconds that results.json gave until now."""
+    noted = {s: read_summary(folder if s == "data" else run / s)
+             for s in STAGES if s != "data" or (folder / "summary.json").exists()}
+    # An earlier version did not note when it measured: certainly not side by side.
+    noted |= {name: {"started": 0, "seconds": before[name]} for name in MEASURES if name in before}
+    noted |= clocks
+    memory = {s: n.get("peak_rss_mb", 0) for s, n in noted.items()}
+    beside = [sum(memory.pop(s, 0) for s in pair) for pair in (("reward", "judge"), MEASURES)]
+    seconds = {s: n["seconds"] for s, n in noted.items()}
+    return {"seconds": seconds | {"total": round(covered(noted.values()), 1)},
+            "peak_rss_mb": max(*beside, *memory.values())}
 
 
 def evaluate(run, folder, split, n_cvs, seed, device, market, init, export, measured):
@@ -362,10 +519,14 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, init, export, meas
     rules = market.rules(random.Random(seed), sorted(known_cvs), sorted(known_jds), cvs) if market else {}
 
     # 1. One JD for each CV: written by every generator, retrieved, and by rule.
-    samples, sample_scores = best_of(sft, reward_model, codec, cvs, seed, device)
-    responses = {"sft": [s[0] for s in samples], "sft_best16": [s[k] for s, k in zip(samples, sample_scores.argmax(1))]}
+    samples = {"sft": write_samples(sft, codec, cvs, BEST_OF, seed, "sft", device),
+               "ppo": write_samples(policy, codec, cvs, SAMPLES, seed, "ppo", device)}
+    by_reward = {name: score_each(reward_model, codec, cvs, each) for name, each in samples.items()}
+    best = by_reward["sft"].argmax(0)
+    responses = {name: each[0] for name, each in samples.items()}
+    responses["sft_best16"] = [samples["sft"][k][i] for i, k in enumerate(best)]
     for name, lm in generators.items():
-        if name != "sft":
+        if name not in samples:
             responses[name] = write_jds(lm, codec, cvs, 1.0, seed, name, device)
         responses[name + "_greedy"] = write_jds(lm, codec, cvs, 0.0, seed, name + "_greedy", device)
     others = retrieved(codec, [(r.cv, r.jd) for r in train if r.accepted], cvs, seed) | rules
@@ -377,8 +538,11 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, init, export, meas
                "parameters": sum(p.numel() for p in sft.parameters()),
                "data": data_figures(records, rules, cvs, market),
                "reward": reward_figures(reward_model, codec, records, market, seed)}
-    results["reward"]["sample_accuracy"] = sample_accuracy(sample_scores, cvs, samples, codec, market) if market else None
-    judged = {name: judge_all(cvs, r, codec, reward_model, judge, market) for name, r in responses.items()}
+    judged = judge_all(cvs, responses, codec, {"reward": reward_model, "judge": judge}, market)
+    drawn = {name: each[:SAMPLES] for name, each in samples.items()}
+    scores = {name: {"reward": by_reward[name][:SAMPLES],
+                     "judge": score_each(judge, codec, cvs, each)} for name, each in drawn.items()}
+    results["reward"] |= sample_figures(cvs, drawn, scores, codec, market, seed)
     nll = {name: mean_nll(lm, valid, codec, device) for name, lm in generators.items()}
     for name, found in judged.items():
         results[name] = describe(cvs, responses[name], found, codec, known_jds, market, seed)
@@ -386,20 +550,18 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, init, export, meas
     results["ppo_kl_per_text"] = kl_per_text(policy, sft, codec, cvs, responses["ppo"], device)
     results["wins"] = {name: compare(judged[a], judged[b], seed) for name, (a, b) in CONTRASTS.items() if {a, b} <= set(judged)}
 
-    # 3. Time and memory: what each stage noted when it ran. Reward model and judge count as running at the same time.
-    noted = {s: read_summary(folder if s == "data" else run / s)
-             for s in STAGES if s != "data" or (folder / "summary.json").exists()}
-    noted["evaluate"] = {"started": start, "seconds": round(time.time() - start, 1)}
-    results["seconds"] = {s: n["seconds"] for s, n in noted.items()} | {"total": round(covered(noted.values()), 1)}
-    memory = {s: n["peak_rss_mb"] for s, n in noted.items() if "peak_rss_mb" in n}
-    results["peak_rss_mb"] = max(peak_rss_mb(), memory.pop("reward") + memory.pop("judge"), *memory.values())
-    write_results(run, results)
-    print_table(results)
-    print_wins(results["wins"])
-    stages = {"before any training": "base_greedy", "before PPO": "sft_greedy", "after PPO": "ppo_greedy"}
-    show_one(cvs[0], {name: judged[key]["texts"][0] for name, key in stages.items() if key in judged}, market)
-    if export:
-        export_pairs(export, cvs, judged, seed)
+    # 3. The tables are printed alone: recommend may end at the same moment.
+    results = add_results(run, folder, "evaluate", start, results)
+    with alone(run, wait=True):
+        print_table(results)
+        print_wins(results["wins"])
+        stages = {"before any training": "base_greedy", "before PPO": "sft_greedy",
+                  "after PPO": "ppo_greedy"}
+        shown = {name: judged[key]["texts"][0] for name, key in stages.items() if key in judged}
+        show_one(cvs[0], shown, market)
+        if export:
+            export_pairs(export, cvs, judged, seed)
+        sys.stdout.flush()
     return results
 
 
@@ -416,13 +578,29 @@ def print_table(results):
             print(f"{'':<26}" + f"{row['true_match_ci95'][0]:>7.3f}-{row['true_match_ci95'][1]:.3f}")
     data, judged = results["data"], results["reward"]
     others = {k.removesuffix("_match"): v for k, v in data.items() if "match" in k}
+    print_factors({name: results[name]["factors"] for name in ANSWERS if name in results})
     print("true match of other answers: " + ", ".join(f"{k} {cell(v)}" for k, v in others.items()))
     print(f"reward model: pair accuracy {cell(judged['pair_accuracy'])} (best possible {cell(data['bayes_pair_accuracy'])}), "
           f"AUC {cell(judged['auc'])}; JDs of others {cell(judged['easy_pair_accuracy'])}")
     if judged["one_change_accuracy"]:
         print("one field made worse is noticed: " + ", ".join(f"{k} {cell(v)}" for k, v in judged["one_change_accuracy"].items()))
+    if judged["sample_accuracy"]:
+        for policy, row in judged["sample_accuracy"].items():
+            shares = ", ".join(f"{by} {cell(share)}" for by, share in row.items())
+            print(f"of two samples of {policy.upper()} for one CV, the truly better one scores "
+                  f"higher: {shares}")
     print(f"KL of PPO from SFT: {results['ppo_kl_per_text']:.2f} nats per text; "
           f"seconds: {results['seconds']}; peak memory {results['peak_rss_mb']} MB")
+
+
+def print_factors(rows):
+    """What the true match of each answer is made of; nothing on real data."""
+    if any(rows.values()):
+        print(f"\n{'factors of the true match':<26}" + "".join(f"{name:>13}" for name in FACTORS)
+              + "   (means over the JDs that parse)")
+        for name, row in rows.items():
+            print(f"{name:<26}" + "".join(f"{cell(row[factor]):>13}" for factor in FACTORS))
+        print()
 
 
 def print_wins(wins):

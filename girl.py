@@ -325,12 +325,15 @@ def models_before(run, name):
             for f, digest in read_summary(run / stage)["sha256"].items() if f != "metrics.csv"}
 
 
+DATA = ("train.jsonl", "valid.jsonl", "probes.jsonl", "market.json", "import.json")
+
+
 def what_it_learns_from(run, folder, name, init=""):
     """Checksums of a stage's data, of the stages before it, and of the pretrained models that it and they began with."""
     check_folder(folder)
     check_rules(folder)
-    of_data = ("train.jsonl", "valid.jsonl", "probes.jsonl", "market.json", "import.json")
-    found, bases = {f: sha256(folder / f) for f in of_data if (folder / f).exists()}, {"--init": init} if init else {}
+    found = {f: sha256(folder / f) for f in DATA if (folder / f).exists()}
+    bases = {"--init": init} if init else {}
     for stage in BEFORE[name]:
         if adapters := read_lora(need(run, stage)):
             bases[stage] = adapters.base_model_name_or_path
@@ -385,10 +388,11 @@ def run_all(args, device):
     run_apart(run, {"sft": ["sft"] + common + save + start}, device)
     run_apart(run, {"reward": ["reward"] + common + again, "judge": ["reward", "--judge"] + common + again}, device)
     run_stage(parse(["ppo"] + common + again), device)
-    for name, measure in (("evaluate", evaluate_run), ("recommend", recommend_run)):
-        wanted = parse([name] + common)
-        if not is_measured(run, wanted):
-            measure(wanted, device)
+    wanted = parse(["evaluate"] + common)
+    with alone(run, wait=True):         # the recommender is not added to an evaluation of others
+        evaluate.forget_others(run, {"seed": wanted.seed, "split": wanted.split,
+                                     "measured": what_is_measured(wanted)})
+    run_apart(run, {name: [name] + common for name in evaluate.MEASURES}, device)
     if args.smoke:
         print("\nThis was a toy run: it shows that every stage runs, not that anything was learned. Its figures mean nothing; those of "
               "bash train.sh do.")
@@ -401,14 +405,13 @@ def flag_words(f, value):
 
 
 def run_apart(run, commands, device):
-    """Stages that do not need each other, each in a process of its own, which gives its memory back at the end, with
-    its share of the threads: on small models two processes of one thread get more done than one process of two."""
+    """Stages or measurements that do not need each other, each in a process of its own, which gives
+    its memory back at the end, with its share of the threads: on small models two processes of one
+    thread get more done than one process of two."""
     share, children = str(max(1, torch.get_num_threads() // len(commands))), []
     try:
         for name, command in commands.items():
-            if finished(run, name):
-                run_stage(parse(command), device)       # says so, or that it was finished with other flags
-            else:
+            if not is_done(run, name, command, device):
                 children.append(subprocess.Popen([sys.executable, str(Path(__file__).resolve()), *command],
                                                  env=os.environ | {"OMP_NUM_THREADS": share}))
         codes = [child.wait() for child in children]
@@ -424,14 +427,24 @@ def run_apart(run, commands, device):
         raise BadInput(f"{run}: {' or '.join(commands)} failed; what went wrong stands above")
 
 
+def is_done(run, name, command, device):
+    """Is nothing left to do? Says so; or refuses, where a stage was finished with other flags."""
+    if name in evaluate.MEASURES:
+        return is_measured(run, parse(command))
+    if finished(run, name):
+        run_stage(parse(command), device)
+    return finished(run, name)
+
+
 def what_is_measured(args):
-    """Checksums of the models, of all that `evaluate` or `recommend` depends on (flags, data, and models), and of its code. (With
-    --full it measures more, but the same.)"""
+    """Checksums of the models, of the data, of all that `evaluate` or `recommend` depends on (flags
+    too), and of its code. (With --full it measures more, but the same.)"""
     run, folder, _ = folders(args)
     flags = {k: v for k, v in vars(args).items() if k not in ("run", "data", "export_pairs", "verdicts", "full")}
     inputs = what_it_learns_from(run, folder, args.command) | {"split": sha256(folder / f"{args.split}.jsonl")}
-    return {"models": checksum(models_before(run, "evaluate")), args.command: checksum(flags | inputs),
-            f"{args.command} code": code_of(args.command)}
+    return {"models": checksum(models_before(run, "evaluate")),
+            "data": checksum({file: inputs[file] for file in (*DATA, "split") if file in inputs}),
+            args.command: checksum(flags | inputs), f"{args.command} code": code_of(args.command)}
 
 
 def is_measured(run, args):
@@ -441,12 +454,14 @@ def is_measured(run, args):
     except BadInput:                    # not there, or damaged: it is measured anew
         return False
     code = now.pop(f"{args.command} code")
+    del now["data"]     # an earlier version did not note them; they are among the inputs anyway
     if not noted.items() >= now.items():
         return False
     print(f"{args.command}: finished already, see {run / 'results.json'}")
     if changed := [name for name, *_ in differences(noted.get(f"{args.command} code", code), code)]:
         more = " --smoke" * args.smoke + (f" --seed {args.seed}" if args.seed else "") + (f" --data {args.data}" if args.data else "")
         print(f"{args.command}: {', '.join(changed)} changed since; to measure anew:  python girl.py {args.command} --run {run}{more}")
+    sys.stdout.flush()
     return True
 
 
@@ -479,11 +494,9 @@ def recommend_run(args, device):
             print(f"{args.cv}: the CV was cut at {models.codec.max_cv} tokens", file=sys.stderr)
     else:
         flags, measured = from_args(recommend.RecommendFlags, args), what_is_measured(args)
-        with alone(run / "evaluate"):
-            recommend.results_of(run, args.seed, args.split, measured)      # or minutes were for nothing
-            found = recommend.measure(run, models, train, read_half(folder, "B"),
-                                      read_records(folder / f"{args.split}.jsonl"), flags, args.full, truth)
-            recommend.note(run, found, args.seed, args.split, measured)
+        labels, held_out = read_half(folder, "B"), read_records(folder / f"{args.split}.jsonl")
+        recommend.measure(run, folder, models, train, labels, held_out, args.split, flags,
+                          args.full, truth, measured)
 
 
 STAGES = {"sft": sft.SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags}

@@ -39,6 +39,7 @@ import itertools
 import math
 import random
 import re
+import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -51,9 +52,9 @@ import torch.nn.functional as F
 
 import reward
 from data import Codec, json_lines, load_codec, pad_right, text_of
-from evaluate import alike, bootstrap_ci95, read_results, write_jds, write_results
+from evaluate import add_results, alike, bootstrap_ci95, check_recommend, write_jds
 from model import LanguageModel, RewardModel
-from run import BadInput, Stage, autocast, flag, generator, peak_rss_mb
+from run import BadInput, Stage, alone, autocast, flag, generator
 from texts import normalize
 from weights import load_model
 
@@ -613,44 +614,25 @@ def agreement(a, b, market):
 
 
 # ------------------------------------------------------------------------------------------------------- the whole
-def measure(run, models, train, labels, held_out, flags, full, market):
-    """What is to be noted in results.json, which is not looked at: recommender and grounding, and the
-    seconds and memory it took. `market`: the simulation's module, or None."""
-    start, encoder = time.time(), make_encoder(models, train)
+def measure(run, folder, models, train, labels, held_out, split, flags, full, market, measured):
+    """Recommender and grounding into results.json, and their tables. `market`: the simulation's module, or None; `measured`:
+    checksums of what all this depends on."""
+    start, found = time.time(), {"seed": models.seed, "split": split, "measured": measured}
+    check_recommend(run, found)
     with Stage(run, "recommend") as stage:
+        encoder = make_encoder(models, train)
         table = compare_recommenders(models, train, labels, held_out, encoder, flags, full, market,
                                      stage)
         grounded = ground(models, held_out, encoder, flags, full, market)
         if stage.rows:                  # there were decisions enough in some setting
             stage.finish()
-    return {"recommend": table, "grounding": grounded, "seconds": round(time.time() - start, 1),
-            "peak_rss_mb": peak_rss_mb()}
-
-
-def results_of(run, seed, split, measured):
-    """results.json, if it is of this seed and split, and of these models. `measured`: checksums of
-    what `measure` depends on."""
-    results, again = read_results(run), f"python girl.py evaluate --run {run}"
-    if (results["seed"], results["split"]) != (seed, split):
-        raise BadInput(f"{run / 'results.json'}: is of seed {results['seed']} and split {results['split']}; "
-                       f"run  {again} --seed {seed} --split {split}  first")
-    if results["measured"]["models"] != measured["models"]:
-        raise BadInput(f"{run / 'results.json'}: is of other models than those in {run}; run  {again}  first")
+    found |= {"recommend": table, "grounding": grounded}
+    results = add_results(run, folder, "recommend", start, found)
+    with alone(run, wait=True):         # evaluate may print at the same moment
+        print_recommend(table)
+        print_grounding(grounded)
+        sys.stdout.flush()
     return results
-
-
-def note(run, found, seed, split, measured):
-    """What `measure` found, into results.json as it now is, and its tables."""
-    results = results_of(run, seed, split, measured)
-    results["measured"] |= measured
-    results |= {name: found[name] for name in ("recommend", "grounding")}
-    results["peak_rss_mb"] = max(results["peak_rss_mb"], found["peak_rss_mb"])
-    seconds = results["seconds"]
-    others = seconds["total"] - seconds.get("recommend", 0)
-    seconds |= {"recommend": found["seconds"], "total": round(others + found["seconds"], 1)}
-    write_results(run, results)
-    print_recommend(found["recommend"])
-    print_grounding(found["grounding"])
 
 
 def print_recommend(table):

@@ -133,10 +133,14 @@ def score_rows(model, rows, batch_size=128):
         ids, lengths = pad_right([rows[i] for i in part])
         with autocast(device):
             scores[part] = model(ids.to(device), lengths.to(device)).cpu().numpy()           # [part]
+    check_finite(scores)
+    return scores
+
+
+def check_finite(scores):
     if not np.isfinite(scores).all():
         raise BadInput("the reward model's scores are not finite: its training went astray (lower its --lr), or its weights are "
                        "damaged")
-    return scores
 
 
 @torch.no_grad()
@@ -151,6 +155,7 @@ def score_pairs(model, prompts, jds, pairs, batch_size=128):
             hidden, _, in_jd = jd_states(model.model, [(prompts[q], jds[d]) for q, d in part], device)           # [B, R, C]
             last = hidden[torch.arange(len(part), device=device), in_jd.sum(1) - 1]          # [B, C]
             scores |= dict(zip(part, model.head(last).tolist()))
+    check_finite(list(scores.values()))
     return scores
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 import girl
 import sft
-from conftest import tiny
+from conftest import refused, tiny
 from data import half, write_records
 from run import BadInput, Stage
 
@@ -41,9 +42,12 @@ def smoke(tmp_path_factory):
     return folders, outputs
 
 
+CLOCK = ("started", "seconds", "peak_rss_mb", "candidates_per_second", "checksum")
+
+
 def without_time(value):
     if isinstance(value, dict):
-        return {k: without_time(v) for k, v in value.items() if k not in ("seconds", "peak_rss_mb", "candidates_per_second", "checksum")}
+        return {k: without_time(v) for k, v in value.items() if k not in CLOCK}
     return value
 
 
@@ -58,7 +62,12 @@ def test_smoke_run_writes_every_stage_and_the_results(smoke):
     results = json.loads((a / "results.json").read_text())
     for name in ("sft", "sft_greedy", "sft_best16", "ppo", "ppo_greedy"):
         assert {"valid_nll", "format_rate", "title_rate", "true_match", "true_match_ci95", "reward", "judge", "copy_rate",
-                "distinct_2", "length"} <= set(results[name])
+                "distinct_2", "length", "factors"} <= set(results[name])
+        assert set(results[name]["factors"]) == {"skills", "years", "degree", "place", "field"}
+    assert min(results["echo"]["factors"].values()) > 0
+    accuracies = results["reward"]["sample_accuracy"]
+    assert {policy: set(by) for policy, by in accuracies.items()} == {
+        "sft": {"reward", "judge"}, "ppo": {"reward", "judge"}}
     for contrast in ("girl_vs_sft", "girl_vs_nearest", "girl_vs_random", "girl_vs_constant", "girl_vs_echo", "girl_vs_best16"):
         for by in ("true", "judge"):
             low, high = results["wins"][contrast][f"{by}_advantage_ci95"]
@@ -71,11 +80,15 @@ def test_smoke_run_writes_every_stage_and_the_results(smoke):
     for found in grounded["pools"].values():
         assert {"cv", "cv words", "sft", "girl", "shuffled", "cv + reward", "girl + reward"} <= set(found["accepted"]["rows"])
     assert set(results["reward"]["one_change_accuracy"]) == {"skills", "years", "degree", "city", "field"}
-    # Reward model and judge run side by side: the time in which both were at work counts once.
-    seconds = results["seconds"]
-    assert "recommend" in seconds
+    # Reward model and judge run side by side, evaluation and recommender too: the time in which
+    # both were at work counts once.
+    seconds, clocks = results["seconds"], results["clocks"]
+    twice = sum(min(seconds[a], seconds[b]) for a, b in (("reward", "judge"), clocks))
     everything = sum(v for k, v in seconds.items() if k != "total")
-    assert everything - min(seconds["reward"], seconds["judge"]) - 0.2 < seconds["total"] < everything
+    assert everything - twice - 0.4 < seconds["total"] < everything
+    starts, ends = zip(*((c["started"], c["started"] + c["seconds"]) for c in clocks.values()))
+    assert set(clocks) == {"evaluate", "recommend"} and max(starts) < min(ends)
+    assert results["peak_rss_mb"] >= sum(c["peak_rss_mb"] for c in clocks.values())
     assert (a / "sft" / "reader.safetensors").exists()
     assert "The JD before PPO" in out and "The JD after PPO" in out
 
@@ -142,9 +155,55 @@ def test_recommend_adds_to_the_evaluation_of_the_same_seed_and_split(smoke, tmp_
     argv = ["recommend", "--smoke", "--run", str(tmp_path / "run")]
     assert girl.main(argv + ["--seed", "2"]) == 2
     assert "is of seed 1 and split test" in capsys.readouterr().err
-    (tmp_path / "run" / "results.json").unlink()
+    path = tmp_path / "run" / "results.json"
+    path.write_text(path.read_text().replace("0.", "1.", 1))
     assert girl.main(argv + ["--seed", "1"]) == 2
-    assert "results.json: no such file; run  python girl.py evaluate" in capsys.readouterr().err
+    assert "results.json: damaged" in capsys.readouterr().err
+
+
+def test_evaluation_and_recommender_need_no_results_of_each_other(smoke, tmp_path, capsys):
+    """In either order: a recommender alone, and then the evaluation beside it."""
+    (a, _), _ = smoke
+    run_folder, verdicts = tmp_path / "run", tmp_path / "verdicts.jsonl"
+    shutil.copytree(a, run_folder)
+    path, more = run_folder / "results.json", ["--smoke", "--seed", "1", "--run", str(run_folder)]
+    whole = json.loads(path.read_text())
+    path.unlink()
+    assert girl.main(["recommend", *more]) == 0
+    alone = json.loads(path.read_text())
+    assert "ppo" not in alone and alone["grounding"]["pools"] and alone["recommend"]["cvs"]
+    verdicts.write_text("{}")
+    refused(capsys, ["evaluate", *more, "--verdicts", str(verdicts)],
+            "results.json: holds no evaluation; run  python girl.py evaluate")
+    assert girl.main(["evaluate", *more]) == 0
+    both = json.loads(path.read_text())
+    assert set(both) == set(whole) and both["measured"] == whole["measured"]
+    assert both["recommend"] == alone["recommend"] and both["grounding"] == alone["grounding"]
+
+
+def test_a_sigterm_ends_both_measurements_and_the_same_command_measures_anew(smoke, tmp_path):
+    (a, _), _ = smoke
+    place = tmp_path / "run"
+    shutil.copytree(a, place)
+    whole = without_time(json.loads((place / "results.json").read_text()))
+    (place / "results.json").unlink()
+    shutil.rmtree(place / "recommend")
+    command = [sys.executable, str(ROOT / "girl.py"), "train", "--smoke", "--seed", "1",
+               "--out", str(place)]
+    train = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                             start_new_session=True)
+    while not ((place / "evaluate").exists() and (place / "recommend").exists()):
+        assert train.poll() is None, train.communicate()
+        time.sleep(0.02)
+    train.terminate()
+    said, _ = train.communicate(timeout=60)
+    assert train.returncode == 130 and "Traceback" not in said
+    assert not (place / "results.json").exists()
+    with pytest.raises(ProcessLookupError):     # the group is empty
+        os.killpg(train.pid, 0)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert without_time(json.loads((place / "results.json").read_text())) == whole
 
 
 def test_pairs_for_an_outside_judge_go_out_and_its_verdicts_come_in(smoke, tmp_path, capsys):
@@ -174,13 +233,14 @@ def test_data_for_which_nothing_vouches_are_used_as_they_are(tmp_path, capsys, m
     apart = []
     monkeypatch.setattr(girl, "run_apart", lambda run, commands, device: apart.extend(commands))
     monkeypatch.setattr(girl, "run_stage", lambda *args: None)
-    monkeypatch.setattr(girl, "is_measured", lambda *args: True)
+    monkeypatch.setattr(girl, "what_is_measured", lambda *args: {})
+    later = ["sft", "reward", "judge", "evaluate", "recommend"]
     assert girl.main(["train", "--smoke", "--run", str(tmp_path)]) == 0
-    assert "they are used as they are" in capsys.readouterr().out and apart == ["sft", "reward", "judge"]
+    assert "they are used as they are" in capsys.readouterr().out and apart == later
     assert before == {p: p.read_bytes() for p in (tmp_path / "data").iterdir()}
     (tmp_path / "data" / "test.jsonl").unlink()
     assert girl.main(["train", "--smoke", "--run", str(tmp_path)]) == 0
-    assert apart[3:] == ["data", "sft", "reward", "judge"]
+    assert apart[5:] == ["data", *later]
 
 
 def test_same_seed_gives_identical_weights_metrics_and_results(smoke):
@@ -223,10 +283,10 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
     assert f"python girl.py recommend --run {tmp_path / 'run'} --smoke --seed 1 --data {tmp_path / 'run' / 'data'}\n" in said
 
     measured, results = [], json.loads(path.read_text())
-    monkeypatch.setattr(girl, "evaluate_run", lambda args, device: measured.append("evaluate"))
-    monkeypatch.setattr(girl, "recommend_run", lambda args, device: measured.append("recommend"))
+    done = SimpleNamespace(wait=lambda: 0, terminate=lambda: None)
+    monkeypatch.setattr(girl.subprocess, "Popen", lambda c, env: measured.append(c[2]) or done)
     path.write_text(path.read_text().replace("0.", "1.", 1))
-    assert girl.main(command) == 0 and measured == ["evaluate", "recommend"]
+    assert girl.main(command) == 0 and measured == ["evaluate", "recommend"] and not path.exists()
     del results["checksum"], results["measured"]["recommend"]
     girl.write_json(path, girl.with_checksum(results))
     assert girl.main(command) == 0 and measured == ["evaluate", "recommend", "recommend"]
@@ -234,10 +294,9 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
     summary = {k: v for k, v in json.loads(path.read_text()).items() if k != "checksum"}
     (path.parent / "value_head.safetensors").write_bytes(b"another")
     girl.write_json(path, girl.with_checksum(summary | {"sha256": girl.checksums(path.parent / name for name in summary["sha256"])}))
+    refused(capsys, ["recommend", *command[1:]],
+            "results.json: is of other models; run  python girl.py evaluate")
     assert girl.main(command) == 0 and measured[3:] == ["evaluate", "recommend"]
-    monkeypatch.undo()
-    assert girl.main(["recommend", *command[1:]]) == 2
-    assert "results.json: is of other models than those in" in capsys.readouterr().err
 
 
 def test_a_smoke_run_has_a_folder_of_its_own():

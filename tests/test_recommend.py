@@ -261,30 +261,6 @@ def test_no_text_of_the_test_has_a_part_in_what_features_are_scaled_by(monkeypat
     assert all(float(x[0].std()) > 0.1 for x in seen[0])            # they are not all the same
 
 
-def test_what_was_measured_is_noted_in_the_results_as_they_are_by_then(tmp_path, monkeypatch):
-    """`evaluate` may write while `measure` runs: `measure` neither reads nor writes results.json."""
-    for stand_in in ("make_encoder", "compare_recommenders", "ground"):
-        monkeypatch.setattr(recommend, stand_in, lambda *_: None)
-    found = recommend.measure(tmp_path, None, [], [], [], None, False, None)
-    assert not (tmp_path / "results.json").exists()
-
-    found |= {"recommend": {}, "seconds": 7.0}
-    results = {"seed": 1, "split": "test", "measured": {"models": "a"}, "peak_rss_mb": 1e9,
-               "seconds": {"evaluate": 5.0, "total": 20.0}, "sft": {"nll": 2.0}}
-    recommend.write_results(tmp_path, results)
-    measured = {"models": "a", "recommend": "b"}
-    for _ in range(2):                                                      # the second in place of the first
-        recommend.note(tmp_path, found, 1, "test", measured)
-    noted = recommend.read_results(tmp_path)
-    assert noted["seconds"] == {"evaluate": 5.0, "recommend": 7.0, "total": 27.0}
-    assert noted["measured"] == measured and noted["sft"] == {"nll": 2.0}
-    assert noted["recommend"] == {} and noted["grounding"] is None and noted["peak_rss_mb"] == 1e9
-    for seed, split, models, says in ((2, "test", "a", "of seed 1"), (1, "valid", "a", "split test"),
-                                      (1, "test", "c", "other models")):
-        with pytest.raises(BadInput, match=says):
-            recommend.note(tmp_path, found, seed, split, {"models": models})
-
-
 # ------------------------------------------------------------------------------------------------------- grounding
 def test_ranking_figures_by_hand():
     found = recommend.ranking_figures([False, True, False, True] + [False] * 20)

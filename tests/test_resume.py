@@ -399,13 +399,14 @@ def test_other_data_and_another_model_before_it_are_refused_and_named(whole, tmp
 
 
 def test_two_processes_do_not_measure_one_run(whole, tmp_path, capsys):
-    """Each writes results.json, minutes after it has read what is in it."""
+    """In the same way: an evaluation and a recommender may, see test_evaluate.py."""
     shutil.copytree(whole / "run", tmp_path / "run")
     more = ["--smoke", "--run", str(tmp_path / "run"), "--data", str(whole / "data")]
-    with run.alone(tmp_path / "run" / "evaluate"):
-        for name in ("evaluate", "recommend"):
-            refused(capsys, [name, *more], "run/evaluate: another process is at work on it")
-    assert not (tmp_path / "run" / "evaluate").exists() and not (tmp_path / "run" / "results.json").exists()
+    for name in ("evaluate", "recommend"):
+        with run.alone(tmp_path / "run" / name):
+            refused(capsys, [name, *more], f"run/{name}: another process is at work on it")
+        assert not (tmp_path / "run" / name).exists()
+        assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_models_that_do_not_belong_together_are_not_used_together(whole, tmp_path, capsys):

@@ -89,13 +89,13 @@ def distinct_2(texts):
 
 # ---------------------------------------------------------------------------------------------- writing and scoring
 def write_jds(lm, codec, cvs, temperature, seed, name, device, batch_size=256):
-    """One response (token list) for each CV."""
+    """One response (token list) for each CV. `name` begins with the command, whose bar it names."""
     out = []
-    for k in tqdm(range(0, len(cvs), batch_size), desc=f"evaluate: {name}", unit="batch",
+    for k in tqdm(range(0, len(cvs), batch_size), desc=name, unit="batch",
                   mininterval=1 if sys.stderr.isatty() else 20, dynamic_ncols=True):
         with autocast(device):
             out += generate(lm, [codec.prompt(cv) for cv in cvs[k:k + batch_size]], codec.max_jd, temperature,
-                            generator=generator(seed, "evaluate", name, k, device=device))
+                            generator=generator(seed, name, k, device=device))
     return out
 
 
@@ -519,16 +519,17 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, init, export, meas
     rules = market.rules(random.Random(seed), sorted(known_cvs), sorted(known_jds), cvs) if market else {}
 
     # 1. One JD for each CV: written by every generator, retrieved, and by rule.
-    samples = {"sft": write_samples(sft, codec, cvs, BEST_OF, seed, "sft", device),
-               "ppo": write_samples(policy, codec, cvs, SAMPLES, seed, "ppo", device)}
+    samples = {"sft": write_samples(sft, codec, cvs, BEST_OF, seed, "evaluate: sft", device),
+               "ppo": write_samples(policy, codec, cvs, SAMPLES, seed, "evaluate: ppo", device)}
     by_reward = {name: score_each(reward_model, codec, cvs, each) for name, each in samples.items()}
     best = by_reward["sft"].argmax(0)
     responses = {name: each[0] for name, each in samples.items()}
     responses["sft_best16"] = [samples["sft"][k][i] for i, k in enumerate(best)]
     for name, lm in generators.items():
         if name not in samples:
-            responses[name] = write_jds(lm, codec, cvs, 1.0, seed, name, device)
-        responses[name + "_greedy"] = write_jds(lm, codec, cvs, 0.0, seed, name + "_greedy", device)
+            responses[name] = write_jds(lm, codec, cvs, 1.0, seed, f"evaluate: {name}", device)
+        responses[name + "_greedy"] = write_jds(lm, codec, cvs, 0.0, seed,
+                                                f"evaluate: {name}, greedy", device)
     others = retrieved(codec, [(r.cv, r.jd) for r in train if r.accepted], cvs, seed) | rules
     responses |= {name: [codec.jd(jd) for jd in others[name]] for name in others if name != "oracle"}
 

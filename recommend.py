@@ -162,7 +162,7 @@ def make_encoder(models, train):
 def write_and_encode(models, cvs, k, name):
     """k sampled JDs for each CV from the generator `name`, encoded: [CVs, k, C]."""
     written = write_jds(getattr(models, name), models.codec, [cv for cv in cvs for _ in range(k)], 1.0, models.seed,
-                        f"recommend {name} {k}", models.device)
+                        f"recommend: {name} {k}", models.device)
     return encode(models.sft.model, written, models.device).view(len(cvs), k, -1)
 
 
@@ -591,7 +591,8 @@ def find_jobs(models, cv, pool, top, train, market):
     like them are shortlisted, and the reward model ranks those. Each is shown with its score and
     with the fields in which it agrees with one more JD, written greedily, which is shown too."""
     encoder = make_encoder(models, train)
-    [suggestion] = write_jds(models.girl, models.codec, [cv], 0.0, models.seed, "suggestion", models.device)
+    [suggestion] = write_jds(models.girl, models.codec, [cv], 0.0, models.seed,
+                             "recommend: suggestion", models.device)
     suggestion, jd_rows = models.codec.text(suggestion), [models.codec.jd(jd) for jd in pool]
     [queries] = encoder.of_jd(write_and_encode(models, [cv], QUERIES, "girl"))               # [QUERIES, C]
     J = encoder.of_jd(encode(models.sft.model, jd_rows, models.device))                      # [JDs, C]

@@ -156,5 +156,5 @@ def refused(capsys, command, *says):
     assert girl.main(command) == 2
     *before, line = capsys.readouterr().err.splitlines()
     assert line.startswith("girl.py: ") and all(text in line for text in says), line
-    assert not any(text.strip() and not re.match(r"(sft|reward|judge|ppo|recommend|evaluate\b.*): ", text) for text in before), before
+    assert not any(text.strip() and not re.match(r"(sft|reward|judge|ppo|recommend\b.*|evaluate\b.*): ", text) for text in before), before
     return line

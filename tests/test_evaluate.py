@@ -58,7 +58,7 @@ def test_easy_pairs_are_ones_own_jd_against_the_jd_of_another(monkeypatch):
     assert len(easy) > 390 and all(jd[2:] == cv[2:] for cv, jd, _ in easy)
     assert all(other[2:] not in (cv[2:], "rejected") for cv, _, other in easy)
     assert len({other for *_, other in easy}) > 200
-    few = [triple for k in range(9) for triple in evaluate.easy_pairs(records[:3], random.Random(k))]
+    few = sum((evaluate.easy_pairs(records[:3], random.Random(k)) for k in range(9)), [])
     assert 0 < len(few) < 27 and all(jd != other for _, jd, other in few)       # own ones left out
     figures = evaluate.reward_figures(SimpleNamespace(center=0.0), None, records, None, 0)
     assert figures["easy_pair_accuracy"] == pytest.approx(0.6 + 0.15 / 2, abs=0.01)

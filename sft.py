@@ -73,17 +73,21 @@ def sft_loss(model, reader, examples, cv_loss, device):
     at = torch.arange(ids.shape[1], device=device)[None, :]                                  # [1, T]
     in_jd = (at >= starts) & (at < lengths[:, None])                                         # [B, T]
     # Position t predicts token t + 1: what stands one place before a JD token is asked for it.
-    to_write = (in_jd & write)[:, 1:]                                                        # [B, T-1]
+    to_write, of_cv = ((x & write)[:, 1:] for x in (in_jd, at < starts))             # [B, T-1] both
+    # The head is the most expensive layer of a small model: it is applied only where there is
+    # something to learn, and so is most of the last block.
+    before_it, before_cv = F.pad(to_write, (0, 1)), F.pad(of_cv, (0, 1))               # [B, T] both
+    asked = before_it | (in_jd & read) | (before_cv & bool(cv_loss))                        # [B, T]
     with autocast(device):
-        hidden = model.model(ids)                                                            # [B, T, C]
-        before, targets = hidden[:, :-1], ids[:, 1:]                                         # [B, T-1, C], [B, T-1]
-        # The head is the most expensive layer of a small model: it is applied only where there is something to learn.
-        loss = F.cross_entropy(model.lm_head(before[to_write]).float(), targets[to_write], reduction="sum")
+        hidden, targets = model.model(ids, asked=asked), ids[:, 1:]           # [asked, C], [B, T-1]
+        logits = model.lm_head(hidden[before_it[asked]]).float()             # [tokens, V]
+        loss = F.cross_entropy(logits, targets[to_write], reduction="sum")
         if cv_loss:
-            of_cv = ((at < starts) & write)[:, 1:]                                           # [B, T-1]
-            loss = loss + cv_loss * F.cross_entropy(model.lm_head(before[of_cv]).float(), targets[of_cv], reduction="sum")
+            logits = model.lm_head(hidden[before_cv[asked]]).float()                   # [tokens, V]
+            loss = loss + cv_loss * F.cross_entropy(logits, targets[of_cv], reduction="sum")
         to_read = [(e.prompt, e.jd) for e in examples if e.read]
-        reading = reading_loss(reader, hidden[in_jd & read], to_read) if to_read else torch.zeros(())
+        of_jd = hidden[(in_jd & read)[asked]]                                # [tokens, C]
+        reading = reading_loss(reader, of_jd, to_read) if to_read else torch.zeros(())
     return loss, int(to_write.sum()), reading
 
 

@@ -118,7 +118,8 @@ def policy_loss(log_ratio, advantages, clip):
 
 
 def explained_variance(values, returns, mask):
-    """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 one that knows only the mean."""
+    """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 one that knows only the mean. As is usual, `returns`
+    are the advantages + values that GAE gave: they lean on later values, and are less noisy than what was earned."""
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
     return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
@@ -140,17 +141,19 @@ class KLController:
 # ------------------------------------------------------------------------------------------- policy and rollout
 class Critic:
     """V, the value of a text so far: linear in the reward model's state, fitted by least squares to all returns so far, where a
-    rollout counts KEPT of the one after it, since the policy moves. (A small RIDGE keeps the solution finite.)"""
+    rollout counts KEPT of the one after it, since the policy moves. RIDGE, relative to the states' mean square, shrinks the
+    weights: a rollout of few texts has fewer returns that are independent of each other than a head has weights."""
 
-    KEPT, RIDGE = 0.7, 1e-3
+    KEPT, RIDGE = 0.7, 1e-2
 
     def __init__(self, C):
         self.xx, self.xy = torch.zeros(C + 1, C + 1, dtype=torch.float64), torch.zeros(C + 1, dtype=torch.float64)
 
     def weight(self):
-        """The solution w of (X'X + ridge) w = X'y; its last number is the bias. [C + 1]"""
-        ridge = self.RIDGE * self.xx.diagonal().mean() + 1e-9
-        return torch.linalg.solve(self.xx + ridge * torch.eye(len(self.xx)), self.xy).float()
+        """The solution w of (X'X + ridge) w = X'y; its last number is the bias, which is not shrunk. [C + 1]"""
+        ridge = self.RIDGE * self.xx.diagonal()[:-1].mean() * torch.ones(len(self.xx), dtype=torch.float64)
+        ridge[-1] = 0
+        return torch.linalg.solve(self.xx + (ridge + 1e-9).diag(), self.xy).float()
 
     def values(self, states):
         """States [B, R, C], one position before each token -> values [B, R]."""
@@ -304,7 +307,7 @@ def rollout(policy, reference, reward_model, critic, prompts, codec, flags, beta
            "kl_k3": float((k3(logp, ref_logp) * e.mask).sum(1).mean()), "beta": beta,
            "kl_error": float(per_text.std(unbiased=False) / math.sqrt(len(prompts))),
            "length": float(e.mask.sum(1).float().mean()), "eos_rate": float(ended.float().mean()),
-           "explained_variance": float(explained_variance(values, returns, e.mask))}
+           "explained_variance": float(explained_variance(values, advantages + values, e.mask))}
     return e, old, responses, log
 
 

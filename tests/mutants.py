@@ -180,16 +180,17 @@ MUTANTS = {
          "of the two sums only one forgets"),
         (26, "ppo.py", "KEPT, RIDGE = 0.7,", "KEPT, RIDGE = 0.0,", "all rollouts but the last are forgotten")],
     "test_ppo.py::test_26_the_ridge_keeps_the_solution_finite_and_is_small": [
-        (26, "ppo.py", "KEPT, RIDGE = 0.7, 1e-3", "KEPT, RIDGE = 0.7, 0.0", "no ridge"),
-        (26, "ppo.py", "KEPT, RIDGE = 0.7, 1e-3", "KEPT, RIDGE = 0.7, 1.0", "values shrink toward 0")],
+        (26, "ppo.py", "KEPT, RIDGE = 0.7, 1e-2", "KEPT, RIDGE = 0.7, 0.0", "no ridge"),
+        (26, "ppo.py", "ridge[-1] = 0", "pass", "the bias is shrunk, too"),
+        (26, "ppo.py", "KEPT, RIDGE = 0.7, 1e-2", "KEPT, RIDGE = 0.7, 1.0", "values shrink toward 0")],
     "test_ppo.py::test_26_the_critic_predicts_the_returns_of_new_rollouts_better_than_their_mean": [
         (26, "ppo.py", "@ weight[:-1] + weight[-1]", "@ -weight[:-1] + weight[-1]", "the sign is turned")],
     "test_ppo.py::test_27_the_values_of_a_rollout_come_from_the_fit_before_it": [
         (27, "ppo.py", "values = critic.values(states) * e.mask",
          "critic.fit(states, returns_to_go(rewards, e.mask, flags.gamma), e.mask); "
          "values = critic.values(states) * e.mask", "a value knows its own return"),
-        (27, "ppo.py", "explained_variance(values, returns, e.mask)",
-         "explained_variance(critic.values(states), returns, e.mask)",
+        (27, "ppo.py", "explained_variance(values, advantages + values, e.mask)",
+         "explained_variance(critic.values(states), advantages + values, e.mask)",
          "the variance that is explained is that of the fit's own data")],
     "test_ppo.py::test_27_before_iteration_1_the_critic_reads_a_rollout_of_the_sft_model_that_is_not_trained_on": [
         (27, "ppo.py", 'roll(draw_cvs(generator(seed, "ppo", "critic")), "critic")', "pass",

@@ -600,7 +600,7 @@ def test_26_the_ridge_keeps_the_solution_finite_and_is_small():
     critic = ppo.Critic(3)
     critic.fit(states, returns, mask)
     weight, x = critic.weight(), F.pad(states[mask], (0, 1), value=1.0).double()
-    ridge = 1e-3 * (x ** 2).sum() / 4 * torch.eye(4) + 1e-9 * torch.eye(4)
+    ridge = 1e-2 * (x[:, :3] ** 2).sum() / 3 * torch.tensor([1.0, 1, 1, 0]).double().diag()  # the bias stays free
     equal(weight, (torch.linalg.inv(x.T @ x + ridge) @ x.T @ returns[mask].double()).float(), 1e-4)
     assert float(weight[0]) == pytest.approx(float(weight[1]), abs=1e-4)
     best = least_squares(states[mask][:, [0, 2]], returns[mask], torch.ones(25))
@@ -636,6 +636,17 @@ def test_27_the_code_says_how_the_critic_starts_how_it_is_fitted_and_why():
         assert statement in said
 
 
+def lambda_returns(earned, values, lam=0.95):
+    """What GAE's advantages + values are, from what was earned at gamma 1, backwards: G_t = r_t + (1 - lam) V_{t+1} + lam G_{t+1}.
+    [B, R] each, 0 at pads."""
+    found, following, later, next_value = torch.zeros_like(earned), 0.0, 0.0, 0.0
+    for t in reversed(range(earned.shape[1])):
+        reward = earned[:, t] - later
+        found[:, t] = following = reward + (1 - lam) * next_value + lam * following
+        later, next_value = earned[:, t], values[:, t]
+    return found
+
+
 def test_27_the_values_of_a_rollout_come_from_the_fit_before_it(
         policy, reference, reward_model, critic, prompts, codec):
     """The first values of a fresh critic are 0; its second come from the first rollout alone."""
@@ -650,7 +661,8 @@ def test_27_the_values_of_a_rollout_come_from_the_fit_before_it(
     by_hand.fit(fresh.states, fresh.returns, e.mask)
     e, _, _, log = roll(policy, reference, reward_model, prompts, codec, critic=fresh, draw=1)
     assert torch.equal(fresh.said, by_hand.values(fresh.states))
-    ev = ppo.explained_variance(by_hand.values(fresh.states), fresh.returns, e.mask)
+    values = by_hand.values(fresh.states) * e.mask
+    ev = ppo.explained_variance(values, lambda_returns(fresh.returns, values), e.mask)
     assert log["explained_variance"] == pytest.approx(float(ev), abs=1e-6)
 
 
@@ -960,8 +972,9 @@ def test_33_means_of_the_rollout_are_those_of_the_texts(policy, reference, rewar
     assert log["eos_rate"] == pytest.approx(sum(r[-1] == EOS for r in responses) / n)
 
     real = e.mask
-    error = (critic.returns - critic.said)[real]
-    by_hand = 1 - error.var(unbiased=False) / critic.returns[real].var(unbiased=False)
+    returns = lambda_returns(critic.returns, critic.said * real)
+    error = (returns - critic.said)[real]
+    by_hand = 1 - error.var(unbiased=False) / returns[real].var(unbiased=False)
     assert log["explained_variance"] == pytest.approx(float(by_hand), abs=1e-5)
 
 

@@ -188,8 +188,12 @@ def make_episodes(prompts, responses, device):
 
 
 def response_states(body, e):
-    """Hidden states [B, R, C] one position before each response token: they predict it."""
-    return before_each_token(body(e.ids), e)
+    """Hidden states [B, R, C] one position before each response token, which they predict; pads: 0."""
+    at = torch.arange(e.ids.shape[1], device=e.ids.device) - e.prompt_lengths[:, None] + 1  # [B, T]
+    states = body(e.ids, asked=(at >= 0) & (at < e.mask.sum(1)[:, None]))              # [tokens, C]
+    padded = states.new_zeros(*e.mask.shape, states.shape[-1])                           # [B, R, C]
+    padded[e.mask] = states
+    return padded
 
 
 def before_each_token(hidden, e):

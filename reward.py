@@ -152,8 +152,8 @@ def score_pairs(model, prompts, jds, pairs, batch_size=128):
     for start in range(0, len(pairs), batch_size):
         part = pairs[start:start + batch_size]
         with autocast(device):
-            hidden, _, in_jd = jd_states(model.model, [(prompts[q], jds[d]) for q, d in part], device)           # [B, R, C]
-            last = hidden[torch.arange(len(part), device=device), in_jd.sum(1) - 1]          # [B, C]
+            rows = [(prompts[q], jds[d]) for q, d in part]
+            last, _, _ = jd_states(model.model, rows, device)                # [B, C]
             scores |= dict(zip(part, model.head(last).tolist()))
     check_finite(list(scores.values()))
     return scores
@@ -181,8 +181,8 @@ def pair_metrics(records, scores):
 
 # ------------------------------------------------------------------------------------------------------ training
 def jd_states(body, rows, device):
-    """(prompt, JD) rows -> the hidden states of the JDs' tokens, after and before the last block, [B, R, C] both, and which
-    tokens are real [B, R].
+    """(prompt, JD) rows -> the hidden states of the JDs' last tokens [B, C], those of all their
+    tokens before the last block [B, R, C], and which tokens are real [B, R].
 
     Each different prompt is read once, however many JDs go with it."""
     numbers = {}
@@ -192,9 +192,12 @@ def jd_states(body, rows, device):
     in_prompt = torch.arange(prompts.shape[1], device=device) < prompt_lengths[:, None]      # [N, P]
     in_jd = torch.arange(jds.shape[1], device=device) < jd_lengths[:, None]                  # [B, R]
     shared = [SharedPrompts() for _ in body.layers]
-    body(prompts, caches=shared)
+    # Of a prompt the last block computes keys and values only.
+    body(prompts, caches=shared, asked=torch.zeros_like(in_prompt))
     continued = [Continued(layer, owner) for layer in shared]
-    return *body(jds, torch.cat((in_prompt[owner], in_jd), dim=1), continued, before_last=True), in_jd
+    last = torch.arange(jds.shape[1], device=device) == jd_lengths[:, None] - 1             # [B, R]
+    visible = torch.cat((in_prompt[owner], in_jd), dim=1)                    # [B, P + R]
+    return *body(jds, visible, continued, before_last=True, asked=last), in_jd
 
 
 def reading_loss(reader, states, rows):
@@ -221,10 +224,9 @@ def batch_loss(model, reader, groups, pooled, device):
         start += len(g.rows)
     better, worse = torch.tensor(pairs, device=device).unbind(1)                             # [M], [M]
     with autocast(device):
-        hidden, given, in_jd = jd_states(model.model, rows, device)                          # [B, R, C] twice, [B, R]
-        lengths = in_jd.sum(1)                                                               # [B]
-        scores = model.head(hidden[torch.arange(len(rows), device=device), lengths - 1])     # [B]
-        means = model.head((given * in_jd[..., None]).sum(1) / lengths[:, None])             # [B]
+        last, given, in_jd = jd_states(model.model, rows, device)        # [B, C], [B, R, C], [B, R]
+        scores = model.head(last)                                                            # [B]
+        means = model.head((given * in_jd[..., None]).sum(1) / in_jd.sum(1)[:, None])        # [B]
         reading = reading_loss(reader, given[in_jd], rows)
     loss = ranking_loss(scores[better], scores[worse]) * len(pairs)
     beside = pooled * ranking_loss(means[better], means[worse]) * len(pairs)

@@ -71,13 +71,17 @@ def sft_loss(model, reader, examples, device):
     in_jd = (at >= starts) & (at < lengths[:, None])                                         # [B, T]
     # Position t predicts token t + 1: what stands one place before a JD token is asked for it.
     to_write = (in_jd & write)[:, 1:]                                                        # [B, T-1]
+    # The head is the most expensive layer of a small model: it is applied only where there is
+    # something to learn, and so is most of the last block.
+    before_it = F.pad(to_write, (0, 1))                                                      # [B, T]
+    asked = before_it | (in_jd & read)                                                       # [B, T]
     with autocast(device):
-        hidden = model.model(ids)                                                            # [B, T, C]
-        before, targets = hidden[:, :-1], ids[:, 1:]                                         # [B, T-1, C], [B, T-1]
-        # The head is the most expensive layer of a small model: it is applied only where there is something to learn.
-        loss = F.cross_entropy(model.lm_head(before[to_write]).float(), targets[to_write], reduction="sum")
+        hidden, targets = model.model(ids, asked=asked), ids[:, 1:]           # [asked, C], [B, T-1]
+        logits = model.lm_head(hidden[before_it[asked]]).float()             # [tokens, V]
+        loss = F.cross_entropy(logits, targets[to_write], reduction="sum")
         to_read = [(e.prompt, e.jd) for e in examples if e.read]
-        reading = reading_loss(reader, hidden[in_jd & read], to_read) if to_read else torch.zeros(())
+        of_jd = hidden[(in_jd & read)[asked]]                                # [tokens, C]
+        reading = reading_loss(reader, of_jd, to_read) if to_read else torch.zeros(())
     return loss, int(to_write.sum()), reading
 
 

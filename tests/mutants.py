@@ -36,11 +36,12 @@ MUTANTS = {
         (3, "model.py", "(causal & mask[:, None, None, :]) | itself", "causal | itself",
          "pads on the left are looked at")],
     "test_reward.py::test_03_more_padding_changes_no_reward_score": [
-        (3, "model.py", "hidden[torch.arange(len(ids), device=ids.device), lengths - 1]",
-         "hidden[:, -1]", "the score is read at a pad")],
+        (3, "model.py", "device=ids.device) == lengths[:, None] - 1",
+         "device=ids.device) == lengths[:, None].clamp(min=ids.shape[1]) - 1",
+         "the score is read at a pad")],
     "test_reward.py::test_04_score_is_read_at_the_last_real_token": [
-        (4, "model.py", "hidden[torch.arange(len(ids), device=ids.device), lengths - 1]",
-         "hidden[torch.arange(len(ids)), ids.ne(0).cumsum(1).argmax(1)]",
+        (4, "model.py", "device=ids.device) == lengths[:, None] - 1",
+         "device=ids.device) == ids.ne(0).cumsum(1).argmax(1)[:, None]",
          "the last token that is no pad id is taken for the last real one")],
     "test_reward.py::test_04_scores_come_back_in_the_order_of_the_rows": [
         (4, "reward.py", "scores[part] = model(", "scores[sorted(part)] = model(",
@@ -81,8 +82,10 @@ MUTANTS = {
          "e.rows(part), flags.temperature if lm is policy else 1.0)[0] for lm in (policy, reference))",
          "the reference forgets the temperature")],
     "test_ppo.py::test_12_logits_and_values_stand_one_position_before_each_response_token": [
-        (12, "ppo.py", "e.prompt_lengths[:, None] - 1 + torch", "e.prompt_lengths[:, None] + torch",
+        (12, "ppo.py", "e.prompt_lengths[:, None] + 1 ", "e.prompt_lengths[:, None] ",
          "logits are read where the token itself can be seen"),
+        (12, "ppo.py", "e.prompt_lengths[:, None] - 1 + torch", "e.prompt_lengths[:, None] + torch",
+         "values are read where the token itself can be seen"),
         (12, "ppo.py", "ended, before_each_token(hidden, e)",
          "ended, before_each_token(hidden, e).roll(-1, 1)",
          "a value knows the token that it is the baseline for"),
@@ -155,6 +158,8 @@ MUTANTS = {
          'policy_loss(log_ratio, whiten(old["advantages"], e.mask),', "whitened per minibatch")],
     # ------------------------------------------------------------------------------------- update
     "test_ppo.py::test_24_cached_rollout_and_uncached_update_give_the_same_log_probabilities": [
+        (24, "model.py", "scores.masked_fill(~visible, -torch.inf).softmax(-1)",
+         "scores.softmax(-1)", "a new token looks at pads"),
         (24, "model.py", "self.k[rows], self.v[rows]", "self.k[:len(rows)], self.v[:len(rows)]",
          "rows that go on read the cache of others")],
     "test_ppo.py::test_24_first_minibatch_has_ratio_1_with_learning_rate_0_every_one": [

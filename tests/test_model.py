@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from model import (Config, LanguageModel, LoRA, RewardModel, RMSNorm, add_lora, generate,
-                   merge_lora, rotary_table, rotate, rows_that_fit, sample)
+from model import (Cache, Config, LanguageModel, LoRA, RewardModel, RMSNorm, add_lora, attend_once,
+                   generate, merge_lora, rotary_table, rotate, rows_that_fit, sample)
 from run import BadInput
 from weights import load_model, save_model
 
@@ -92,6 +92,33 @@ def test_states_after_some_blocks_are_those_of_a_body_that_has_no_more():
         some, all_ = model.model(ids, blocks=1), model.model(ids)
         model.model.layers = model.model.layers[:1]
         assert torch.equal(some, model.model(ids)) and not torch.equal(some, all_)
+
+
+@pytest.mark.parametrize("blocks", [None, 1])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_states_that_are_asked_for_are_those_of_the_whole_forward(blocks, checkpointing):
+    """And so are their gradients, and what the last block is given."""
+    model, ids, found = tiny(initializer_range=0.2), random_ids(3, 7), []
+    model.model.checkpointing = checkpointing
+    asked = torch.tensor([[0, 0, 1, 1, 0, 0, 1], [0] * 7, [1, 0, 0, 0, 1, 0, 0]]).bool()
+    for these in (None, asked):
+        model.zero_grad()
+        states, given = model.model(ids, before_last=True, blocks=blocks, asked=these)
+        states = states[asked] if these is None else states
+        (states.square().sum() + given.square().sum()).backward()
+        found.append((states, given, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_the_last_block_computes_what_is_asked_for_and_no_more():
+    model, ids, tokens = tiny(), random_ids(3, 7), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, inputs, output: tokens.append(output.shape[:-1].numel()))
+    model.model(ids, asked=ids.eq(ids[0, 0]) & (torch.arange(7) == 0))
+    assert tokens == [21, int((ids[:, 0] == ids[0, 0]).sum())]
+    tokens.clear()
+    generate(model, [[3, 4, 5], [6, 7]], 1)
+    assert tokens == [6, 2]             # of the prompts, only the last tokens
 
 
 def test_a_token_never_sees_what_is_behind_it():
@@ -186,6 +213,26 @@ def test_cached_logits_equal_the_full_forward(monkeypatch):
             full = model(torch.tensor([prompt + text]))[0, len(prompt) - 1:-1]
         cached = torch.stack([step[b] for step in recorder.steps])
         torch.testing.assert_close(cached, full, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (4, 1)])
+def test_attention_of_one_query_is_that_of_the_library(H, K):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, n, 8, generator=draw) for heads, n in ((H, 1), (K, 6), (K, 6)))
+    visible = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]]).bool()[:, None, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
+    torch.testing.assert_close(attend_once(q, k, v, visible), expected)
+
+
+def test_a_cache_gives_back_what_was_put_in_and_drops_rows():
+    c, draw = Config(40, 32, num_attention_heads=4, num_key_value_heads=2), torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 3, 2, 7, 8, generator=draw)
+    cache = Cache(3, c, 9, "cpu", torch.float32)
+    cache.append(k[:, :, :4], v[:, :, :4])
+    cache.append(k[:, :, 4:6], v[:, :, 4:6])
+    cache.keep(torch.tensor([2, 0]))
+    found = cache.append(k[[2, 0], :, 6:], v[[2, 0], :, 6:])
+    assert torch.equal(found[0], k[[2, 0]]) and torch.equal(found[1], v[[2, 0]])
 
 
 def test_left_padding_changes_no_logits():

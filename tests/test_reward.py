@@ -156,24 +156,31 @@ def test_a_prompt_is_read_once_and_its_jds_get_the_states_of_whole_rows(reward_m
     rows = [([2, 3, 5], [4, 3, 8, EOS]), ([6, 9], [7, EOS]), ([2, 3, 5], [9, EOS]), ([5, 5, 6, 7, 8], [3, 4, 3, 3, EOS])]
     read = []
     body = reward_model.model
-    hidden, given, in_jd = reward.jd_states(noting(body, read), rows, CPU)
+    last, given, in_jd = reward.jd_states(noting(body, read), rows, CPU)
     shorter = copy.deepcopy(body)
     del shorter.layers[-1]
     assert read == [3, 4]                                       # three prompts, then four JDs
     assert in_jd.sum(1).tolist() == [len(jd) for _, jd in rows]
     for b, (prompt, jd) in enumerate(rows):
-        whole = body(torch.tensor([prompt + jd]))[0, len(prompt):]
-        torch.testing.assert_close(hidden[b, :len(jd)], whole, atol=1e-5, rtol=0)
+        torch.testing.assert_close(last[b], body(torch.tensor([prompt + jd]))[0, -1], atol=1e-5, rtol=0)
         torch.testing.assert_close(given[b, :len(jd)], shorter(torch.tensor([prompt + jd]))[0, len(prompt):], atol=1e-5, rtol=0)
 
 
 def test_gradients_pass_through_a_shared_prompt(reward_model):
     rows = [([2, 3, 5], [4, 3, 8, EOS]), ([6, 9], [7, EOS]), ([2, 3, 5], [9, EOS])]
     body, gradients = reward_model.model, []
-    for states in (lambda: sum(body(torch.tensor([p + jd]))[0, len(p):].square().sum(0) for p, jd in rows),
-                   lambda: torch.einsum("brc,br->c", *(lambda h, _, m: (h.square(), m.float()))(*reward.jd_states(body, rows, CPU)))):
+
+    def alone():
+        for p, jd in rows:
+            last, given = body(torch.tensor([p + jd]), before_last=True)
+            yield last[0, -1].square() + given[0, len(p):].square().sum(0)
+
+    def together():
+        last, given, in_jd = reward.jd_states(body, rows, CPU)
+        yield last.square().sum(0) + given[in_jd].square().sum(0)
+    for states in (alone, together):
         body.zero_grad()
-        (states() * torch.linspace(-1, 1, body.config.hidden_size)).sum().backward()
+        (sum(states()) * torch.linspace(-1, 1, body.config.hidden_size)).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in body.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
     assert gradients[0].abs().max() > 0.1
@@ -197,7 +204,7 @@ def test_gradients_of_a_shared_prompt_are_the_same_bit_for_bit_with_several_thre
 
     def gradient():
         body.zero_grad()
-        reward.jd_states(body, rows, CPU)[0].square().sum().backward()
+        sum(states.square().sum() for states in reward.jd_states(body, rows, CPU)[:2]).backward()
         return torch.cat([p.grad.flatten() for p in body.parameters()])
     try:
         torch.set_num_threads(4)
@@ -384,7 +391,7 @@ def test_the_added_block_starts_as_an_average_over_all_tokens(config, kv_heads):
     x = []
     model.model.norm.register_forward_pre_hook(lambda _, states: x.append(states[0]))
     ids, lengths = pad_right([ROWS[0]])
-    model(ids, lengths)
+    model.model(ids)
     model.add_averaging_block(gain=7.0)
     score = model(ids, lengths).item()
     assert model.config.num_hidden_layers == config.num_hidden_layers + 1 == len(model.model.layers)

@@ -589,8 +589,8 @@ def test_checkpointing_knows_shared_prompts():
     model, rows = tiny(RewardModel, initializer_range=0.1), [([5, 6, 7], [8, 9]), ([5, 6, 7], [10]), ([11, 12], [13, 14, 15])]
 
     def shared(model):
-        hidden, given, in_jd = reward.jd_states(model.model, rows, torch.device("cpu"))
-        return (model.head(hidden) * in_jd).square().sum() + (given * in_jd[..., None]).square().sum()
+        last, given, in_jd = reward.jd_states(model.model, rows, torch.device("cpu"))
+        return model.head(last).square().sum() + (given * in_jd[..., None]).square().sum()
     found = [gradients(model, shared) for model.model.checkpointing in (False, True)]
     torch.testing.assert_close(found[0], found[1])
 

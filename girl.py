@@ -21,6 +21,7 @@ if __name__ == "__main__":              # Ctrl-C while torch is being imported: 
 import torch
 import torch.nn as nn
 
+import demo
 import evaluate
 import market
 import ppo
@@ -370,7 +371,10 @@ def note_config(run, stage, flags):
 
 def run_all(args, device):
     """`train`: every stage of a run, then the evaluation. What bash train.sh calls."""
-    run, common = Path(args.run), ["--seed", str(args.seed)] + (["--smoke"] if args.smoke else [])
+    run, size = Path(args.run), size_of(args)
+    common = ["--seed", str(args.seed)] + ([f"--{size}"] if size else [])
+    if args.demo:
+        return run_demo(args, run, common, device)
     start = [x for f in fields(StartFlags) if getattr(args, f.name) for x in flag_words(f, getattr(args, f.name))]
     check_rules(Path(args.data or run / "data"))        # before its stages do, in processes of their own
     if args.data is None:
@@ -392,10 +396,22 @@ def run_all(args, device):
     with alone(run, wait=True):         # the recommender is not added to an evaluation of others
         evaluate.forget_others(run, {"seed": wanted.seed, "split": wanted.split,
                                      "measured": what_is_measured(wanted)})
-    run_apart(run, {name: [name] + common for name in evaluate.MEASURES}, device)
+    measures = [name for name in evaluate.MEASURES if not (args.quick and name == "recommend")]
+    run_apart(run, {name: [name] + common for name in measures}, device)
     if args.smoke:
         print("\nThis was a toy run: it shows that every stage runs, not that anything was learned. Its figures mean nothing; those of "
               "bash train.sh do.")
+
+
+def run_demo(args, run, common, device):
+    """`train --demo`: PPO of the models that come with the project, and a verdict on it. Returns the exit code."""
+    if args.data or args.init:
+        raise BadInput("train: --demo brings models and data of its own; leave --data and --init out")
+    demo.put_models(run)
+    if not finished(run, "data"):
+        make_data(parse(["data", "--out", str(run / "data"), *common]))
+    run_stage(parse(["ppo", "--run", str(run), "--save-seconds", str(args.save_seconds), *common]), device)
+    return 0 if demo.judge(run) else 1
 
 
 def flag_words(f, value):
@@ -459,7 +475,8 @@ def is_measured(run, args):
         return False
     print(f"{args.command}: finished already, see {run / 'results.json'}")
     if changed := [name for name, *_ in differences(noted.get(f"{args.command} code", code), code)]:
-        more = " --smoke" * args.smoke + (f" --seed {args.seed}" if args.seed else "") + (f" --data {args.data}" if args.data else "")
+        size = size_of(args)
+        more = (f" --{size}" if size else "") + (f" --seed {args.seed}" if args.seed else "") + (f" --data {args.data}" if args.data else "")
         print(f"{args.command}: {', '.join(changed)} changed since; to measure anew:  python girl.py {args.command} --run {run}{more}")
     sys.stdout.flush()
     return True
@@ -500,20 +517,26 @@ def recommend_run(args, device):
 
 
 STAGES = {"sft": sft.SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags}
-# What --smoke changes: every stage at toy size, to see that all of it runs; in a folder of its own.
-SMOKE_RUN = {"run": "runs/smoke"}
-SMOKE_STAGE = SMOKE_RUN | {"save_seconds": 2.0}
-SMOKE = {"data": {"people": 300, "held_out": 60, "jobs": 600, "out": "runs/smoke/data"},
-         "sft": {"epochs": 1, "warm_steps": 10, "hidden": 32, "layers": 2, "vocab": 600} | SMOKE_STAGE,
-         "reward": {"steps": 20, "samples": 32} | SMOKE_STAGE,
-         "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8} | SMOKE_STAGE,
-         "evaluate": {"cvs": 24} | SMOKE_RUN,
-         "recommend": {"people": 40, "seeds": 2, "steps": 20, "cvs": 10} | SMOKE_RUN, "train": SMOKE_STAGE}
+# Runs of other sizes, each in a folder of its own, runs/NAME, and the defaults that they change. smoke: every stage at toy
+# size, to see that all of it runs. quick: a smaller market and smaller models, for a classroom. demo: PPO alone, of the quick
+# models that come with the project (see demo.py).
+SIZES = {
+    "smoke": {"data": {"people": 300, "held_out": 60, "jobs": 600},
+              "sft": {"epochs": 1, "hidden": 32, "layers": 2, "vocab": 600, "save_seconds": 2.0},
+              "reward": {"steps": 20, "samples": 32, "save_seconds": 2.0},
+              "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8, "save_seconds": 2.0},
+              "evaluate": {"cvs": 24}, "recommend": {"people": 40, "seeds": 2, "steps": 20, "cvs": 10},
+              "train": {"save_seconds": 2.0}},
+    "quick": {"data": {"people": 24000, "held_out": 400, "jobs": 12000, "fields": 2},
+              "sft": {"epochs": 2, "hidden": 96, "layers": 3, "vocab": 1024},
+              "reward": {"steps": 500}, "ppo": {"iterations": 16, "episodes": 128}, "evaluate": {"cvs": 200}},
+    "demo": {"data": {"people": 600, "held_out": 50, "jobs": 2000, "fields": 2},
+             "ppo": {"iterations": 8, "episodes": 64, "minibatch": 32}},
+}
 # What changes where a run begins with a pretrained model: it can read and write already, so it needs gentle steps and none of
 # what helps a small model to learn to copy; and adapters need larger steps than the weights themselves. Usual values, of
 # which only those of LORA were tried, in one run of a model of 135M.
-PRETRAINED = {"sft": {"epochs": 2, "batch": 8, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10, "warm_steps": 0,
-                      "reading": 0.0},
+PRETRAINED = {"sft": {"epochs": 2, "batch": 8, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10, "reading": 0.0},
               "reward": {"steps": 120, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10, "reading": 0.0, "samples": 32},
               "ppo": {"iterations": 20, "episodes": 32, "minibatch": 16, "accumulate": 4, "lr": 1e-5}}
 LORA = {"sft": {"lr": 4e-4}, "reward": {"lr": 4e-4}, "ppo": {"lr": 1e-4}}
@@ -525,6 +548,19 @@ HELP = {"data": "make a data set: of the simulated job market, or of a table of 
         "evaluate": "measure a run on held-out CVs, write results.json",
         "recommend": "measure what the written JDs are worth to a recommender and in finding real jobs; or find jobs for one CV",
         "train": "all stages, the evaluation and the recommender"}
+
+
+def size_of(args):
+    """The name of the size that was asked for, or an empty text."""
+    return next((size for size in SIZES if getattr(args, size, False)), "")
+
+
+def recipe(args):
+    """{flag: default} where another size was asked for."""
+    if not (size := size_of(args)):
+        return {}
+    folder = {"out": f"runs/{size}/data"} if args.command == "data" else {"run": f"runs/{size}"}
+    return folder | SIZES[size].get(args.command, {})
 
 
 def add_flags(parser, cls):
@@ -554,7 +590,13 @@ def build_parser():
     for name, p in parsers.items():
         p.add_argument("--seed", type=number(int, 0), default=0, help="one seed gives one result on one machine (default 0)")
         if name not in ("generate", "score", "export"):
-            p.add_argument("--smoke", action="store_true", help="toy size: shows that it runs, not that it learns")
+            sizes = p.add_mutually_exclusive_group()
+            sizes.add_argument("--smoke", action="store_true", help="toy size: shows that it runs, not that it learns")
+            sizes.add_argument("--quick", action="store_true", help="a smaller market and smaller models: learns in minutes"
+                               + ("; the recommender is left out" if name == "train" else ""))
+            if name in ("data", "ppo", "train"):
+                sizes.add_argument("--demo", action="store_true", help="PPO alone, of small models that come with the project"
+                                   + ("; ends in a verdict" if name == "train" else ""))
         if name in (*STAGES, "evaluate", "recommend", "train"):
             p.add_argument("--run", "--out", default="runs/default", metavar="DIR", help="the run's folder (default %(default)s)")
             p.add_argument("--data", metavar="DIR", help="folder of train.jsonl, valid.jsonl, test.jsonl (default RUN/data)")
@@ -647,14 +689,14 @@ def parse(argv):
         if value is not None and (not value or "\0" in value):
             flag_name = name.replace("_", "-").replace("source", "from")
             raise BadInput(f"{args.command}: --{flag_name} must name something, found {value!r}")
-    toy = SMOKE.get(args.command, {}) if getattr(args, "smoke", False) else {}
-    parsers[args.command].set_defaults(**toy)
+    other = recipe(args)
+    parsers[args.command].set_defaults(**other)
     args = top.parse_args(argv)
     init = getattr(args, "init", "")
     began = args.command in ("reward", "ppo") and init_of(args.run)
     if args.command in PRETRAINED and (init or began or getattr(args, "plan", None)):
         adapters = args.lora_rank if init else (Path(args.run) / "sft" / "adapter_config.json").exists()
-        parsers[args.command].set_defaults(**PRETRAINED[args.command] | (LORA[args.command] if adapters else {}) | toy)
+        parsers[args.command].set_defaults(**PRETRAINED[args.command] | (LORA[args.command] if adapters else {}) | other)
         args = top.parse_args(argv)
     return args
 
@@ -681,16 +723,16 @@ def main(argv=None):
     before = {s: signal.signal(s, stop_once) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         args = parse(argv)
-        device = pick_device()
+        device, code = pick_device(), 0
         if args.command == "data":
             make_data(args)
         elif args.command in STAGES:
             run_stage(args, device)
         else:
-            {"generate": write_for, "score": score_one, "export": export, "evaluate": evaluate_run,
-             "recommend": recommend_run, "train": run_all}[args.command](args, device)
+            code = {"generate": write_for, "score": score_one, "export": export, "evaluate": evaluate_run,
+                    "recommend": recommend_run, "train": run_all}[args.command](args, device) or 0
         sys.stdout.flush()
-        return 0
+        return code
     except BadInput as e:
         print(f"girl.py: {one_line(e)}", file=sys.stderr)
         return 2

@@ -13,11 +13,9 @@ Algorithm:
    section 3.5: all comparisons of one prompt belong into one batch; there each prompt counts alike, here each comparison
    does). Beside the decisions there may be probes: JDs that nobody would post, rejected. Where there are more groups than
    steps can show, a random part is used; of a large group each step draws `--max-group` decisions.
-3. A comparison teaches one bit, so two more losses help: the same ranking loss on the mean state of the JD's tokens before
-   the last block, which reaches each of them directly; and stage 1's loss of reading (does the CV
-   hold this token too? and at the last token: which share of the others does it hold?), so that it
-   is not forgotten. The learning rate is low for the same reason: at a matrix rate of 0.02 the
-   model forgot in 150 steps how to compare two texts.
+3. A comparison teaches one bit, so stage 1's loss of reading goes on (does the CV hold this token too? and at the last token:
+   which share of the others does it hold?), so that it is not forgotten. The learning rate is low for the same reason: at a
+   matrix rate of 0.02 the model forgot in 150 steps how to compare two texts.
 4. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
 
 Left out: a margin in the loss, a loss on the absolute score, ensembles.
@@ -50,7 +48,6 @@ class RewardFlags(StartFlags):
     matrix_lr: float = flag(0.003, "peak learning rate of Muon, for the layers' matrices")
     warmup: int = flag(50, "steps of linear warm-up", least=0)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
-    pooled: float = flag(1.0, "weight of the loss on the mean state of the JD's tokens before the last block")
     reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
     samples: int = flag(256, "samples of the generator that fix the score's mean 0 and standard deviation 1", least=2)
 
@@ -215,9 +212,8 @@ def reading_loss(reader, states, rows):
     return F.binary_cross_entropy_with_logits(logits, held, weights, reduction="sum") / len(rows)
 
 
-def batch_loss(model, reader, groups, pooled, device):
-    """Over all comparisons of these groups: the sum of -log sigmoid, how many came out right, `pooled` times the same
-    sum for the mean state of each JD before the last block, and the reading loss."""
+def batch_loss(model, reader, groups, device):
+    """Over all comparisons of these groups: the sum of -log sigmoid, how many came out right, and the reading loss."""
     rows, pairs, start = [row for g in groups for row in g.rows], [], 0
     for g in groups:
         pairs += [(start + i, start + j) for i, j in comparisons(g.accepted)]
@@ -226,11 +222,9 @@ def batch_loss(model, reader, groups, pooled, device):
     with autocast(device):
         last, given, in_jd = jd_states(model.model, rows, device)        # [B, C], [B, R, C], [B, R]
         scores = model.head(last)                                                            # [B]
-        means = model.head((given * in_jd[..., None]).sum(1) / in_jd.sum(1)[:, None])        # [B]
         reading = reading_loss(reader, given[in_jd], rows)
     loss = ranking_loss(scores[better], scores[worse]) * len(pairs)
-    beside = pooled * ranking_loss(means[better], means[worse]) * len(pairs)
-    return loss, (scores[better] > scores[worse]).sum(), beside, reading
+    return loss, (scores[better] > scores[worse]).sum(), reading
 
 
 def train(model, reader, codec, records, flags, seed, stage, device):
@@ -276,10 +270,10 @@ def reward_step(model, reader, groups, flags, device):
     total, correct, total_reading = 0.0, 0, 0.0
     for k in range(min(flags.accumulate, len(groups))):
         if part := groups[k::flags.accumulate]:
-            loss, right, beside, reading = batch_loss(model, reader, part, flags.pooled, device)
+            loss, right, reading = batch_loss(model, reader, part, device)
             share = sum(len(g.rows) for g in part) / rows
             # by pair, and by row: micro-batches add up to the gradient of the whole batch
-            ((loss + beside) / pairs + flags.reading * share * reading).backward()
+            (loss / pairs + flags.reading * share * reading).backward()
             total, correct = total + float(loss.detach()), correct + int(right)
             total_reading += share * float(reading.detach())
     return total / pairs, correct / pairs, total_reading

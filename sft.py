@@ -7,10 +7,9 @@
 
 (Zheng et al. 2023, arXiv 2307.02157.) Algorithm:
 1. Train the tokenizer on half A of the train split, and start a small model from random weights. Or take both from `--init`.
-2. Warm-up, because a small model is slow to find out that the two texts have to do with each other: it copies CVs (the CV
-   stands in the JD's place), and reads: a second head says for each token of a JD whether the CV
-   holds it too, and at the last one which share of the others it holds.
-3. Epochs over the accepted pairs: L + `--reading` times the loss of reading.
+2. Epochs over the accepted pairs: L + `--reading` times the loss of reading, because a small model is slow to find out that
+   the two texts have to do with each other: a second head says for each token of the JD whether the CV holds it too, and at
+   the last one which share of the others it holds.
 
 Left out: packing several pairs into one row (rows are bucketed by length instead), weight decay, dropout.
 
@@ -41,8 +40,6 @@ class SFTFlags(StartFlags):
     matrix_lr: float = flag(0.006, "peak learning rate of Muon, for the layers' matrices")
     warmup: int = flag(100, "steps of linear warm-up", least=0)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
-    warm_steps: int = flag(900, "steps before all others in which the model learns to copy the CV, and to compare it with a JD",
-                           least=0)
     reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
     hidden: int = flag(128, "C, the hidden size")
     layers: int = flag(4, "transformer blocks", most=256)
@@ -55,33 +52,28 @@ class SFTFlags(StartFlags):
 
 # -------------------------------------------------------------------------------------------------------- the loss
 class Example(NamedTuple):
-    """One row, and what is learned from it."""
-    prompt: list        # token ids
-    jd: list            # token ids, with end-of-text
-    write: bool         # to write this JD for this prompt
-    read: bool          # to tell which of this JD's tokens the CV holds too, see reading_loss
+    """A pair that was accepted, as token rows."""
+    prompt: list
+    jd: list            # with end-of-text
 
 
 def sft_loss(model, reader, examples, device):
-    """Sum of -log P over the tokens to write (with end-of-text), their number, and the mean loss of reading."""
+    """Sum of -log P over the JDs' tokens (with end-of-text), their number, and the mean loss of reading (0 without a reader)."""
     ids, lengths = (x.to(device) for x in pad_right([e.prompt + e.jd for e in examples]))    # [B, T], [B]
-    starts, write, read = (torch.tensor(x, device=device)[:, None] for x in zip(             # [B, 1] each
-        *[(len(e.prompt), e.write, e.read) for e in examples]))
+    starts = torch.tensor([len(e.prompt) for e in examples], device=device)[:, None]         # [B, 1]
     at = torch.arange(ids.shape[1], device=device)[None, :]                                  # [1, T]
     in_jd = (at >= starts) & (at < lengths[:, None])                                         # [B, T]
     # Position t predicts token t + 1: what stands one place before a JD token is asked for it.
-    to_write = (in_jd & write)[:, 1:]                                                        # [B, T-1]
-    # The head is the most expensive layer of a small model: it is applied only where there is
-    # something to learn, and so is most of the last block.
+    to_write = in_jd[:, 1:]                                                                  # [B, T-1]
     before_it = F.pad(to_write, (0, 1))                                                      # [B, T]
-    asked = before_it | (in_jd & read)                                                       # [B, T]
+    # The head is the most expensive layer of a small model: it is applied only where there is something to learn, and so is
+    # most of the last block.
+    asked = before_it | in_jd                                                                # [B, T]
     with autocast(device):
-        hidden, targets = model.model(ids, asked=asked), ids[:, 1:]           # [asked, C], [B, T-1]
-        logits = model.lm_head(hidden[before_it[asked]]).float()             # [tokens, V]
-        loss = F.cross_entropy(logits, targets[to_write], reduction="sum")
-        to_read = [(e.prompt, e.jd) for e in examples if e.read]
-        of_jd = hidden[(in_jd & read)[asked]]                                # [tokens, C]
-        reading = reading_loss(reader, of_jd, to_read) if to_read else torch.zeros(())
+        hidden = model.model(ids, asked=asked)                                               # [asked, C]
+        logits = model.lm_head(hidden[before_it[asked]]).float()                             # [tokens, V]
+        loss = F.cross_entropy(logits, ids[:, 1:][to_write], reduction="sum")
+        reading = reading_loss(reader, hidden[in_jd[asked]], examples) if reader else torch.zeros(())
     return loss, int(to_write.sum()), reading
 
 
@@ -90,7 +82,7 @@ def mean_nll(model, pairs, codec, device):
     """Mean -log P of a JD token, in nats, over (cv, jd) texts."""
     total, count, batch = 0.0, 0, rows_that_fit(64, logits_size(model.config))
     for k in range(0, len(pairs), batch):
-        part = [Example(codec.prompt(cv), codec.jd(jd), True, False) for cv, jd in pairs[k:k + batch]]
+        part = [Example(codec.prompt(cv), codec.jd(jd)) for cv, jd in pairs[k:k + batch]]
         loss, n, _ = sft_loss(model, None, part, device)
         total, count = total + float(loss), count + n
     return total / count
@@ -108,7 +100,7 @@ def train(stage, folder, flags, seed, device):
 
     # 1. The tokenizer, from the train split only; token rows; a model of the size that the data need. Or both from --init.
     codec = new_codec(records, flags)
-    pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd), True, flags.reading > 0) for r in records if r.accepted]
+    pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd)) for r in records if r.accepted]
     tokens = sum(len(e.prompt) + len(e.jd) for e in pairs)
     stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; cut: {len(codec.cut_cvs)} CVs at "
               f"{codec.max_cv} tokens, {len(codec.cut_jds)} JDs at {codec.max_jd}")
@@ -124,22 +116,11 @@ def train(stage, folder, flags, seed, device):
     model.model.checkpointing = flags.checkpointing
     reader = nn.Linear(model.config.hidden_size, 1).to(device)
 
-    # 2. The warm-up: a third of it copies, a third are decisions (written too if accepted), a third are random JDs.
-    draw, third = generator(seed, "sft-warm-up"), math.ceil(flags.warm_steps * flags.batch / 3)
-
-    def some(of):
-        return [of[i] for i in torch.randperm(len(of), generator=draw)[:third].tolist()]
-    cvs = some(sorted({r.cv for r in records}))
-    warm = [Example(codec.prompt(cv), codec.jd(cv), True, False) for cv in cvs]
-    warm += [Example(codec.prompt(r.cv), codec.jd(r.jd), r.accepted, True) for r in some(records)]
-    warm += [Example(codec.prompt(cv), codec.jd(r.jd), False, True) for cv, r in zip(cvs, some(records))]
-    warm_steps = min(flags.warm_steps, math.ceil(len(warm) / flags.batch))
-    steps = warm_steps + max(1, round(flags.epochs * math.ceil(len(pairs) / flags.batch)))
+    # 2. Epochs over the accepted pairs; after each, validation and one sample to look at.
+    steps = max(1, round(flags.epochs * math.ceil(len(pairs) / flags.batch)))
     optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(steps))
     stage.resume({"model": model, "reader": reader}, [part for part, _ in optimizer.parts])
-    step = sft_steps(model, reader, optimizer, warm, codec, 0, warm_steps, flags, seed, stage, device)
-
-    # 3. Epochs over the accepted pairs; after each, validation and one sample to look at.
+    step = 0
     look = codec.prompt(valid[0][0])
     for epoch in range(math.ceil(flags.epochs)):
         step = sft_steps(model, reader, optimizer, pairs, codec, step, steps, flags, seed, stage, device)
@@ -220,14 +201,13 @@ def sft_steps(model, reader, optimizer, examples, codec, first, last, flags, see
 
 
 def sft_step(model, reader, batch, flags, device):
-    """Gradients of the objective; returns the loss of a written token, on average, and the loss of reading."""
-    tokens, reads = sum(len(e.jd) for e in batch if e.write), sum(e.read for e in batch)
-    total = total_reading = 0.0
+    """Gradients of the objective; returns the loss of a token, on average, and the loss of reading."""
+    tokens, total, total_reading = sum(len(e.jd) for e in batch), 0.0, 0.0
     for k in range(min(flags.accumulate, len(batch))):
         if part := batch[k::flags.accumulate]:
-            loss, _, reading = sft_loss(model, reader, part, device)
-            share = sum(e.read for e in part) / max(reads, 1)
+            loss, _, reading = sft_loss(model, reader if flags.reading else None, part, device)
+            share = len(part) / len(batch)
             # by token, and by row: micro-batches add up to the gradient of the whole batch
-            (loss / max(tokens, 1) + flags.reading * share * reading).backward()
+            (loss / tokens + flags.reading * share * reading).backward()
             total, total_reading = total + float(loss.detach()), total_reading + share * float(reading.detach())
-    return total / max(tokens, 1), total_reading
+    return total / tokens, total_reading

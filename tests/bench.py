@@ -140,7 +140,7 @@ def sft_figures(model, rows, args):
     optimizer = Optimizer(model, flags, 10 ** 6)
 
     def step(k):
-        batch = [sft.Example(*rows[i], True, False) for i in batches[k % len(batches)]]
+        batch = [sft.Example(*rows[i]) for i in batches[k % len(batches)]]
         sft.sft_step(model.train(), None, batch, flags, pick_device())
         optimizer.clip()
         optimizer.step(k)
@@ -235,8 +235,7 @@ def model_of(args, rank):
 
 # ---------------------------------------------------------------------------------------- speed
 def train_step(model, reader, optimizer, codec, flags, step):
-    batch = [sft.Example(codec.prompt(4 * step + i), codec.jd(4 * step + i + 1), True, False)
-             for i in range(4)]
+    batch = [sft.Example(codec.prompt(4 * step + i), codec.jd(4 * step + i + 1)) for i in range(4)]
     start = time.time()
     sft.sft_step(model, reader, batch, replace(flags, accumulate=2), pick_device())
     optimizer.clip()
@@ -342,8 +341,7 @@ def saving(args):
         save(stage, *more)
         saves.setdefault(stage.name, []).append(time.time() - start)
     Stage.save = timed
-    steps = {"sft": ["--warm-steps", "50", "--epochs", "1"], "reward": ["--steps", "100"],
-             "ppo": ["--iterations", "3"]}
+    steps = {"sft": ["--epochs", "1"], "reward": ["--steps", "100"], "ppo": ["--iterations", "3"]}
     with tempfile.TemporaryDirectory() as folder:
         data = f"{folder}/data"
         girl.main(["data", "--people", "3000", "--held-out", "50", "--out", data])

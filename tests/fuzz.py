@@ -81,7 +81,7 @@ def check_prompt(codec, text, exact):
 def check_loss(model, codec, texts):
     """The loss covers the JD's tokens and none but them: those of a row with this CV are those of a row with any other."""
     jd = codec.jd("Wanted: cook.")
-    rows = [sft.Example(codec.prompt(text), jd, True, False) for text in texts]
+    rows = [sft.Example(codec.prompt(text), jd) for text in texts]
     targets, real = [], sft.F.cross_entropy
     sft.F.cross_entropy = lambda logits, target, reduction: targets.append(target.tolist()) or real(logits, target, reduction=reduction)
     try:

@@ -53,10 +53,8 @@ MUTANTS = {
         (5, "reward.py", "(scores[better] > scores[worse])", "(scores[better] >= scores[worse])",
          "a model that says the same of everything is right everywhere")],
     "test_reward.py::test_05_the_gradient_is_that_of_the_objective_by_hand": [
-        (5, "reward.py", "((loss + beside) / pairs", "((loss + beside) / rows",
-         "comparisons are averaged over rows"),
-        (5, "reward.py", "(loss + beside)", "(loss + beside.detach())",
-         "the loss on mean states is computed, and not learned from")],
+        (5, "reward.py", "(loss / pairs + flags", "(loss / rows + flags",
+         "comparisons are averaged over rows")],
     "test_reward.py::test_06_head_starts_with_std_one_over_sqrt_d_plus_1_and_no_bias": [
         (6, "model.py", "math.sqrt(c.hidden_size + 1)", "math.sqrt(c.hidden_size)", "1/sqrt(d)"),
         (6, "model.py", "self.score = nn.Linear(c.hidden_size, 1, bias=False)",
@@ -230,7 +228,7 @@ MUTANTS = {
         (30, "ppo.py", "pg.sum() / tokens_in_step", "pg.sum() / e.mask.sum() / flags.accumulate",
          "a mean of means")],
     "test_sft.py::test_the_gradient_is_that_of_the_objective_by_hand": [
-        (30, "sft.py", "(loss / max(tokens, 1)", "(loss / len(batch)", "by text, not by token")],
+        (30, "sft.py", "(loss / tokens", "(loss / len(batch)", "by text, not by token")],
     "test_ppo.py::test_31_adaptive_kl_controller_by_hand": [
         (31, "ppo.py", "min(max(kl / self.target - 1, -0.2), 0.2)", "kl / self.target - 1",
          "the error is not clipped")],
@@ -274,9 +272,6 @@ MUTANTS = {
          "the gate is turned around"),
         (0, "recommend.py", "similarity(encoded, some, *mode), labels, kept)",
          "similarity(encoded, some, *mode), labels.flip(0), kept)", "the gate learns from other labels")],
-    "test_recommend.py::test_what_was_measured_is_noted_in_the_results_as_they_are_by_then": [
-        (0, "recommend.py", 'seconds["total"] - seconds.get("recommend", 0)', 'seconds["total"]',
-         "time spent twice counts twice")],
 }
 
 

@@ -79,7 +79,7 @@ def test_a_run_from_pretrained_weights_goes_through_all_stages(run):
         assert (folder / "run" / stage / "adapter_config.json").exists() == adapters
         assert (folder / "run" / stage / "model.safetensors").exists() != adapters
     config = json.loads((folder / "run" / "config.json").read_text())
-    assert config["sft"]["matrix_lr"] == config["reward"]["matrix_lr"] == 0 and config["sft"]["warm_steps"] == 0
+    assert config["sft"]["matrix_lr"] == config["reward"]["matrix_lr"] == 0 and config["sft"]["reading"] == 0
     assert config["sft"]["lr"] == (4e-4 if adapters else 2e-5) and config["ppo"]["lr"] == (1e-4 if adapters else 1e-5)
     summary = json.loads((folder / "run" / "sft" / "summary.json").read_text())
     assert summary["valid_nll"] < summary["valid_nll_before"]
@@ -251,7 +251,7 @@ def test_a_failed_start_leaves_no_recipe_behind(tmp_path):
     """A run whose first `sft --init` failed is begun anew without it: with the recipe for random weights."""
     (tmp_path / "config.json").write_text(json.dumps({"sft": {"init": "/nowhere"}}))
     args = girl.parse(["sft", "--run", str(tmp_path)])
-    assert (args.lr, args.warm_steps, args.reading) == (sft.SFTFlags.lr, sft.SFTFlags.warm_steps, sft.SFTFlags.reading)
+    assert (args.lr, args.reading) == (sft.SFTFlags.lr, sft.SFTFlags.reading)
     with Stage(tmp_path, "sft") as stage:                   # a stage 1 that did begin with it, and came to its end
         stage.begin({"init": "/nowhere"}, {})
         stage.log(step=1)

@@ -1,4 +1,4 @@
-"""Stage 1: its loss by hand, its accumulation, its warm-up, what a small model starts from."""
+"""Stage 1: its loss by hand, its accumulation, its steps, what a small model starts from."""
 import json
 import math
 from dataclasses import replace
@@ -26,31 +26,28 @@ def nll_by_hand(lm, prompt, jd):
 def test_sft_loss_is_on_the_jd_and_its_end_only():
     codec, lm = tiny()
     rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a"))]
-    loss, count, _ = sft.sft_loss(lm, None, [sft.Example(p, j, True, False) for p, j in rows], CPU)
+    loss, count, _ = sft.sft_loss(lm, None, [sft.Example(p, j) for p, j in rows], CPU)
     by_hand = sum(sum(nll_by_hand(lm, p, j)[len(p) - 1:]) for p, j in rows)
     assert count == len(rows[0][1]) + len(rows[1][1]) and rows[0][1][-1] == codec.eos
     assert loss.item() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_sft_loss_learns_from_each_row_what_the_row_is_for():
-    """One row to write, one to read, one for both: the sums are those of the rows that are meant."""
+def test_sft_loss_reads_every_jd_where_there_is_a_reader():
     codec, lm = tiny()
     reader = torch.nn.Linear(32, 1)
-    rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a")),
-            (codec.prompt("skills"), codec.jd("knife skills"))]
-    examples = [sft.Example(*rows[0], True, False), sft.Example(*rows[1], False, True), sft.Example(*rows[2], True, True)]
-    loss, count, reading = sft.sft_loss(lm, reader, examples, CPU)
-    assert count == len(rows[0][1]) + len(rows[2][1])
-    assert loss.item() == pytest.approx(sum(sum(nll_by_hand(lm, p, j)[len(p) - 1:]) for p, j in (rows[0], rows[2])), rel=1e-5)
-    states = torch.cat([lm.model(torch.tensor([p + j]))[0, len(p):] for p, j in rows[1:]])
-    assert reading.item() == pytest.approx(reward.reading_loss(reader, states, rows[1:]).item(), rel=1e-5)
+    rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a"))]
+    loss, _, reading = sft.sft_loss(lm, reader, [sft.Example(*row) for row in rows], CPU)
+    without = sft.sft_loss(lm, None, [sft.Example(*row) for row in rows], CPU)
+    states = torch.cat([lm.model(torch.tensor([p + j]))[0, len(p):] for p, j in rows])
+    assert reading.item() == pytest.approx(reward.reading_loss(reader, states, rows).item(), rel=1e-5)
+    assert loss.item() == without[0].item() and without[2].item() == 0
 
 
 def test_sft_gradient_accumulation_equals_the_big_batch():
     codec, _ = tiny()
-    batch = [sft.Example(codec.prompt("a cook"), codec.jd("a job for a cook"), True, True),
-             sft.Example(codec.prompt("skills"), codec.jd("a"), True, False),
-             sft.Example(codec.prompt("a cook with knife skills"), codec.jd("a job"), False, True)]
+    batch = [sft.Example(codec.prompt("a cook"), codec.jd("a job for a cook")),
+             sft.Example(codec.prompt("skills"), codec.jd("a")),
+             sft.Example(codec.prompt("a cook with knife skills"), codec.jd("a job"))]
     after, logged = [], []
     for accumulate in (1, 3):
         _, lm = tiny()
@@ -65,30 +62,27 @@ def test_sft_gradient_accumulation_equals_the_big_batch():
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_gradient_is_that_of_the_objective_by_hand(accumulate):
-    """A mean over the tokens of all JDs to write, a long and a short one; and `reading` times its
-    mean over two rows to read. Each row alone."""
+    """A mean over the tokens of all JDs, a long and a short one; and `reading` times its mean over
+    the rows. Each row alone."""
     codec, lm = tiny()
     reader = torch.nn.Linear(32, 1)
     texts = [("a cook", "a job for a cook with knife skills"), ("skills", "a"),
              ("a cook with knife skills", "a job")]
     rows, written = [(codec.prompt(cv), codec.jd(jd)) for cv, jd in texts], 0.0
-    for prompt, jd in rows[:2]:
+    for prompt, jd in rows:
         logp = lm(torch.tensor([prompt + jd]))[0, :-1].log_softmax(-1)                  # [T-1, V]
         nll, start = -logp[torch.arange(len(logp)), (prompt + jd)[1:]], len(prompt) - 1     # [T-1]
         written = written + nll[start:].sum()
-    written = written / sum(len(jd) for _, jd in rows[:2])
-    to_read = [rows[0], rows[2]]
-    states = torch.cat([lm.model(torch.tensor([p + jd]))[0, len(p):] for p, jd in to_read])
-    reading = reward.reading_loss(reader, states, to_read)
+    written = written / sum(len(jd) for _, jd in rows)
+    states = torch.cat([lm.model(torch.tensor([p + jd]))[0, len(p):] for p, jd in rows])
+    reading = reward.reading_loss(reader, states, rows)
     (written + 0.3 * reading).backward()
     parameters = [*lm.parameters(), *reader.parameters()]
     by_hand = [p.grad.clone() for p in parameters]
     lm.zero_grad(), reader.zero_grad()
 
-    batch = [sft.Example(*rows[0], True, True), sft.Example(*rows[1], True, False),
-             sft.Example(*rows[2], False, True)]
     flags = sft.SFTFlags(reading=0.3, accumulate=accumulate)
-    loss, read = sft.sft_step(lm, reader, batch, flags, CPU)
+    loss, read = sft.sft_step(lm, reader, [sft.Example(*row) for row in rows], flags, CPU)
     for p, gradient in zip(parameters, by_hand):
         torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-3)
     assert (loss, read) == pytest.approx((written.item(), reading.item()), rel=1e-5)
@@ -109,7 +103,7 @@ def test_after_some_steps_the_jd_is_likelier_and_reading_is_better(stage):
     codec, lm = tiny()
     reader = torch.nn.Linear(32, 1)
     pairs = [("a cook with knife skills", "a job for a cook"), ("skills", "a job with knife")]
-    examples = [sft.Example(codec.prompt(cv), codec.jd(jd), True, True) for cv, jd in pairs]
+    examples = [sft.Example(codec.prompt(cv), codec.jd(jd)) for cv, jd in pairs]
     flags = sft.SFTFlags(batch=2, lr=1e-2, matrix_lr=1e-3, warmup=0)
     optimizer = Optimizer(torch.nn.ModuleList([lm, reader]), flags, 12)
     before = sft.mean_nll(lm, pairs, codec, CPU)
@@ -123,7 +117,7 @@ def test_after_some_steps_the_jd_is_likelier_and_reading_is_better(stage):
 def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last_step(
         stage, monkeypatch):
     codec, lm = tiny()
-    seen, examples = [], [sft.Example([2], [k], True, False) for k in range(7)]
+    seen, examples = [], [sft.Example([2], [k]) for k in range(7)]
 
     def step(model, reader, batch, *rest):
         seen.append([e.jd[0] for e in batch])
@@ -143,7 +137,7 @@ def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last
 
 def test_a_new_model_has_zeros_for_unused_tokens_and_large_final_states():
     codec, _ = tiny()
-    example = sft.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
+    example = sft.Example(codec.prompt("a cook"), codec.jd("a job"))
     model = sft.new_model(codec, [example], sft.SFTFlags(hidden=64, layers=1), 0)
     rows, used = model.model.embed_tokens.weight, set(example.prompt + example.jd)
     assert [bool(row.any()) for row in rows] == [t in used for t in range(len(rows))]
@@ -151,12 +145,12 @@ def test_a_new_model_has_zeros_for_unused_tokens_and_large_final_states():
     assert model.model.norm.weight.tolist() == [8.0] * 64
 
 
-def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_path, monkeypatch):
+def test_stage_1_sees_the_accepted_pairs_of_half_a_for_as_many_epochs_as_it_is_told(tmp_path, monkeypatch):
     records = [{"cv": f"cook number {i}", "jd": f"job number {i % 7}", "accepted": i % 3 == 0} for i in range(60)]
     for split in ("train", "valid", "test"):
         own = [r if split == "train" else r | {"cv": f"{split} {r['cv']}", "jd": f"{split} {r['jd']}"} for r in records]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in own))
-    seen = []
+    seen, validated = [], []
 
     def steps(model, reader, optimizer, examples, codec, first, last, flags, seed, stage, device):
         seen.append((first, last, examples))
@@ -166,37 +160,31 @@ def test_the_warm_up_is_a_third_copies_a_third_decisions_a_third_random_jds(tmp_
         stage.log(loss=0.0)
         return last
     monkeypatch.setattr(sft, "sft_steps", steps)
-    validated = []
     monkeypatch.setattr(sft, "mean_nll", lambda model, pairs, *rest: validated.append(pairs) or 1.0)
-    flags = sft.SFTFlags(hidden=32, layers=1, batch=5, warm_steps=6, epochs=1.5, checkpointing=True)
+    flags = sft.SFTFlags(hidden=32, layers=1, batch=5, epochs=1.5, checkpointing=True)
     with Stage(tmp_path / "run", "sft") as stage:
         sft.train(stage, tmp_path, flags, 0, CPU)
-    (first, last, warm), (then, end, pairs), _ = seen
-    assert (first, last, then, len(warm)) == (0, 6, 6, 30)
-    assert end == 6 + round(1.5 * math.ceil(len(pairs) / 5))            # one epoch and a half
-    own = [r for r in records if r["accepted"]]
-    assert validated == [[(f"valid {r['cv']}", f"valid {r['jd']}") for r in own]] * 2
-    flags = replace(flags, reading=0.0)
-    with Stage(tmp_path / "run 2", "sft") as stage:
-        sft.train(stage, tmp_path, flags, 0, CPU)
-    assert len(seen) == 6 and not any(e.read for e in seen[-1][2])      # no reading in vain
     codec = load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft").config)
-    of_a = [r for r in records if half(r["cv"]) == "A"]
-    decisions = {(tuple(codec.prompt(r["cv"])), tuple(codec.jd(r["jd"]))): r["accepted"] for r in of_a}
-    copies, natural, random_jds = warm[:10], warm[10:20], warm[20:]
-    assert all((e.write, e.read) == (True, False) and e.jd[:-1] == e.prompt[len(codec.before):-len(codec.after)] for e in copies)
-    assert all(e.read and e.write == decisions[tuple(e.prompt), tuple(e.jd)] for e in natural)
-    assert {e.write for e in natural} == {True, False}
-    assert all(e.read and not e.write and tuple(e.jd) in {jd for _, jd in decisions} for e in random_jds)
-    assert sum((tuple(e.prompt), tuple(e.jd)) not in decisions for e in random_jds) >= 5
-    assert len(pairs) == sum(decisions.values()) and all(e.write and e.read for e in pairs)
+    of_a = [r for r in records if half(r["cv"]) == "A" and r["accepted"]]
+    assert [(first, last) for first, last, _ in seen] == [(0, round(1.5 * math.ceil(len(of_a) / 5)))] + [(seen[0][1], seen[0][1])]
+    for *_, pairs in seen:
+        assert [(e.prompt, e.jd) for e in pairs] == [(codec.prompt(r["cv"]), codec.jd(r["jd"])) for r in of_a]
+    assert validated == [[(f"valid {r['cv']}", f"valid {r['jd']}") for r in records if r["accepted"]]] * 2
+
+
+def test_without_the_loss_of_reading_nothing_is_read(monkeypatch):
+    codec, lm = tiny()
+    monkeypatch.setattr(sft, "reading_loss", lambda *args: pytest.fail("read in vain"))
+    batch = [sft.Example(codec.prompt("a cook"), codec.jd("a job"))]
+    loss, reading = sft.sft_step(lm, torch.nn.Linear(32, 1), batch, sft.SFTFlags(reading=0.0), CPU)
+    assert loss > 0 and reading == 0
 
 
 def test_a_new_model_has_the_sizes_of_the_flags():
     """All different, and none the default: a flag that is not used, or used for another, shows."""
     flags = sft.SFTFlags(hidden=48, layers=3, heads=6, kv_heads=2, vocab=290, max_cv=7, max_jd=9)
     codec = sft.new_codec([Record("a cook with knife skills", "a job for a cook", True)] * 9, flags)
-    example = sft.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
+    example = sft.Example(codec.prompt("a cook"), codec.jd("a job"))
     c = sft.new_model(codec, [example], flags, 0).config
     assert (c.hidden_size, c.num_hidden_layers) == (48, 3)
     assert (c.num_attention_heads, c.num_key_value_heads) == (6, 2)
@@ -233,7 +221,7 @@ def test_no_text_makes_a_token_that_was_added_to_a_pretrained_tokenizer(tmp_path
 def test_half_of_the_heads_start_with_equal_queries_and_keys():
     """Also where several query heads share a key head: the first query head of the group is the one that is equal."""
     codec, _ = tiny()
-    example = sft.Example(codec.prompt("a cook"), codec.jd("a job"), True, True)
+    example = sft.Example(codec.prompt("a cook"), codec.jd("a job"))
     for heads, kv_heads in ((4, 4), (4, 2), (2, 1)):
         model = sft.new_model(codec, [example], sft.SFTFlags(hidden=32, layers=2, heads=heads, kv_heads=kv_heads), 0)
         D = 32 // heads

@@ -16,7 +16,7 @@ import json
 import shutil
 from pathlib import Path
 
-from run import BadInput, finished, read_json, read_summary, write_json
+from run import BadInput, finished, read_json, read_summary, sha256, write_json
 
 HOME = Path(__file__).parent / "demo"
 MODELS = ("sft", "reward")
@@ -95,6 +95,9 @@ def put_models(run):
     for stage in MODELS:
         if not finished(HOME, stage):
             raise BadInput(f"{HOME / stage}: is not complete; restore it: it came with the project")
+        for file, digest in read_summary(HOME / stage)["sha256"].items():
+            if sha256(HOME / stage / file) != digest:
+                raise BadInput(f"{HOME / stage / file}: is damaged; restore it: it came with the project")
         if (run / stage).exists() and (not finished(run, stage)
                                        or read_summary(run / stage)["sha256"] != read_summary(HOME / stage)["sha256"]):
             raise BadInput(f"{run / stage}: holds another model than that of the demonstration; choose another --out")
@@ -110,7 +113,7 @@ def take_models(run):
             raise BadInput(f"{run / stage}: is not finished; run  bash train.sh --quick  first")
     for stage in MODELS:
         shutil.rmtree(HOME / stage, ignore_errors=True)
-        shutil.copytree(run / stage, HOME / stage, ignore=shutil.ignore_patterns("reader.safetensors"))
+        shutil.copytree(run / stage, HOME / stage)
 
 
 def main():

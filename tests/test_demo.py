@@ -1,0 +1,79 @@
+"""The demonstration: its verdict, its models, and that it notices what is wrong."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import demo
+import girl
+import ppo
+from run import BadInput, read_summary
+
+ROWS = [dict.fromkeys(demo.FIGURES, str(value)) for value in (1.0, 50.0, 4.0, 6.0)]
+WELL = {name: {"first": [0.5, 1.5], "last": [4.5, 5.5]} for name in demo.FIGURES}
+
+
+def test_a_figure_is_its_first_value_and_the_mean_of_its_last_two():
+    assert demo.figures(ROWS) == dict.fromkeys(demo.FIGURES, (1.0, 5.0))
+
+
+def test_the_verdict_says_where_to_look_for_each_figure_that_no_healthy_run_has():
+    lines, well = demo.verdict(ROWS, WELL)
+    assert well and len(lines) == len(demo.FIGURES) and all(line.startswith("ok ") for line in lines)
+    for when, (low, high), side in (("last", (5.5, 7), 1), ("last", (3, 4.5), 2), ("first", (1.5, 2), 1), ("first", (0, 0.5), 2)):
+        lines, well = demo.verdict(ROWS, WELL | {"kl": WELL["kl"] | {when: [low, high]}})
+        said = [line for line in lines if line.startswith("LOOK")]
+        assert not well and len(said) == 1
+        assert said[0] == (f"LOOK  KL, nats per text 1.000 -> 5.000; healthy runs {'begin' if when == 'first' else 'end'} with "
+                           f"{low:.3f} to {high:.3f}: {demo.FIGURES['kl'][side]}")
+
+
+def test_healthy_ranges_hold_every_run_and_leave_half_their_width_to_spare():
+    runs = [dict.fromkeys(demo.FIGURES, pair) for pair in ((1.0, 5.0), (2.0, 3.0), (1.5, 4.0))]
+    assert demo.ranges(runs)["kl"] == {"first": [0.499, 2.501], "last": [1.999, 6.001]}
+
+
+def test_a_run_of_other_models_is_not_touched(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "model.safetensors").write_bytes(b"mine")
+    (tmp_path / "ppo").mkdir()
+    with pytest.raises(BadInput, match="holds another model"):
+        demo.put_models(tmp_path)
+    assert (tmp_path / "sft" / "model.safetensors").read_bytes() == b"mine" and (tmp_path / "ppo").exists()
+
+
+def test_a_damaged_model_of_the_project_is_refused_in_one_line(tmp_path, monkeypatch):
+    shutil.copytree(demo.HOME, tmp_path / "demo")
+    monkeypatch.setattr(demo, "HOME", tmp_path / "demo")
+    weights = tmp_path / "demo" / "sft" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(BadInput, match="model.safetensors"):
+        demo.put_models(tmp_path / "run")
+
+
+def test_the_models_are_small_whole_and_of_the_quick_market():
+    files = [path for path in demo.HOME.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 5e6
+    for stage in demo.MODELS:
+        asked = read_summary(demo.HOME / stage)["asked"]
+        assert all(asked[name] == value for name, value in girl.SIZES["quick"][stage].items())
+    assert girl.SIZES["demo"]["data"]["fields"] == girl.SIZES["quick"]["data"]["fields"]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_healthy_run_is_well_and_one_with_turned_advantages_is_not(turned, tmp_path, monkeypatch, capsys):
+    """And the same command begins anew: a second demonstration is of the code as it is by then."""
+    if turned:
+        whiten = ppo.whiten
+        monkeypatch.setattr(ppo, "whiten", lambda x, mask: -whiten(x, mask))
+    assert girl.main(["train", "--demo", "--seed", "3", "--out", str(tmp_path / "run")]) == int(turned)
+    said = capsys.readouterr().out
+    assert ("LOOK  true match" in said) == ("look at the sign of the advantages" in said) == turned
+    assert said.count("\nok ") + said.count("\nLOOK ") == len(demo.FIGURES)
+
+
+def test_the_demonstration_takes_no_data_and_no_model_of_others(tmp_path, capsys):
+    for more in (["--data", str(tmp_path)], ["--init", str(tmp_path)]):
+        assert girl.main(["train", "--demo", "--out", str(tmp_path / "run"), *more]) == 2
+        assert "leave --data and --init out" in capsys.readouterr().err

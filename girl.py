@@ -528,8 +528,8 @@ SIZES = {
               "evaluate": {"cvs": 24}, "recommend": {"people": 40, "seeds": 2, "steps": 20, "cvs": 10},
               "train": {"save_seconds": 2.0}},
     "quick": {"data": {"people": 24000, "held_out": 400, "jobs": 12000, "fields": 2},
-              "sft": {"epochs": 2, "hidden": 96, "layers": 3, "vocab": 1024},
-              "reward": {"steps": 500}, "ppo": {"iterations": 16, "episodes": 128}, "evaluate": {"cvs": 200}},
+              "sft": {"epochs": 2, "hidden": 64, "layers": 3, "heads": 2, "kv_heads": 2, "vocab": 1024},
+              "reward": {"steps": 600}, "ppo": {"iterations": 28, "episodes": 128, "lr": 3e-4}, "evaluate": {"cvs": 200}},
     "demo": {"data": {"people": 600, "held_out": 50, "jobs": 2000, "fields": 2},
              "ppo": {"iterations": 8, "episodes": 64, "minibatch": 32}},
 }

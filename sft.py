@@ -173,8 +173,10 @@ def new_model(codec, examples, flags, seed):
     unused[sorted({t for e in examples for t in e.prompt + e.jd})] = False
     with torch.no_grad():
         # The largest logit is |final state| |embedding|. Whatever cannot come next must stay far below it, or samples slip
-        # now and then; and norms grow slowly, so they start large.
+        # now and then; and norms grow slowly, so they start large. Embeddings grow fast, so they start small: else the first
+        # logits would be large too, and the first two hundred steps would do nothing but make them smaller.
         model.model.norm.weight *= 8
+        nn.init.normal_(model.model.embed_tokens.weight, std=0.02)
         model.model.embed_tokens.weight[unused] = 0
         # Half of the heads start with equal queries and keys: a token then looks for its like, which is how one text is
         # found in another (Trockman and Kolter 2023, arXiv 2305.09828).

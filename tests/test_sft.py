@@ -135,13 +135,14 @@ def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last
     assert len({str(epoch) for epoch in epochs}) == 3       # another epoch, another seed
 
 
-def test_a_new_model_has_zeros_for_unused_tokens_and_large_final_states():
+def test_a_new_model_has_zeros_for_unused_tokens_small_embeddings_and_large_final_states():
     codec, _ = tiny()
     example = sft.Example(codec.prompt("a cook"), codec.jd("a job"))
     model = sft.new_model(codec, [example], sft.SFTFlags(hidden=64, layers=1), 0)
     rows, used = model.model.embed_tokens.weight, set(example.prompt + example.jd)
     assert [bool(row.any()) for row in rows] == [t in used for t in range(len(rows))]
-    assert rows[sorted(used)].std().item() == pytest.approx(64 ** -0.5, rel=0.1)
+    assert rows[sorted(used)].std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.model.layers[0].self_attn.q_proj.weight.std().item() == pytest.approx(64 ** -0.5, rel=0.1)
     assert model.model.norm.weight.tolist() == [8.0] * 64
 
 

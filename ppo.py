@@ -12,7 +12,14 @@ Stiennon et al. 2020, arXiv 2009.01325):
 
 The critic is a linear head on the states of the frozen reward model. The policy's own states hardly know what a text will be
 worth; the reward model's do, and the pass that scores a text has them at every position. That pass is causal: a state knows
-only the text so far. (Stiennon et al. 2020 and Ouyang et al. 2022 start their critic from the reward model, too.)
+only the text so far. (Stiennon et al. 2020 and Ouyang et al. 2022 start their critic from the reward model, too.) Share of the
+variance of what 2,048 samples earned that a value explained, held out (default market, seed 7):
+
+    value from                                          SFT's samples   PPO's samples
+    a value head trained with the policy, on its states      0.00            0.06
+    the best linear head on the policy's states              0.00            0.07
+    the best linear head on the reward model's states        0.34            0.39
+
 The head is fitted by least squares, which has an exact solution and needs no learning rate. It starts with a rollout of the
 SFT model, before iteration 1, that serves for nothing else. Then it takes in every rollout, after its values for that
 rollout were used: no value knows the returns that it is compared with.

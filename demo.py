@@ -76,8 +76,10 @@ def ranges(runs):
         found[name] = {}
         for k, when in enumerate(("first", "last")):
             values = [run[name][k] for run in runs]
-            spare = (max(values) - min(values)) / 2
-            found[name][when] = [round(min(values) - spare - 1e-3, 4), round(max(values) + spare + 1e-3, 4)]
+            spare = (max(values) - min(values)) / 2 + 1e-3
+            low = min(values) - spare
+            low = max(low, 0.0) if min(values) >= 0 else low        # a share, or a length
+            found[name][when] = [round(low, 4), round(max(values) + spare, 4)]
     return found
 
 

@@ -1,7 +1,5 @@
 """The demonstration: its verdict, its models, and that it notices what is wrong."""
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -32,6 +30,8 @@ def test_the_verdict_says_where_to_look_for_each_figure_that_no_healthy_run_has(
 def test_healthy_ranges_hold_every_run_and_leave_half_their_width_to_spare():
     runs = [dict.fromkeys(demo.FIGURES, pair) for pair in ((1.0, 5.0), (2.0, 3.0), (1.5, 4.0))]
     assert demo.ranges(runs)["kl"] == {"first": [0.499, 2.501], "last": [1.999, 6.001]}
+    near_0 = [dict.fromkeys(demo.FIGURES, pair) for pair in ((0.0, -1.0), (1.0, 1.0))]
+    assert demo.ranges(near_0)["clip_frac"] == {"first": [0.0, 1.501], "last": [-2.001, 2.001]}     # what is never below 0 stays there
 
 
 def test_a_run_of_other_models_is_not_touched(tmp_path):

@@ -301,10 +301,35 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
     assert girl.main(command) == 0 and measured[3:] == ["evaluate", "recommend"]
 
 
-def test_a_smoke_run_has_a_folder_of_its_own():
+@pytest.mark.parametrize("size", ["smoke", "quick"])
+def test_a_run_of_another_size_has_a_folder_of_its_own(size):
     for command in ("sft", "reward", "ppo", "evaluate", "recommend", "train"):
-        assert girl.parse([command]).run == "runs/default" and girl.parse([command, "--smoke"]).run == "runs/smoke"
-        assert girl.parse([command, "--smoke", "--out", "x"]).run == "x"
+        assert girl.parse([command]).run == "runs/default" and girl.parse([command, f"--{size}"]).run == f"runs/{size}"
+        assert girl.parse([command, f"--{size}", "--out", "x"]).run == "x"
+    assert girl.parse(["data", f"--{size}"]).out == f"runs/{size}/data"
+
+
+def test_another_size_changes_defaults_that_exist_and_what_is_set_on_the_command_line_stays():
+    for size, changed in girl.SIZES.items():
+        for command, flags in changed.items():
+            args = girl.parse([command, f"--{size}"])
+            assert {name: getattr(args, name) for name in flags} == flags
+    assert girl.parse(["sft", "--quick", "--hidden", "32"]).hidden == 32
+
+
+def test_only_one_size_can_be_asked_for_and_only_ppo_has_a_demonstration(capsys):
+    refused(capsys, ["train", "--smoke", "--quick"], "not allowed with argument")
+    refused(capsys, ["sft", "--demo"], "unrecognized arguments: --demo")
+
+
+def test_the_quick_run_leaves_the_recommender_out(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(girl, "run_apart", lambda run, commands, device: started.extend(commands.items()))
+    monkeypatch.setattr(girl, "run_stage", lambda args, device: started.append((args.command, [f"--{girl.size_of(args)}"])))
+    monkeypatch.setattr(girl, "what_is_measured", lambda args: {})
+    girl.main(["train", "--quick", "--out", str(tmp_path)])
+    assert [name for name, _ in started] == ["data", "sft", "reward", "judge", "ppo", "evaluate"]
+    assert all("--quick" in words for _, words in started)
 
 
 @pytest.mark.parametrize("done", ["", "reward", "reward judge"])

@@ -129,7 +129,7 @@ class FakeStage:
 
 
 # ------------------------------------------------------------------------------------------------ a whole tiny run
-TINY = {"sft": ["--epochs", "2", "--batch", "8"], "reward": ["--steps", "10", "--samples", "16"],
+TINY = {"sft": ["--epochs", "4", "--batch", "8"], "reward": ["--steps", "10", "--samples", "16"],
         "ppo": ["--iterations", "2", "--episodes", "8", "--minibatch", "4", "--accumulate", "2", "--kl-target", "0.5"]}
 STAGES = {"sft": ["sft"], "reward": ["reward"], "judge": ["reward", "--judge"], "ppo": ["ppo"]}
 

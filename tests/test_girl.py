@@ -212,7 +212,7 @@ def test_pairs_for_an_outside_judge_go_out_and_its_verdicts_come_in(smoke, tmp_p
     shutil.copytree(a, tmp_path / "run")
     pairs, verdicts = tmp_path / "pairs.jsonl", tmp_path / "verdicts.jsonl"
     assert girl.main(["evaluate", "--smoke", "--seed", "1", "--run", str(tmp_path / "run"), "--export-pairs", str(pairs)]) == 0
-    questions = [json.loads(line) for line in pairs.read_text().splitlines()]
+    questions = [json.loads(line) for line in pairs.read_text().strip().split("\n")]
     assert len({q["id"] for q in questions}) == len(questions) == 24 * 8        # all but those with a pretrained model
     verdicts.write_text("".join(json.dumps({"id": q["id"], "detail": "A", "relevance": "tie", "conciseness": "B"}) + "\n" for q in questions))
     capsys.readouterr()

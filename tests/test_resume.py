@@ -59,7 +59,7 @@ def cut_at(monkeypatch, n, where="safe"):
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("n", [2, 3, 5, 7, 9])
 def test_wherever_a_stage_is_cut_its_end_is_the_same(whole, tmp_path, monkeypatch, capsys, name, n):
-    """Within an epoch, after the warm-up, within PPO's update and after its rollout: a state is saved at every safe point, and at
+    """Within an epoch, between two, within PPO's update and after its rollout: a state is saved at every safe point, and at
     the n-th the process ends."""
     folder, command = begin(whole, tmp_path, name) / name, argv(name, tmp_path / "run", whole / "data", "--save-seconds", "0")
     with monkeypatch.context() as m, pytest.raises(Cut):
@@ -266,12 +266,12 @@ def interrupted(whole, tmp_path, monkeypatch, name="reward"):
 def test_other_flags_or_another_seed_are_refused_and_named(whole, tmp_path, monkeypatch, capsys):
     folder, command = interrupted(whole, tmp_path, monkeypatch)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}, (tmp_path / "run" / "config.json").read_bytes()
-    refused(capsys, command + ["--lr", "0.5"], str(folder), "--lr 0.002, not 0.5")
+    refused(capsys, command + ["--lr", "0.5"], str(folder), "--lr 0.001, not 0.5")
     refused(capsys, command + ["--seed", "3"], "--seed 0, not 3")
     assert before == ({p.name: p.read_bytes() for p in folder.iterdir()}, (tmp_path / "run" / "config.json").read_bytes())
     assert girl.main(command + ["--save-seconds", "5"]) == 0    # how often it saves is not what it learns
     assert results(folder) == results(whole / "run" / "reward")
-    refused(capsys, command + ["--lr", "0.5"], "finished with --lr 0.002, not 0.5")
+    refused(capsys, command + ["--lr", "0.5"], "finished with --lr 0.001, not 0.5")
     (tmp_path / "run" / "config.json").unlink()                 # what it was finished with stands in its summary
     assert girl.main(command) == 0
     assert results(folder) == results(whole / "run" / "reward")
@@ -280,7 +280,7 @@ def test_other_flags_or_another_seed_are_refused_and_named(whole, tmp_path, monk
 def test_train_does_not_mix_stages_that_were_finished_with_other_flags(whole, tmp_path, capsys):
     command = ["train", "--smoke", "--run", str(tmp_path / "run")]
     begin(whole, tmp_path, "ppo")
-    refused(capsys, [*command, "--data", str(whole / "data")], "run/sft: was finished with --epochs 2.0, not 1")
+    refused(capsys, [*command, "--data", str(whole / "data")], "run/sft: was finished with --epochs 4.0, not 1")
     shutil.copytree(whole / "data", tmp_path / "run" / "data")
     refused(capsys, command, "run/data: was made with --people 60, not 300")
     assert girl.main(["data", "--smoke", "--out", str(tmp_path / "run" / "data")]) == 0

@@ -1,31 +1,32 @@
-"""PPO in a minute, from two small models that come with the project, and a verdict: did it do what it does in a healthy run?
+"""PPO in half a minute, from two small models that come with the project, and a verdict: did it do what it does in a healthy run?
 
     bash train.sh --demo
 
-A step of PPO can be wrong in ways that show in no error message: a sign, a mask, a position that is off by one. This is for
-changing `ppo.py` and seeing what happens. The models lie in `demo/`, and were made by
+PPO can be wrong without any error message: a sign, a mask, a position that is off by one. This is for changing `ppo.py` and
+seeing what happens. The models lie in `demo/`, and were made by
 
     python demo.py --run runs/quick
 
-which takes them from a finished `bash train.sh --quick`, runs the demonstration with ten seeds, and notes in `demo/healthy.json`
-between which values each figure lay, in the first iteration and over the last two.
+This takes them from a finished `bash train.sh --quick` and runs PPO with ten seeds. It notes in `demo/healthy.json` the range of
+each figure, in the first iteration and over the last two.
 """
 import argparse
 import csv
-import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from run import BadInput, finished, read_json, read_summary, sha256, write_json
+from run import BadInput, alone, check_folder, finished, read_json, read_summary, write_json
 
 HOME = Path(__file__).parent / "demo"
 MODELS = ("sft", "reward")
 SEEDS = 10
 LAST = 2                # iterations over which the last value is a mean: one rollout is few texts
 
-# figure -> its name in the verdict, and where to look if it is too low and if it is too high. The order is that of the verdict.
+# figure -> its name in the verdict, and where to look if it is too low and if it is too high (None: it cannot be).
 FIGURES = {
-    "true_match": ("true match", "look at the sign of the advantages, and at which token gets the score", "nothing is wrong with that"),
+    "true_match": ("true match", "look at the sign of the advantages, and at which token gets the score", None),
     "reward": ("reward", "look at the sign of the advantages, at the score's position, and at the learning rate",
                "look at the price of the KL: is beta used?"),
     "kl": ("KL, nats per text", "the policy hardly moves: look at the learning rate, at whitening, and at the sign of the KL",
@@ -39,13 +40,14 @@ FIGURES = {
                 "the policy becomes random: look at the sign of the advantages"),
     "explained_variance": ("explained variance", "the critic knows nothing: look at its states, and at what it is fitted to",
                            "a value knows its own return: when is the critic fitted?"),
-    "eos_rate": ("JDs that end", "look at the mask: does it hold the end-of-text?", "nothing is wrong with that"),
+    "eos_rate": ("JDs that end", "look at the mask: does it hold the end-of-text?", None),
     "length": ("tokens per JD", "look at which token gets the score", "look at the mask, and at which token gets the score"),
 }
 
 
 # ------------------------------------------------------------------------------------------------------- the verdict
 def read_rows(run):
+    """The rows of PPO's metrics.csv in this run, as texts."""
     with (Path(run) / "ppo" / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -57,20 +59,22 @@ def figures(rows):
 
 def verdict(rows, healthy):
     """(lines, are all of them well?): one line for each figure beside its values in healthy runs."""
-    lines, well = [], True
-    for name, (first, last) in figures(rows).items():
+    lines = []
+    for name, values in figures(rows).items():
         what, if_low, if_high = FIGURES[name]
         remark = ""
-        for value, (low, high), when in ((first, healthy[name]["first"], "begin with"), (last, healthy[name]["last"], "end with")):
-            if not low <= value <= high and not remark:
-                remark = f"; healthy runs {when} {low:.3f} to {high:.3f}: {if_low if value < low else if_high}"
-        lines.append(f"{'LOOK' if remark else 'ok':<6}{what} {first:.3f} -> {last:.3f}{remark}")
-        well &= not remark
-    return lines, well
+        for value, when in zip(values, ("first", "last")):
+            low, high = healthy[name][when]
+            hint = if_low if value < low else if_high if value > high else None
+            if hint and not remark:
+                remark = f"; healthy runs {'begin' if when == 'first' else 'end'} with {low:.3f} to {high:.3f}: {hint}"
+        lines.append(f"{'LOOK' if remark else 'ok':<6}{what} {values[0]:.3f} -> {values[1]:.3f}{remark}")
+    return lines, not any(line.startswith("LOOK") for line in lines)
 
 
 def ranges(runs):
-    """Of the figures of several runs: from the lowest to the highest value, with half of that distance to spare on both sides."""
+    """{figure: its ranges} of the figures of several runs: from the lowest to the highest value, and half of that distance more
+    on both sides."""
     found = {}
     for name in FIGURES:
         found[name] = {}
@@ -85,31 +89,31 @@ def ranges(runs):
 
 def judge(run):
     """Print the verdict on the PPO of this run; returns whether all is well."""
-    rows = read_rows(run)
-    lines, well = verdict(rows, read_json(HOME / "healthy.json", "restore it: it came with the project")["figures"])
-    print("\nThis run, from the first iteration to the last, beside ten healthy runs:", *lines, sep="\n")
+    healthy = read_json(HOME / "healthy.json", "restore it: it came with the project")
+    lines, well = verdict(read_rows(run), healthy["figures"])
+    print(f"\nThis run, from the first iteration to the last, beside {healthy['seeds']} healthy runs:", *lines, sep="\n")
     return well
 
 
 # -------------------------------------------------------------------------------------------------------- the models
 def put_models(run):
-    """Copy the models that come with the project into the run's folder. What another run left there is not touched."""
+    """Copy the models that come with the project into the run's folder, and remove the PPO of an earlier demonstration. A run of
+    other models is not touched."""
     for stage in MODELS:
         if not finished(HOME, stage):
             raise BadInput(f"{HOME / stage}: is not complete; restore it: it came with the project")
-        for file, digest in read_summary(HOME / stage)["sha256"].items():
-            if sha256(HOME / stage / file) != digest:
-                raise BadInput(f"{HOME / stage / file}: is damaged; restore it: it came with the project")
+        check_folder(HOME / stage)
         if (run / stage).exists() and (not finished(run, stage)
                                        or read_summary(run / stage)["sha256"] != read_summary(HOME / stage)["sha256"]):
             raise BadInput(f"{run / stage}: holds another model than that of the demonstration; choose another --out")
-    shutil.rmtree(run / "ppo", ignore_errors=True)          # each demonstration begins anew
+    with alone(run / "ppo"):
+        shutil.rmtree(run / "ppo")
     for stage in MODELS:
         shutil.copytree(HOME / stage, run / stage, dirs_exist_ok=True)
 
 
 def take_models(run):
-    """Copy the models of a finished run into demo/: what PPO needs of them."""
+    """Copy stage 1's model and the reward model of a finished run into demo/."""
     for stage in MODELS:
         if not finished(run, stage):
             raise BadInput(f"{run / stage}: is not finished; run  bash train.sh --quick  first")
@@ -119,19 +123,19 @@ def take_models(run):
 
 
 def main():
-    import girl
     parser = argparse.ArgumentParser(description="Take the models of the demonstration from a run, and see what healthy runs do.")
     parser.add_argument("--run", default="runs/quick", help="a finished run of bash train.sh --quick (default %(default)s)")
-    parser.add_argument("--out", default="runs/demo-seeds", help="folder for the ten demonstrations (default %(default)s)")
+    parser.add_argument("--out", default="runs/demo-seeds", help="folder for the ten runs of PPO (default %(default)s)")
     args = parser.parse_args()
     take_models(Path(args.run))
     runs = []
     for seed in range(SEEDS):
         out = Path(args.out) / str(seed)
-        girl.main(["train", "--demo", "--seed", str(seed), "--out", str(out)])
+        put_models(out)
+        for command in (["data", "--out", out / "data"], ["ppo", "--run", out]):
+            subprocess.run([sys.executable, HOME.with_name("girl.py"), *command, "--demo", "--seed", str(seed)], check=True)
         runs.append(figures(read_rows(out)))
     write_json(HOME / "healthy.json", {"seeds": SEEDS, "figures": ranges(runs)})
-    print(json.dumps(ranges(runs), indent=1))
 
 
 if __name__ == "__main__":

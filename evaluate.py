@@ -107,8 +107,8 @@ def write_samples(lm, codec, cvs, n, seed, name, device):
 
 def score(model, rows):
     """Scores of (prompt, JD) token rows, an array in their order. Here a CV comes with many JDs,
-    and some come twice: a row is scored once, and a prompt is read once for all JDs of a batch. (On
-    the decisions of a split that took 0.58 of the time of reward.score_rows.)"""
+    and some come twice: a row is scored once, and a prompt is read once for all JDs of a batch. (Of
+    some hundred decisions that took 0.58 of the time of reward.score_rows; one measurement.)"""
     prompts = sorted(dict.fromkeys(tuple(prompt) for prompt, _ in rows), key=len)
     jds = list(dict.fromkeys(tuple(jd) for _, jd in rows))
     of_prompt, of_jd = ({row: i for i, row in enumerate(some)} for some in (prompts, jds))

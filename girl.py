@@ -18,8 +18,9 @@ from pathlib import Path
 if __name__ == "__main__":              # Ctrl-C while torch is being imported: end, without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-# A thread of torch that waits for the other one spins, on Linux almost without end: beside other programs it so takes the time
-# that the other one needs. With 5,000 turns a step took 0.28 s instead of 0.63 at a load of 3; on a quiet machine as long as ever.
+# On Linux a thread of torch that waits for the other one spins, and beside other programs it takes the time that the other one
+# needs. With at most 5,000 turns a step of stage 1 took 0.28 s instead of 0.63 at a load of 3 (one measurement); on a quiet
+# machine three measurements showed no difference.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
@@ -382,14 +383,7 @@ def run_all(args, device):
     start = [x for f in fields(StartFlags) if getattr(args, f.name) for x in flag_words(f, getattr(args, f.name))]
     check_rules(Path(args.data or run / "data"))        # before its stages do, in processes of their own
     if args.data is None:
-        args.data = str(run / "data")
-        command = ["data", "--out", args.data] + common
-        if finished(run, "data"):
-            check_same(run / "data", "made", read_summary(run / "data"), data_asked(parse(command)), {})
-        elif all((run / "data" / f"{split}.jsonl").exists() for split in SPLITS):
-            print(f"data: nothing vouches for those in {run / 'data'}; they are used as they are")
-        else:
-            run_apart(run, {"data": command}, device)
+        args.data = make_own_data(run, common, device)
     common += ["--run", args.run, "--data", args.data]
     save = ["--save-seconds", str(args.save_seconds)]
     again = save + (["--checkpointing"] if args.checkpointing else [])
@@ -407,13 +401,25 @@ def run_all(args, device):
               "bash train.sh do.")
 
 
+def make_own_data(run, common, device):
+    """The data set of this run, made where it is not there yet; returns its folder."""
+    folder = str(run / "data")
+    command = ["data", "--out", folder] + common
+    if finished(run, "data"):
+        check_same(run / "data", "made", read_summary(run / "data"), data_asked(parse(command)), {})
+    elif all((run / "data" / f"{split}.jsonl").exists() for split in SPLITS):
+        print(f"data: nothing vouches for those in {folder}; they are used as they are")
+    else:
+        run_apart(run, {"data": command}, device)
+    return folder
+
+
 def run_demo(args, run, common, device):
     """`train --demo`: PPO of the models that come with the project, and a verdict on it. Returns the exit code."""
     if args.data or args.init:
         raise BadInput("train: --demo brings models and data of its own; leave --data and --init out")
+    make_own_data(run, common, device)
     demo.put_models(run)
-    if not finished(run, "data"):
-        make_data(parse(["data", "--out", str(run / "data"), *common]))
     run_stage(parse(["ppo", "--run", str(run), "--save-seconds", str(args.save_seconds), *common]), device)
     return 0 if demo.judge(run) else 1
 
@@ -600,7 +606,7 @@ def build_parser():
                                + ("; the recommender is left out" if name == "train" else ""))
             if name in ("data", "ppo", "train"):
                 sizes.add_argument("--demo", action="store_true", help="PPO alone, of small models that come with the project"
-                                   + ("; ends in a verdict" if name == "train" else ""))
+                                   + ("; makes RUN/ppo anew, and ends in a verdict" if name == "train" else ""))
         if name in (*STAGES, "evaluate", "recommend", "train"):
             p.add_argument("--run", "--out", default="runs/default", metavar="DIR", help="the run's folder (default %(default)s)")
             p.add_argument("--data", metavar="DIR", help="folder of train.jsonl, valid.jsonl, test.jsonl (default RUN/data)")
@@ -640,8 +646,8 @@ def build_parser():
     e.add_argument("--export-pairs", metavar="FILE", help="also write pairs of JDs with a question, for an outside judge (JSON "
                    "lines)")
     e.add_argument("--verdicts", metavar="FILE", help="only read an outside judge's answers into results.json, and print the table")
-    r.add_argument("--full", action="store_true", help="the whole grid: more labels, settings, numbers of JDs (half an hour or "
-                   "more)")
+    r.add_argument("--full", action="store_true", help="the whole grid: more labels, settings, numbers of JDs (takes much "
+                   "longer)")
     r.add_argument("--cv", metavar="FILE", help="find jobs for this CV instead (a text file, - for standard input)")
     r.add_argument("--pool", metavar="FILE", help='real JDs to choose from: lines like {"jd": "..."}')
     r.add_argument("--top", type=number(int, 1), default=5, metavar="N", help="how many jobs are shown (default 5)")

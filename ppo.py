@@ -13,13 +13,14 @@ Stiennon et al. 2020, arXiv 2009.01325):
 The critic is a linear head on the states of the frozen reward model. The policy's own states hardly know what a text will be
 worth; the reward model's do, and the pass that scores a text has them at every position. That pass is causal: a state knows
 only the text so far. (Stiennon et al. 2020 and Ouyang et al. 2022 start their critic from the reward model, too.) Share of the
-variance of what 2,048 samples earned that a value explained, held out (default market, seed 7):
+variance of what 2,048 samples earned that a value explained, held out (seed 7, before this critic was built):
 
     value from                                          SFT's samples   PPO's samples
     a value head trained with the policy, on its states      0.00            0.06
     the best linear head on the policy's states              0.00            0.07
     the best linear head on the reward model's states        0.34            0.39
 
+How much it explains depends on the reward model: RESULTS.md has runs of 0.13 to 0.30, and one of 0.01 to 0.20.
 The head is fitted by least squares, which has an exact solution and needs no learning rate. It starts with a rollout of the
 SFT model, before iteration 1, that serves for nothing else. Then it takes in every rollout, after its values for that
 rollout were used: no value knows the returns that it is compared with.
@@ -194,20 +195,22 @@ def make_episodes(prompts, responses, device):
     return Episodes(*(x.to(device) for x in (ids, prompt_lengths, tokens, mask)))
 
 
+def before_each_token(e):
+    """[B, T], True one position before each response token: the state there predicts it, and knows only what stands before it."""
+    at = torch.arange(e.ids.shape[1], device=e.ids.device) - e.prompt_lengths[:, None] + 1   # [B, T]
+    return (at >= 0) & (at < e.mask.sum(1)[:, None])
+
+
+def in_rows(states, e):
+    """Of one state for each response token, [tokens, C], rows like those of the responses, [B, R, C]; pads are 0."""
+    rows = states.new_zeros(*e.mask.shape, states.shape[-1])                                 # [B, R, C]
+    rows[e.mask] = states
+    return rows
+
+
 def response_states(body, e):
-    """Hidden states [B, R, C] one position before each response token, which they predict; pads: 0."""
-    at = torch.arange(e.ids.shape[1], device=e.ids.device) - e.prompt_lengths[:, None] + 1  # [B, T]
-    states = body(e.ids, asked=(at >= 0) & (at < e.mask.sum(1)[:, None]))              # [tokens, C]
-    padded = states.new_zeros(*e.mask.shape, states.shape[-1])                           # [B, R, C]
-    padded[e.mask] = states
-    return padded
-
-
-def before_each_token(hidden, e):
-    """Of hidden states [B, T, C] those one position before each response token: [B, R, C]."""
-    at = e.prompt_lengths[:, None] - 1 + torch.arange(e.tokens.shape[1], device=e.ids.device)    # [B, R]
-    at = at.clamp(max=e.ids.shape[1] - 1)                   # only pads reach beyond; the mask hides them
-    return hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1]))                  # [B, R, C]
+    """Hidden states [B, R, C] one position before each response token."""
+    return in_rows(body(e.ids, asked=before_each_token(e)), e)
 
 
 def log_probs(lm, states, tokens, temperature):
@@ -234,7 +237,8 @@ def score_responses(reward_model, e, eos, cut_off_score):
         raise BadInput("the reward model's scores are not finite: its training went astray (lower its --lr), or its weights are "
                        "damaged")
     ended = e.tokens[rows, lengths - 1] == eos                                               # [B]
-    return torch.where(ended, scores, torch.full_like(scores, cut_off_score)), ended, before_each_token(hidden, e)
+    scores = torch.where(ended, scores, torch.full_like(scores, cut_off_score))              # [B]
+    return scores, ended, in_rows(hidden[before_each_token(e)], e)
 
 
 # ------------------------------------------------------------------------------------------------------- update

@@ -82,17 +82,18 @@ MUTANTS = {
     "test_ppo.py::test_12_logits_and_values_stand_one_position_before_each_response_token": [
         (12, "ppo.py", "e.prompt_lengths[:, None] + 1 ", "e.prompt_lengths[:, None] ",
          "logits are read where the token itself can be seen"),
-        (12, "ppo.py", "e.prompt_lengths[:, None] - 1 + torch", "e.prompt_lengths[:, None] + torch",
+        (12, "ppo.py", "in_rows(hidden[before_each_token(e)], e)",
+         "in_rows(hidden.roll(-1, 1)[before_each_token(e)], e)",
          "values are read where the token itself can be seen"),
-        (12, "ppo.py", "ended, before_each_token(hidden, e)",
-         "ended, before_each_token(hidden, e).roll(-1, 1)",
+        (12, "ppo.py", "in_rows(hidden[before_each_token(e)], e)",
+         "in_rows(hidden[before_each_token(e)], e).roll(-1, 1)",
          "a value knows the token that it is the baseline for"),
         (12, "ppo.py", "codec.eos, flags.cut_off_score)))",
          "codec.eos, flags.cut_off_score)[:2], response_states(policy.model, e.rows(part))))",
          "the critic reads the policy's states, which move")],
     "test_ppo.py::test_12_a_value_depends_on_no_later_token": [
-        (12, "ppo.py", "ended, before_each_token(hidden, e)",
-         "ended, (before_each_token(hidden, e) + hidden.mean(1, keepdim=True))",
+        (12, "ppo.py", "in_rows(hidden[before_each_token(e)], e)",
+         "in_rows((hidden + hidden.mean(1, keepdim=True))[before_each_token(e)], e)",
          "a value knows the whole text")],
     "test_ppo.py::test_13_after_the_first_end_of_text_all_is_pad_and_masked": [
         (13, "ppo.py", "torch.arange(tokens.shape[1]) < lengths[:, None]",

@@ -6,7 +6,7 @@ import pytest
 import demo
 import girl
 import ppo
-from run import BadInput, read_summary
+from run import BadInput, alone, read_summary
 
 ROWS = [dict.fromkeys(demo.FIGURES, str(value)) for value in (1.0, 50.0, 4.0, 6.0)]
 WELL = {name: {"first": [0.5, 1.5], "last": [4.5, 5.5]} for name in demo.FIGURES}
@@ -25,6 +25,11 @@ def test_the_verdict_says_where_to_look_for_each_figure_that_no_healthy_run_has(
         assert not well and len(said) == 1
         assert said[0] == (f"LOOK  KL, nats per text 1.000 -> 5.000; healthy runs {'begin' if when == 'first' else 'end'} with "
                            f"{low:.3f} to {high:.3f}: {demo.FIGURES['kl'][side]}")
+
+
+def test_a_true_match_above_that_of_healthy_runs_is_no_fault():
+    assert demo.verdict(ROWS, WELL | {"true_match": {"first": [0, 0.5], "last": [0, 0.5]}})[1]
+    assert not demo.verdict(ROWS, WELL | {"true_match": {"first": [0, 2], "last": [6, 7]}})[1]
 
 
 def test_healthy_ranges_hold_every_run_and_leave_half_their_width_to_spare():
@@ -61,16 +66,21 @@ def test_the_models_are_small_whole_and_of_the_quick_market():
     assert girl.SIZES["demo"]["data"]["fields"] == girl.SIZES["quick"]["data"]["fields"]
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_healthy_run_is_well_and_one_with_turned_advantages_is_not(turned, tmp_path, monkeypatch, capsys):
-    """And the same command begins anew: a second demonstration is of the code as it is by then."""
-    if turned:
-        whiten = ppo.whiten
-        monkeypatch.setattr(ppo, "whiten", lambda x, mask: -whiten(x, mask))
-    assert girl.main(["train", "--demo", "--seed", "3", "--out", str(tmp_path / "run")]) == int(turned)
-    said = capsys.readouterr().out
-    assert ("LOOK  true match" in said) == ("look at the sign of the advantages" in said) == turned
-    assert said.count("\nok ") + said.count("\nLOOK ") == len(demo.FIGURES)
+def test_a_healthy_run_is_well_and_the_same_command_with_turned_advantages_is_not(tmp_path, monkeypatch, capsys):
+    """It begins anew: the second demonstration in the folder is of the code as it is by then."""
+    command, whiten = ["train", "--demo", "--seed", "3", "--out", str(tmp_path / "run")], ppo.whiten
+    for turned in (False, True):
+        if turned:
+            monkeypatch.setattr(ppo, "whiten", lambda x, mask: -whiten(x, mask))
+        assert girl.main(command) == int(turned)
+        said = capsys.readouterr().out
+        assert ("LOOK  true match" in said) == ("look at the sign of the advantages" in said) == turned
+        assert said.count("\nok ") + said.count("\nLOOK ") == len(demo.FIGURES)
+
+
+def test_a_demonstration_at_work_is_not_removed_by_another(tmp_path):
+    with alone(tmp_path / "ppo"), pytest.raises(BadInput, match="another process is at work on it"):
+        demo.put_models(tmp_path)
 
 
 def test_the_demonstration_takes_no_data_and_no_model_of_others(tmp_path, capsys):

@@ -220,7 +220,7 @@ def model_of(args, rank):
     """The pretrained model, and a codec whose texts are token rows already. Nothing ends a JD: each
     is of full length."""
     flags = sft.SFTFlags(init=args.init, lora_rank=rank, max_cv=MAX_CV, max_jd=MAX_JD,
-                         matrix_lr=0.0, lr=1e-5)
+                         reading=0.0, matrix_lr=0.0, lr=1e-5)
     codec = sft.new_codec([], flags)
     model = load_pretrained(flags, codec, 0, pick_device())
     model.config = model.model.config = replace(model.config, eos_token_id=-1)

@@ -201,29 +201,32 @@ def before_each_token(e):
     return (at >= 0) & (at < e.mask.sum(1)[:, None])
 
 
-def in_rows(states, e):
-    """Of one state for each response token, [tokens, C], rows like those of the responses, [B, R, C]; pads are 0."""
-    rows = states.new_zeros(*e.mask.shape, states.shape[-1])                                 # [B, R, C]
-    rows[e.mask] = states
+def in_rows(x, e):
+    """What was computed for the response tokens alone, [tokens, ...], in rows like those of the responses, [B, R, ...]; pads
+    are 0."""
+    rows = x.new_zeros(*e.mask.shape, *x.shape[1:])                                          # [B, R, ...]
+    rows[e.mask] = x
     return rows
 
 
 def response_states(body, e):
-    """Hidden states [B, R, C] one position before each response token."""
-    return in_rows(body(e.ids, asked=before_each_token(e)), e)
+    """Hidden states one position before each response token, [tokens, C], row after row."""
+    return body(e.ids, asked=before_each_token(e))
 
 
 def log_probs(lm, states, tokens, temperature):
-    """log pi of the response tokens and the entropy of each prediction, [B, R] both, in float32."""
-    logp = (lm.lm_head(states).float() / temperature).log_softmax(-1)                        # [B, R, V]
-    with torch.no_grad():       # the entropy is only looked at: a gradient would keep another [B, R, V]
-        entropy = -(logp.exp() * logp).sum(-1)                                               # [B, R]
-    return logp.gather(-1, tokens[..., None]).squeeze(-1), entropy
+    """log pi of the response tokens and the entropy of each prediction, [tokens] both, in float32, from the states before
+    them [tokens, C]. Pads are left out: the vocabulary is what costs most here."""
+    logp = (lm.lm_head(states).float() / temperature).log_softmax(-1)                        # [tokens, V]
+    with torch.no_grad():       # the entropy is only looked at: a gradient would keep another [tokens, V]
+        entropy = -(logp.exp() * logp).sum(-1)                                               # [tokens]
+    return logp.gather(-1, tokens[:, None]).squeeze(-1), entropy
 
 
 def evaluate_policy(lm, e, temperature):
     """log pi and entropy of each response token: [B, R] both."""
-    return log_probs(lm, response_states(lm.model, e), e.tokens, temperature)
+    found = log_probs(lm, response_states(lm.model, e), e.tokens[e.mask], temperature)       # [tokens] both
+    return tuple(in_rows(x, e) for x in found)
 
 
 @torch.no_grad()
@@ -296,8 +299,9 @@ def rollout(policy, reference, reward_model, critic, prompts, codec, flags, beta
     with autocast(device):
         responses = generate(policy, prompts, codec.max_jd, flags.temperature, generator=generator)
     e, found = make_episodes(prompts, responses, device), []
-    # Without the cache, exactly as the update will see it: the first ratio is 1.
-    for part in torch.arange(len(prompts)).split(rows_that_fit(len(prompts), logits_size(policy.config))):
+    # Without the cache, exactly as the update will see it: the first ratio is 1. In parts of an update's size: these fit into
+    # memory, and take two thirds of the time that one large part takes.
+    for part in torch.arange(len(prompts)).split(math.ceil(flags.minibatch / flags.accumulate)):
         with torch.no_grad(), autocast(device):
             logp, ref_logp = (evaluate_policy(lm, e.rows(part), flags.temperature)[0] for lm in (policy, reference))
             found.append((logp, ref_logp, *score_responses(reward_model, e.rows(part), codec.eos, flags.cut_off_score)))
@@ -450,13 +454,13 @@ def plan(c, flags, rank=0, targets=(), frozen_bytes=4):
         kept = 6 * C + 4 * F
     kept += (2 + c.qk_norm * (1 if rank else 2)) * (HD + KD)
     numbers = L * C + kept if flags.checkpointing else L * kept
-    together = [rows_that_fit(flags.episodes, row) * row for row in (cache_size(c, T), logits_size(c))]
+    caches = rows_that_fit(flags.episodes, cache_size(c, T)) * cache_size(c, T)
     states = flags.episodes * R * C         # for the critic: they are there five times over while it turns them into float64
     memory = {
         # the reward model has no head over the vocabulary
         "weights": frozen_bytes * total + 4 * 3 * adapters if rank else 4 * (3 * total - (0 if c.tie_word_embeddings else head)),
         "gradients": 4 * trained, "Adam": 8 * trained, "activations": frozen_bytes * rows * T * numbers,
-        "logits": 4 * rows * logits_size(c), "rollout": 4 * max(max(together) + states, 5 * states)}
+        "logits": 4 * rows * logits_size(c), "rollout": 4 * max(caches + states, 5 * states)}
     update = memory["gradients"] + memory["activations"] + memory["logits"]
     memory["peak"] = memory["weights"] + memory["Adam"] + max(update, memory["rollout"])
 

@@ -91,7 +91,7 @@ MUTANTS = {
          "in_rows(hidden[before_each_token(e)], e).roll(-1, 1)",
          "a value knows the token that it is the baseline for"),
         (12, "ppo.py", "codec.eos, flags.cut_off_score)))",
-         "codec.eos, flags.cut_off_score)[:2], response_states(policy.model, e.rows(part))))",
+         "codec.eos, flags.cut_off_score)[:2], in_rows(response_states(policy.model, e.rows(part)), e.rows(part))))",
          "the critic reads the policy's states, which move")],
     "test_ppo.py::test_12_a_value_depends_on_no_later_token": [
         (12, "ppo.py", "in_rows(hidden[before_each_token(e)], e)",
@@ -203,7 +203,7 @@ MUTANTS = {
         (27, "ppo.py", "Critic(reward_model.config", "Critic(policy.config", "the policy's size")],
     "test_weights.py::test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_policy_s": [
         (27, "ppo.py", "codec.eos, flags.cut_off_score)))",
-         "codec.eos, flags.cut_off_score)[:2], response_states(policy.model, e.rows(part))))",
+         "codec.eos, flags.cut_off_score)[:2], in_rows(response_states(policy.model, e.rows(part)), e.rows(part))))",
          "the policy's adapters for the critic")],
     "test_resume.py::test_the_critic_goes_on_with_the_sums_that_it_had_and_its_fit_is_saved": [
         (27, "ppo.py", "critic.xx, critic.xy = (stage.tensors.pop", "_, _ = (stage.tensors.pop",

@@ -590,8 +590,8 @@ def test_a_policy_that_went_astray_is_named_in_its_next_rollout(whole, tmp_path,
     bad = 0                                     # before any update: it is not PPO's fault, and no rate would help
     refused(capsys, command, "the policy's log-probabilities or values are not finite")
     calls.clear()
-    # Two passes of each rollout, two epochs of two minibatches of two micro-batches; then the next rollout.
-    bad = 2 + 2 + 2 * 2 * 2
+    # A rollout has two passes over four parts; an update two epochs of two minibatches of two micro-batches. Then the next rollout.
+    bad = 8 + 8 + 2 * 2 * 2
     line = refused(capsys, command, "ppo: the loss or its gradient is not finite at step 2, on the records ", "; lower --lr or raise --kl-coef")
     assert any(repr(cv[:40]) in line for cv in cvs)
     assert read_json(tmp_path / "run" / "ppo" / "state.json")["step"] == 1

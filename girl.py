@@ -532,14 +532,14 @@ STAGES = {"sft": sft.SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags
 # models that come with the project (see demo.py).
 SIZES = {
     "smoke": {"data": {"people": 300, "held_out": 60, "jobs": 600},
-              "sft": {"epochs": 1, "hidden": 32, "layers": 2, "vocab": 600, "save_seconds": 2.0},
+              "sft": {"epochs": 1, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 4, "vocab": 600, "save_seconds": 2.0},
               "reward": {"steps": 20, "samples": 32, "save_seconds": 2.0},
               "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8, "save_seconds": 2.0},
               "evaluate": {"cvs": 24}, "recommend": {"people": 40, "seeds": 2, "steps": 20, "cvs": 10},
               "train": {"save_seconds": 2.0}},
     "quick": {"data": {"people": 24000, "held_out": 400, "jobs": 12000, "fields": 2},
               "sft": {"epochs": 2, "hidden": 64, "layers": 3, "heads": 2, "kv_heads": 2, "vocab": 1024},
-              "reward": {"steps": 600}, "ppo": {"iterations": 28, "episodes": 128, "lr": 3e-4}, "evaluate": {"cvs": 200}},
+              "reward": {"steps": 1000}, "ppo": {"iterations": 28, "episodes": 128, "lr": 8e-4}, "evaluate": {"cvs": 200}},
     "demo": {"data": {"people": 600, "held_out": 50, "jobs": 2000, "fields": 2},
              "ppo": {"iterations": 12, "episodes": 128, "minibatch": 32, "lr": 4e-4}},
 }

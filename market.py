@@ -410,15 +410,17 @@ def blend(rng, skills):
     return alphabetical([fake if s == a else s for s in skills])
 
 
+PROBES = 2              # for each person who was accepted
+
 # The kinds of spoil(). The first of them are drawn more often: they are what the samples of a language model suffer from,
 # and no other decision shows that the right skills under a wrong title are worth nothing.
-SPOILT = (("slip",) * 5 + ("title",) * 3 + ("duty", "repeated") * 2
+SPOILT = (("slip", "repeated") * 5 + ("duty",) * 4 + ("title",) * 3
           + ("padded", "short", "blended", "seniority", "pay", "cut", "twice", "shuffled", "empty"))
 
 
 def spoil(rng, job, layout, titles=tuple(BY_TITLE)):
-    """A JD that nobody would post, made from a good one: what a policy tries when it looks for gaps in a reward model.
-    The true match of each is at most a tenth."""
+    """A JD that nobody would post, made from a good one in its own layout: what a policy tries when it looks for gaps in a
+    reward model. The true match of each is at most a tenth."""
     o, text = BY_TITLE[job.title], write_jd(job, layout)
     words, other = text.split(" "), BY_TITLE[rng.choice([t for t in titles if BY_TITLE[t].field != o.field])]
     kind = rng.choice(SPOILT)
@@ -427,8 +429,9 @@ def spoil(rng, job, layout, titles=tuple(BY_TITLE)):
         return write_jd(replace(job, skills=alphabetical(job.skills + tuple(rng.sample(more, rng.randint(3, 6))))), layout)
     if kind == "repeated":
         skills = list(job.skills)
-        for _ in range(rng.randint(1, 3)):
-            skills[rng.randrange(1, len(skills))] = skills[0]
+        for _ in range(rng.randint(1, 2)):
+            old, again = rng.sample(range(len(skills)), 2)
+            skills[old] = skills[again]
         return write_jd(replace(job, skills=alphabetical(skills)), layout)
     if kind == "short":
         return write_jd(replace(job, skills=job.skills[:rng.randint(1, 2)]), layout)
@@ -546,15 +549,18 @@ def rules(rng, train_cvs, train_jds, cvs):
 
 # ------------------------------------------------------------------------------------------------------- the data set
 def draw_split(rng, people, jobs, n_applications, taken=frozenset(), fields=len(OCCUPATIONS)):
-    """Every decision of one split, and probes: a spoiled copy of an accepted JD for every person who has one.
+    """Every decision of one split, and probes: spoiled copies of accepted JDs for every person who has one. A copy has the
+    layout of its JD, so that the reward model sees what is wrong: in another layout it never noticed that a skill stands twice.
     No text in `taken` is used: no CV and no JD may be in two splits. People and jobs are of the first `fields` fields of work."""
-    all_jobs, texts, titles = [], [], [title for field in list(OCCUPATIONS)[:fields] for title in OCCUPATIONS[field]]
+    all_jobs, layouts, texts, titles = [], [], [], [title for field in list(OCCUPATIONS)[:fields] for title in OCCUPATIONS[field]]
     while len(all_jobs) < jobs:
         # Half of the jobs are posted a second time with one field changed.
         job = sibling(rng, all_jobs[-1]) if all_jobs and rng.random() < 0.5 else draw_job(rng, rng.choice(titles))
-        text = write_jd(job, rng.randrange(len(JD_LAYOUTS)))
+        layout = rng.randrange(len(JD_LAYOUTS))
+        text = write_jd(job, layout)
         if text not in taken:
             all_jobs.append(job)
+            layouts.append(layout)
             texts.append(text)
     pools = in_pools(all_jobs)
     if without := [title for title in titles if not pools[title, None]]:
@@ -568,9 +574,9 @@ def draw_split(rng, people, jobs, n_applications, taken=frozenset(), fields=len(
         accepted = []
         for j in applications(rng, person, all_jobs, pools, n_applications):
             decisions.append(Record(cv, texts[j], rng.random() < match(person, all_jobs[j])))
-            accepted += [all_jobs[j]] if decisions[-1].accepted else []
-        if accepted:
-            probes.append(Record(cv, spoil(rng, rng.choice(accepted), rng.randrange(len(JD_LAYOUTS)), titles), False))
+            accepted += [j] if decisions[-1].accepted else []
+        for j in rng.choices(accepted, k=PROBES) if accepted else ():
+            probes.append(Record(cv, spoil(rng, all_jobs[j], layouts[j], titles), False))
     return decisions, probes
 
 

@@ -33,7 +33,7 @@ from weights import StartFlags, load_pretrained, read_config, save_model
 
 @dataclass
 class SFTFlags(StartFlags):
-    epochs: float = flag(1.4, "passes over the accepted pairs of half A", least=0.01)
+    epochs: float = flag(1.15, "passes over the accepted pairs of half A", least=0.01)
     batch: int = flag(16, "pairs in an optimizer step")
     accumulate: int = flag(1, "micro-batches that a batch is cut into, to save memory")
     lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
@@ -41,10 +41,10 @@ class SFTFlags(StartFlags):
     warmup: int = flag(100, "steps of linear warm-up", least=0)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
     reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
-    hidden: int = flag(128, "C, the hidden size")
-    layers: int = flag(4, "transformer blocks", most=256)
-    heads: int = flag(4, "H, query heads")
-    kv_heads: int = flag(4, "K, key-value heads; H must be a multiple of K")
+    hidden: int = flag(96, "C, the hidden size")
+    layers: int = flag(3, "transformer blocks", most=256)
+    heads: int = flag(3, "H, query heads")
+    kv_heads: int = flag(3, "K, key-value heads; H must be a multiple of K")
     vocab: int = flag(3072, "largest size of the tokenizer's vocabulary", most=2 ** 20)
     max_cv: int = flag(512, "longest CV in tokens; what is longer is cut, and counted")
     max_jd: int = flag(512, "longest JD in tokens")

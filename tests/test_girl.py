@@ -409,7 +409,7 @@ def test_data_without_a_market_runs_and_knows_no_true_match(tmp_path):
 def test_the_reward_model_takes_up_stage_1_at_size_1_and_reads_as_before(tmp_path):
     codec, _ = tiny()
     lm = sft.new_model(codec, [sft.Example(codec.prompt("a cook"), codec.jd("a job"))],
-                        sft.SFTFlags(hidden=32, layers=2), 0)
+                        sft.SFTFlags(hidden=32, layers=2, heads=4, kv_heads=4), 0)
     reader = torch.nn.Linear(32, 1)
     girl.save_tensors(tmp_path / "reader.safetensors", dict(reader.state_dict()))
     model, again = girl.new_reward_model(lm, tmp_path, False, 0)

@@ -341,8 +341,33 @@ def test_some_people_have_both_an_accepted_and_a_rejected_job(split):
 def test_probes_are_jds_that_nobody_would_accept(split):
     decisions, probes = split
     people = {r.cv for r in decisions if r.accepted}
-    assert sorted(r.cv for r in probes) == sorted(people)
+    assert sorted(r.cv for r in probes) == sorted([*people, *people])
     assert all(not r.accepted and true_match(r.cv, r.jd) <= 0.1 for r in probes)
+
+
+def test_a_probe_has_the_layout_of_the_accepted_jd_that_it_spoils(monkeypatch):
+    monkeypatch.setattr(market, "SPOILT", ("duty",))
+    decisions, probes = draw_split(random.Random(0), people=60, jobs=2000, n_applications=6)
+    accepted = {}
+    for r in decisions:
+        if r.accepted:
+            accepted.setdefault(r.cv, []).append(r.jd)
+    duties = [duty for o in BY_TITLE.values() for duty in o.duties]
+    assert len(probes) > 30
+    for r in probes:
+        wrong = next(duty for duty in duties if duty in r.jd)
+        assert any(r.jd.replace(wrong, parse_jd(jd).duty) == jd for jd in accepted[r.cv])
+
+
+@pytest.mark.parametrize("layout", range(len(JD_LAYOUTS)))
+def test_any_skill_may_stand_twice_in_a_probe(layout, monkeypatch):
+    monkeypatch.setattr(market, "SPOILT", ("repeated",))
+    rng, twice = random.Random(0), set()
+    for _ in range(200):
+        job = parse_jd(spoil(rng, KITCHEN, layout))
+        assert len(set(job.skills)) < len(job.skills) == len(KITCHEN.skills)
+        twice |= {s for s in job.skills if job.skills.count(s) > 1}
+    assert twice == set(KITCHEN.skills)
 
 
 @pytest.mark.parametrize("title", BY_TITLE)

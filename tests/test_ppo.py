@@ -197,9 +197,9 @@ def test_12_logits_and_values_stand_one_position_before_each_response_token(
         so_far = torch.tensor([prompts[b] + responses[b][:t]])          # no model sees the token itself
         logp = policy.lm_head(policy.model(so_far)[0, -1]).log_softmax(-1)
         equal(old["logp"][b, t], logp[responses[b][t]])
-        state = reward_model.model(so_far)[0, -1]
-        equal(critic.states[b, t], state)
-        equal(critic.said[b, t], state @ weight[:-1] + weight[-1])
+        total = reward_model.model(so_far)[0, len(prompts[b]) - 1:].sum(0)                   # [C]
+        equal(critic.states[b, t], total)
+        equal(critic.said[b, t], total @ weight[:-1] + weight[-1])
 
 
 def test_12_a_value_depends_on_no_later_token(reward_model, critic):
@@ -628,7 +628,7 @@ def test_26_a_state_that_knows_the_score_explains_a_new_rollout(
 
 def test_27_the_code_says_how_the_critic_starts_how_it_is_fitted_and_why():
     said = " ".join(ppo.__doc__.split())
-    for statement in ("The critic is a linear head on the states of the frozen reward model.",
+    for statement in ("The critic is a linear head on the sum of the frozen reward model's states so far.",
                       "The policy's own states hardly know what a text will be worth",
                       "by least squares, which has an exact solution and needs no learning rate.",
                       "It starts with a rollout of the SFT model, before iteration 1,",

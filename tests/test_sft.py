@@ -138,7 +138,7 @@ def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last
 def test_a_new_model_has_zeros_for_unused_tokens_small_embeddings_and_large_final_states():
     codec, _ = tiny()
     example = sft.Example(codec.prompt("a cook"), codec.jd("a job"))
-    model = sft.new_model(codec, [example], sft.SFTFlags(hidden=64, layers=1), 0)
+    model = sft.new_model(codec, [example], sft.SFTFlags(hidden=64, layers=1, heads=4, kv_heads=4), 0)
     rows, used = model.model.embed_tokens.weight, set(example.prompt + example.jd)
     assert [bool(row.any()) for row in rows] == [t in used for t in range(len(rows))]
     assert rows[sorted(used)].std().item() == pytest.approx(0.02, rel=0.1)
@@ -162,7 +162,7 @@ def test_stage_1_sees_the_accepted_pairs_of_half_a_for_as_many_epochs_as_it_is_t
         return last
     monkeypatch.setattr(sft, "sft_steps", steps)
     monkeypatch.setattr(sft, "mean_nll", lambda model, pairs, *rest: validated.append(pairs) or 1.0)
-    flags = sft.SFTFlags(hidden=32, layers=1, batch=5, epochs=1.5, checkpointing=True)
+    flags = sft.SFTFlags(hidden=32, layers=1, heads=4, kv_heads=4, batch=5, epochs=1.5, checkpointing=True)
     with Stage(tmp_path / "run", "sft") as stage:
         sft.train(stage, tmp_path, flags, 0, CPU)
     codec = load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft").config)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -85,9 +86,15 @@ def numbered_records(path):
 
 
 def read_records(path):
-    """All decisions of a .jsonl file. Most texts come many times (one CV, several jobs): one copy of each is kept."""
-    texts = {}
-    return [Record(texts.setdefault(r.cv, r.cv), texts.setdefault(r.jd, r.jd), r.accepted) for _, r in numbered_records(path)]
+    """All decisions of a .jsonl file."""
+    return [r for _, r in numbered_records(path)]
+
+
+@lru_cache(maxsize=2 ** 18)
+def as_seen(text):
+    """A text as all stages see it. Most come many times (one CV, several jobs): each is cleaned once, and kept once. Contacts
+    stay as they are written."""
+    return normalize(text, False)
 
 
 def parse_record(raw, where):
@@ -95,8 +102,7 @@ def parse_record(raw, where):
     if not isinstance(raw, dict) or set(raw) != set(Record._fields):
         found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
         raise BadInput(f"{where}: expected the keys cv, jd, accepted; found {found}")
-    # Contacts stay as they are written there.
-    cv, jd = (normalize(text_of(raw, key, where), False) for key in ("cv", "jd"))
+    cv, jd = (as_seen(text_of(raw, key, where)) for key in ("cv", "jd"))
     if not cv:
         raise BadInput(f"{where}: cv is empty")
     if not isinstance(raw["accepted"], bool):

@@ -10,10 +10,17 @@ Stiennon et al. 2020, arXiv 2009.01325):
 3. Advantages by GAE (Schulman et al. 2015, arXiv 1506.02438) from the critic's values, whitened over the rollout.
 4. Update: some epochs over the rollout in minibatches, with the clipped ratio.
 
-The critic is a linear head on the sum of the frozen reward model's states so far. The policy's own states hardly know what a
-text will be worth. The reward model's do, and the pass that scores a text has them at every position: it is causal, so a state
-knows only the text so far. (Stiennon et al. 2020 and Ouyang et al. 2022 start their critic from the reward model, too.) Their
-sum knows most, since each token adds what it brings. TABLE
+The critic is a linear head on the sum of the frozen reward model's states so far. The pass that scores a text has them all, and
+it is causal: a state knows only the text so far. (Stiennon et al. 2020 and Ouyang et al. 2022 start their critic from the reward
+model, too.) The last state alone knows less than the sum, in which each token leaves what it adds. Share of the variance of what
+1,024 samples earned that a head explained which was fitted to 2,048 others; in brackets, of advantages + values, as it is logged
+(one run, seed 1, CVs of half A):
+
+    value from                              SFT's samples   PPO's samples
+    the policy's last state                  0.03 (0.02)     0.13 (0.17)
+    the sum of the policy's states           0.19 (0.39)     0.31 (0.54)
+    the reward model's last state            0.14 (0.22)     0.30 (0.43)
+    the sum of the reward model's states     0.28 (0.53)     0.42 (0.65)
 
 The head is fitted by least squares, which has an exact solution and needs no learning rate. It starts with a rollout of the
 SFT model, before iteration 1, that serves for nothing else. Then it takes in every rollout, after its values for that

@@ -550,7 +550,7 @@ def rules(rng, train_cvs, train_jds, cvs):
 # ------------------------------------------------------------------------------------------------------- the data set
 def draw_split(rng, people, jobs, n_applications, taken=frozenset(), fields=len(OCCUPATIONS)):
     """Every decision of one split, and probes: spoiled copies of accepted JDs for every person who has one. A copy has the
-    layout of its JD, so that the reward model sees what is wrong: in another layout it never noticed that a skill stands twice.
+    layout of its JD: the two differ in nothing but what is wrong.
     No text in `taken` is used: no CV and no JD may be in two splits. People and jobs are of the first `fields` fields of work."""
     all_jobs, layouts, texts, titles = [], [], [], [title for field in list(OCCUPATIONS)[:fields] for title in OCCUPATIONS[field]]
     while len(all_jobs) < jobs:

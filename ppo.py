@@ -48,7 +48,7 @@ from run import BadInput, NotFinite, autocast, flag, generator
 
 @dataclass
 class PPOFlags:
-    iterations: int = flag(32, "rollout + update")
+    iterations: int = flag(24, "rollout + update")
     episodes: int = flag(256, "JDs written in a rollout")
     ppo_epochs: int = flag(2, "passes over a rollout")
     minibatch: int = flag(64, "episodes in an optimizer step")

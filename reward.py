@@ -13,10 +13,12 @@ Algorithm:
    section 3.5: all comparisons of one prompt belong into one batch; there each prompt counts alike, here each comparison
    does). Beside the decisions there may be probes: JDs that nobody would post, rejected. Where there are more groups than
    steps can show, a random part is used; of a large group each step draws `--max-group` decisions.
-3. A comparison teaches one bit, so stage 1's loss of reading goes on (does the CV hold this token too? and at the last token:
+3. Beside L stands L again, for the mean state of each JD's tokens before the last block. So each token's state learns what
+   the token adds to the score, and stage 3's critic can read what a text is worth before it ends.
+4. A comparison teaches one bit, so stage 1's loss of reading goes on (does the CV hold this token too? and at the last token:
    which share of the others does it hold?), so that it is not forgotten. The learning rate is low for the same reason: at a
    matrix rate of 0.02 the model forgot in 150 steps how to compare two texts.
-4. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
+5. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
 
 Left out: a margin in the loss, a loss on the absolute score, ensembles.
 
@@ -40,7 +42,7 @@ from weights import StartFlags
 
 @dataclass
 class RewardFlags(StartFlags):
-    steps: int = flag(1400, "optimizer steps")
+    steps: int = flag(1200, "optimizer steps")
     groups: int = flag(4, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
     max_group: int = flag(8, "decisions of a group used in a step", least=2)
     accumulate: int = flag(1, "micro-batches that a step is cut into, to save memory")
@@ -213,7 +215,8 @@ def reading_loss(reader, states, rows):
 
 
 def batch_loss(model, reader, groups, device):
-    """Over all comparisons of these groups: the sum of -log sigmoid, how many came out right, and the reading loss."""
+    """Over all comparisons of these groups: the sum of -log sigmoid, how many came out right, the same sum for the mean
+    states, and the reading loss."""
     rows, pairs, start = [row for g in groups for row in g.rows], [], 0
     for g in groups:
         pairs += [(start + i, start + j) for i, j in comparisons(g.accepted)]
@@ -222,9 +225,10 @@ def batch_loss(model, reader, groups, device):
     with autocast(device):
         last, given, in_jd = jd_states(model.model, rows, device)        # [B, C], [B, R, C], [B, R]
         scores = model.head(last)                                                            # [B]
+        means = model.head((given * in_jd[..., None]).sum(1) / in_jd.sum(1)[:, None])        # [B]
         reading = reading_loss(reader, given[in_jd], rows)
-    loss = ranking_loss(scores[better], scores[worse]) * len(pairs)
-    return loss, (scores[better] > scores[worse]).sum(), reading
+    loss, loss_of_means = (ranking_loss(x[better], x[worse]) * len(pairs) for x in (scores, means))
+    return loss, (scores[better] > scores[worse]).sum(), loss_of_means, reading
 
 
 def train(model, reader, codec, records, flags, seed, stage, device):
@@ -270,10 +274,10 @@ def reward_step(model, reader, groups, flags, device):
     total, correct, total_reading = 0.0, 0, 0.0
     for k in range(min(flags.accumulate, len(groups))):
         if part := groups[k::flags.accumulate]:
-            loss, right, reading = batch_loss(model, reader, part, device)
+            loss, right, loss_of_means, reading = batch_loss(model, reader, part, device)
             share = sum(len(g.rows) for g in part) / rows
             # by pair, and by row: micro-batches add up to the gradient of the whole batch
-            (loss / pairs + flags.reading * share * reading).backward()
+            ((loss + loss_of_means) / pairs + flags.reading * share * reading).backward()
             total, correct = total + float(loss.detach()), correct + int(right)
             total_reading += share * float(reading.detach())
     return total / pairs, correct / pairs, total_reading

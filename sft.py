@@ -33,7 +33,7 @@ from weights import StartFlags, load_pretrained, read_config, save_model
 
 @dataclass
 class SFTFlags(StartFlags):
-    epochs: float = flag(1.15, "passes over the accepted pairs of half A", least=0.01)
+    epochs: float = flag(1.4, "passes over the accepted pairs of half A", least=0.01)
     batch: int = flag(16, "pairs in an optimizer step")
     accumulate: int = flag(1, "micro-batches that a batch is cut into, to save memory")
     lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")

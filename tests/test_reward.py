@@ -89,7 +89,7 @@ def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
     rows = [(row[:2], row[2:]) for row in ROWS]
     groups = [reward.Group(rows[:3], [True, False, False]), reward.Group([rows[3], rows[0]], [False, True])]
     reader = torch.nn.Linear(reward_model.config.hidden_size, 1)
-    loss, right, reading = reward.batch_loss(reward_model, reader, groups, CPU)
+    loss, right, loss_of_means, reading = reward.batch_loss(reward_model, reader, groups, CPU)
 
     def by_hand(s):
         return [s[0] - s[1], s[0] - s[2], s[0] - s[3]]
@@ -98,11 +98,13 @@ def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
         return sum(math.log(1 + math.exp(-d)) for d in by_hand(s))
 
     last = [score_alone(reward_model, row) for row in ROWS]
-    # What is read are states before the last block: one row at a time, without pads.
+    # The means are of states before the last block, one row at a time and without pads; these are also what is read.
     shorter = copy.deepcopy(reward_model.model)
     del shorter.layers[-1]
     states = [shorter(torch.tensor([row]))[0, 2:] for row in ROWS]
+    means = [reward_model.head(x.mean(0)).item() for x in states]
     assert loss.item() == pytest.approx(loss_by_hand(last), abs=1e-5)
+    assert loss_of_means.item() == pytest.approx(loss_by_hand(means), abs=1e-5)
     assert int(right) == sum(d > 0 for d in by_hand(last))
     both = reward.reading_loss(reader, torch.cat([states[i] for i in (0, 1, 2, 3, 0)]), [rows[i] for i in (0, 1, 2, 3, 0)])
     assert reading.item() == pytest.approx(both.item(), abs=1e-5)
@@ -112,14 +114,14 @@ def test_05_equal_scores_are_not_right(reward_model):
     """A head of zeros knows nothing: it must not look as if it were right everywhere."""
     torch.nn.init.zeros_(reward_model.score.weight)
     groups = [reward.Group([(row[:2], row[2:]) for row in ROWS], [True, False, True, False])]
-    loss, right, _ = reward.batch_loss(reward_model, torch.nn.Linear(32, 1), groups, CPU)
+    loss, right, _, _ = reward.batch_loss(reward_model, torch.nn.Linear(32, 1), groups, CPU)
     assert int(right) == 0 and loss.item() == pytest.approx(4 * math.log(2))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_05_the_gradient_is_that_of_the_objective_by_hand(reward_model, accumulate):
-    """Ranking, over 3 comparisons; and `reading` times that loss, over 5 rows. Each row alone, without pads or shared
-    prompts."""
+    """Ranking by the last states and by the mean ones, over 3 comparisons; and `reading` times that loss, over 5 rows. Each
+    row alone, without pads or shared prompts."""
     rows, reader = [(row[:2], row[2:]) for row in ROWS], torch.nn.Linear(32, 1)
     groups = [reward.Group(rows[:3], [True, False, False]),
               reward.Group([rows[3], rows[0]], [False, True])]
@@ -127,13 +129,14 @@ def test_05_the_gradient_is_that_of_the_objective_by_hand(reward_model, accumula
     shorter._modules = {**body._modules, "layers": body.layers[:-1]}        # one block less
     last = [reward_model.score(body(torch.tensor([row]))[0, -1]) for row in ROWS]
     states = [shorter(torch.tensor([row]))[0, 2:] for row in ROWS]
+    mean = [reward_model.score(x.mean(0)) for x in states]
     five = [0, 1, 2, 3, 0]                                  # row 0 is in both groups
     reading = reward.reading_loss(reader, torch.cat([states[i] for i in five]),
                                   [rows[i] for i in five])
 
     def ranking(s):
         return sum(torch.log1p(torch.exp(s[no] - s[0])) for no in (1, 2, 3)) / 3
-    (ranking(last) + 0.3 * reading).backward()
+    (ranking(last) + ranking(mean) + 0.3 * reading).backward()
     parameters = [*reward_model.parameters(), *reader.parameters()]
     by_hand = [p.grad.clone() for p in parameters]
     reward_model.zero_grad(), reader.zero_grad()
@@ -250,7 +253,7 @@ def test_05_training_logs_loss_and_accuracy_and_learns(reward_model, codec, stag
 
     # The first row is that of the untrained model: all six groups, of three CVs and three JDs, in one step.
     groups = make_groups(RECORDS, codec)[0]
-    loss, right, _ = reward.batch_loss(before, reader, groups, CPU)
+    loss, right, _, _ = reward.batch_loss(before, reader, groups, CPU)
     assert sum(len(reward.comparisons(g.accepted)) for g in groups) == 12
     assert stage.rows[0]["loss"] == pytest.approx(loss.item() / 12, abs=1e-5)
     assert stage.rows[0]["accuracy"] == pytest.approx(int(right) / 12)

@@ -178,7 +178,7 @@ def new_model(codec, examples, flags, seed):
         model.model.norm.weight *= 8
         nn.init.normal_(model.model.embed_tokens.weight, std=0.02)
         model.model.embed_tokens.weight[unused] = 0
-        # Half of the heads start with equal queries and keys: a token then looks for its like, which is how one text is
+        # Up to half of the heads start with equal queries and keys: a token then looks for its like, which is how one text is
         # found in another (Trockman and Kolter 2023, arXiv 2305.09828).
         for attention in (layer.self_attn for layer in model.model.layers):
             rows = max(1, attention.K // 2) * attention.D

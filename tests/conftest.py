@@ -144,7 +144,7 @@ def argv(name, run, data, *more):
 def whole(tmp_path_factory):
     """Data and a run, that nothing interrupts. To be read only."""
     folder = tmp_path_factory.mktemp("whole")
-    assert girl.main(["data", "--smoke", "--people", "60", "--held-out", "20", "--out", str(folder / "data")]) == 0
+    assert girl.main(["data", "--smoke", "--people", "90", "--held-out", "20", "--out", str(folder / "data")]) == 0
     for name in STAGES:
         assert girl.main(argv(name, folder / "run", folder / "data")) == 0
     return folder

@@ -282,7 +282,7 @@ def test_train_does_not_mix_stages_that_were_finished_with_other_flags(whole, tm
     begin(whole, tmp_path, "ppo")
     refused(capsys, [*command, "--data", str(whole / "data")], "run/sft: was finished with --epochs 4.0, not 1")
     shutil.copytree(whole / "data", tmp_path / "run" / "data")
-    refused(capsys, command, "run/data: was made with --people 60, not 300")
+    refused(capsys, command, "run/data: was made with --people 90, not 300")
     assert girl.main(["data", "--smoke", "--out", str(tmp_path / "run" / "data")]) == 0
     refused(capsys, [*command, "--seed", "3"], "run/data: was made with --seed 0, not 3")
     assert not (tmp_path / "run" / "ppo").exists()
@@ -652,8 +652,8 @@ def test_a_reward_model_that_returns_a_constant_is_refused(whole, tmp_path, monk
     assert girl.main(command) == 0
     command = argv("ppo", tmp_path / "run", whole / "data", "--save-seconds", "0")
     with monkeypatch.context() as m:
-        # the critic's own rollout, the first iteration, the second
-        scores, real = iter([torch.arange(8.0), torch.arange(8.0), torch.full((8,), 0.7)]), girl.ppo.score_responses
+        # The critic's own rollout, the first iteration, the second; each in four parts of two JDs.
+        scores, real = iter([*torch.arange(16.0).split(2), *torch.full((8,), 0.7).split(2)]), girl.ppo.score_responses
         m.setattr(girl.ppo, "score_responses", lambda *args: (next(scores), *real(*args)[1:]))
         m.setattr(girl.ppo, "generate", lambda lm, prompts, *args, **more: [[lm.config.eos_token_id]] * len(prompts))
         refused(capsys, command, "the reward model gives all 8 finished JDs of a rollout the same score, 0.700: nothing can be learned")

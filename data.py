@@ -78,9 +78,9 @@ def text_of(raw, key, where):
 
 def numbered_records(path):
     """(where, Record) of each line of a .jsonl file; a bad line is refused with its number and what is wrong."""
-    where = None
+    where, clean = None, lru_cache(maxsize=None)(normalize)     # most texts come many times: each is cleaned, and kept, once
     for where, raw in json_lines(path, f"a data folder holds {', '.join(s + '.jsonl' for s in SPLITS)}"):
-        yield where, parse_record(raw, where)
+        yield where, parse_record(raw, where, clean)
     if not where:
         raise BadInput(f"{path}: no records; expected lines like " + '{"cv": "...", "jd": "...", "accepted": true}')
 
@@ -90,19 +90,12 @@ def read_records(path):
     return [r for _, r in numbered_records(path)]
 
 
-@lru_cache(maxsize=2 ** 18)
-def as_seen(text):
-    """A text as all stages see it. Most come many times (one CV, several jobs): each is cleaned once, and kept once. Contacts
-    stay as they are written."""
-    return normalize(text, False)
-
-
-def parse_record(raw, where):
-    """The object of one line as a Record."""
+def parse_record(raw, where, clean):
+    """The object of one line as a Record. `clean` is texts.normalize; contacts stay as they are written."""
     if not isinstance(raw, dict) or set(raw) != set(Record._fields):
         found = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
         raise BadInput(f"{where}: expected the keys cv, jd, accepted; found {found}")
-    cv, jd = (as_seen(text_of(raw, key, where)) for key in ("cv", "jd"))
+    cv, jd = (clean(text_of(raw, key, where), False) for key in ("cv", "jd"))
     if not cv:
         raise BadInput(f"{where}: cv is empty")
     if not isinstance(raw["accepted"], bool):

@@ -127,9 +127,12 @@ def main():
     parser.add_argument("--run", default="runs/quick", help="a finished run of bash train.sh --quick (default %(default)s)")
     parser.add_argument("--out", default="runs/demo-seeds", help="folder for the ten runs of PPO (default %(default)s)")
     args = parser.parse_args()
-    if Path(args.out).exists():             # before anything is taken: its runs are of the models of before
-        parser.error(f"{args.out}: is there already; delete it, or choose another --out")
-    take_models(Path(args.run))
+    try:
+        if Path(args.out).exists():         # before anything is taken: its runs are of the models of before
+            raise BadInput(f"{args.out}: is there already; delete it, or choose another --out")
+        take_models(Path(args.run))
+    except BadInput as e:
+        parser.error(str(e))
     runs = []
     for seed in range(SEEDS):
         out = Path(args.out) / str(seed)

@@ -125,7 +125,7 @@ def attend_once(q, k, v, visible):
     v [B, K, S, D], visible [B, 1, 1, S]. The query heads of a group go together.
 
     PyTorch's own attention is made for many queries. With this one, and with values that stand in
-    long rows (see Cache), the default model writes 128 rows 1.08 to 1.19 times as fast."""
+    long rows (see Cache), a model of C 128 and 4 blocks writes 128 rows 1.08 to 1.19 times as fast."""
     B, H, _, D = q.shape
     grouped = q.reshape(B, k.shape[1], -1, D)                                          # [B, K, H/K, D]
     scores = grouped @ k.transpose(2, 3) / math.sqrt(D)                             # [B, K, H/K, S]

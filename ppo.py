@@ -164,14 +164,14 @@ class Critic:
         ridge[-1] = 0
         return torch.linalg.solve(self.xx + (ridge + 1e-9).diag(), self.xy).float()
 
-    def values(self, states):
+    def values(self, sums):
         """Sums of the states before each token [B, R, C] -> values [B, R]."""
-        weight = self.weight().to(states.device)
-        return states @ weight[:-1] + weight[-1]
+        weight = self.weight().to(sums.device)
+        return sums @ weight[:-1] + weight[-1]
 
-    def fit(self, states, returns, mask):
+    def fit(self, sums, returns, mask):
         """Take in a rollout: sums of states [B, R, C], returns [B, R]."""
-        x = F.pad(states[mask], (0, 1), value=1.0).cpu().double()                            # [tokens, C + 1]
+        x = F.pad(sums[mask], (0, 1), value=1.0).cpu().double()                              # [tokens, C + 1]
         y = returns[mask].cpu().double()                                                     # [tokens]
         self.xx = self.KEPT * self.xx + x.T @ x
         self.xy = self.KEPT * self.xy + x.T @ y
@@ -306,16 +306,16 @@ def rollout(policy, reference, reward_model, critic, prompts, codec, flags, beta
         with torch.no_grad(), autocast(device):
             logp, ref_logp = (evaluate_policy(lm, e.rows(part), flags.temperature)[0] for lm in (policy, reference))
             found.append((logp, ref_logp, *score_responses(reward_model, e.rows(part), codec.eos, flags.cut_off_score)))
-    logp, ref_logp, scores, ended, states = map(torch.cat, zip(*found))          # [B, R] twice, [B] twice, [B, R, C]
+    logp, ref_logp, scores, ended, sums = map(torch.cat, zip(*found))            # [B, R] twice, [B] twice, [B, R, C]
     if ended.sum() > 1 and not scores[ended].std() > 1e-6:
         raise BadInput(f"ppo: the reward model gives all {int(ended.sum())} finished JDs of a rollout the same score, "
                        f"{scores[ended][0]:.3f}: nothing can be learned from it; train it longer or on more decisions")
     kl = k1(logp, ref_logp) * e.mask                                                         # [B, R]
     rewards = token_rewards(scores, kl, e.mask, beta)                                        # [B, R]
-    values = critic.values(states) * e.mask                                                  # [B, R]
+    values = critic.values(sums) * e.mask                                                    # [B, R]
     advantages = gae(rewards, values, e.mask, flags.gamma, flags.lam)                        # [B, R]
     returns = returns_to_go(rewards, e.mask, flags.gamma)                                    # [B, R]
-    critic.fit(states, returns, e.mask)         # for the next rollout: these values came from those before
+    critic.fit(sums, returns, e.mask)           # for the next rollout: these values came from those before
     # Whitened over the rollout, not per minibatch: a minibatch's own mean would shift its advantages.
     old = {"logp": logp, "advantages": whiten(advantages, e.mask)}
     per_text = kl.sum(1)                                                                     # [B]

@@ -123,8 +123,8 @@ MUTANTS = {
         (17, "ppo.py", "last = mask.sum(1) - 1", "last = mask.sum(1).clamp(max=mask.shape[1] - 1)",
          "the score stands on the first pad")],
     "test_ppo.py::test_17_the_critic_is_fitted_also_where_the_score_stands": [
-        (17, "ppo.py", "x = F.pad(states[mask],",
-         "mask = mask & (mask.cumsum(1) < mask.sum(1, keepdim=True)); x = F.pad(states[mask],",
+        (17, "ppo.py", "x = F.pad(sums[mask],",
+         "mask = mask & (mask.cumsum(1) < mask.sum(1, keepdim=True)); x = F.pad(sums[mask],",
          "the fit leaves out the last token, which has the score")],
     "test_ppo.py::test_18_k1_and_k3_average_to_the_exact_kl": [
         (18, "ppo.py", "return torch.exp(-d) - 1 + d", "return d ** 2 / 2", "k2, which is biased")],
@@ -176,8 +176,8 @@ MUTANTS = {
     "test_ppo.py::test_26_the_critic_is_the_least_squares_fit_over_the_real_tokens": [
         (26, "ppo.py", "(0, 1), value=1.0)", "(0, 1), value=0.0)", "a critic without a bias")],
     "test_ppo.py::test_26_what_stands_in_pads_changes_nothing_in_the_fit": [
-        (26, "ppo.py", "x = F.pad(states[mask],",
-         "mask = torch.ones_like(mask); x = F.pad(states[mask],", "pads are fitted, too")],
+        (26, "ppo.py", "x = F.pad(sums[mask],",
+         "mask = torch.ones_like(mask); x = F.pad(sums[mask],", "pads are fitted, too")],
     "test_ppo.py::test_26_a_rollout_counts_0_7_of_the_one_after_it": [
         (26, "ppo.py", "self.xy = self.KEPT * self.xy", "self.xy = self.xy",
          "of the two sums only one forgets"),
@@ -189,11 +189,11 @@ MUTANTS = {
     "test_ppo.py::test_26_the_critic_predicts_the_returns_of_new_rollouts_better_than_their_mean": [
         (26, "ppo.py", "@ weight[:-1] + weight[-1]", "@ -weight[:-1] + weight[-1]", "the sign is turned")],
     "test_ppo.py::test_27_the_values_of_a_rollout_come_from_the_fit_before_it": [
-        (27, "ppo.py", "values = critic.values(states) * e.mask",
-         "critic.fit(states, returns_to_go(rewards, e.mask, flags.gamma), e.mask); "
-         "values = critic.values(states) * e.mask", "a value knows its own return"),
+        (27, "ppo.py", "values = critic.values(sums) * e.mask",
+         "critic.fit(sums, returns_to_go(rewards, e.mask, flags.gamma), e.mask); "
+         "values = critic.values(sums) * e.mask", "a value knows its own return"),
         (27, "ppo.py", "explained_variance(values, advantages + values, e.mask)",
-         "explained_variance(critic.values(states), advantages + values, e.mask)",
+         "explained_variance(critic.values(sums), advantages + values, e.mask)",
          "the variance that is explained is that of the fit's own data")],
     "test_ppo.py::test_27_before_iteration_1_the_critic_reads_a_rollout_of_the_sft_model_that_is_not_trained_on": [
         (27, "ppo.py", 'roll(draw_cvs(generator(seed, "ppo", "critic")), "critic")', "pass",

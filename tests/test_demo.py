@@ -96,3 +96,11 @@ def test_the_models_are_not_taken_while_runs_of_other_models_lie_in_the_way(tmp_
         demo.main()
     assert f"{tmp_path}: is there already; delete it, or choose another --out" in capsys.readouterr().err
     assert not (tmp_path / "home").exists()
+
+
+def test_a_run_that_is_not_finished_gives_no_models_and_a_line_that_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "HOME", tmp_path / "home")
+    monkeypatch.setattr("sys.argv", ["demo.py", "--run", str(tmp_path), "--out", str(tmp_path / "seeds")])
+    with pytest.raises(SystemExit, match="2"):
+        demo.main()
+    assert f"{tmp_path / 'sft'}: is not finished; run  bash train.sh --quick  first" in capsys.readouterr().err

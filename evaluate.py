@@ -133,10 +133,10 @@ def kl_per_text(policy, reference, codec, cvs, responses, device):
     """Mean over the policy's samples of sum log(pi / pi_ref), in nats per text."""
     total, batch_size = 0.0, rows_that_fit(64, logits_size(policy.config))
     for k in range(0, len(cvs), batch_size):
-        e = ppo.make_episodes([codec.prompt(cv) for cv in cvs[k:k + batch_size]], responses[k:k + batch_size], device)
+        rollout = ppo.make_rollout([codec.prompt(cv) for cv in cvs[k:k + batch_size]], responses[k:k + batch_size], device)
         with autocast(device):
-            kl = ppo.k1(*(ppo.evaluate_policy(lm, e, 1.0)[0] for lm in (policy, reference)))
-        total += float((kl * e.mask).sum())
+            kl = ppo.k1(*(ppo.evaluate_policy(lm, rollout, 1.0)[0] for lm in (policy, reference)))
+        total += float((kl * rollout.mask).sum())
     return total / len(cvs)
 
 

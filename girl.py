@@ -297,7 +297,8 @@ def run_stage(args, device):
         if not (folder / f"{split}.jsonl").is_file():
             raise BadInput(f"{folder / split}.jsonl: no such file; make a data set with  python girl.py data --out {folder}")
     asked, inputs = {"seed": args.seed, **vars(flags)}, what_it_learns_from(run, folder, name, getattr(flags, "init", ""))
-    with Stage(run, name, args.save_seconds) as stage:
+    # PPO's iterations are few and long: each is saved.
+    with Stage(run, name, 0 if name == "ppo" else args.save_seconds) as stage:
         if stage.begin(asked, inputs, code_of(name)):
             note_config(run, name, {"data": str(folder), **asked})
             if name == "sft":
@@ -614,7 +615,8 @@ def build_parser():
             add_flags(p, STAGES[name])
         if name in (*STAGES, "train"):
             p.add_argument("--save-seconds", type=number(float, 0), default=60.0, metavar="S", help="save the state, from which "
-                           "the same command goes on after an interruption, after so many seconds (default %(default)s)")
+                           "the same command goes on after an interruption, after so many seconds; PPO saves it after every iteration "
+                           "(default %(default)s)")
     parsers["data"].add_argument("--out", default="runs/default/data", metavar="DIR",
                                  help="where to write it (default %(default)s)")
     add_flags(parsers["data"], DataFlags)

@@ -34,6 +34,7 @@ log-softmax in float32: there the first ratio is 1 only to that precision.
 Shapes: B episodes, R response tokens (padded), T prompt + response (padded), C hidden size, V vocabulary.
 """
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -148,7 +149,7 @@ class KLController:
 
 
 # ------------------------------------------------------------------------------------------- policy and rollout
-class Critic:
+class Critic(nn.Module):
     """V, the value of a text so far: linear in the sum of the reward model's states, fitted by least squares to all returns so
     far, where a rollout counts KEPT of the one after it, since the policy moves. RIDGE, relative to the sums' mean square,
     shrinks the weights: a rollout of few texts has fewer returns that are independent of each other than a head has weights."""
@@ -156,7 +157,9 @@ class Critic:
     KEPT, RIDGE = 0.7, 1e-2
 
     def __init__(self, C):
-        self.xx, self.xy = torch.zeros(C + 1, C + 1, dtype=torch.float64), torch.zeros(C + 1, dtype=torch.float64)
+        super().__init__()
+        self.register_buffer("xx", torch.zeros(C + 1, C + 1, dtype=torch.float64))
+        self.register_buffer("xy", torch.zeros(C + 1, dtype=torch.float64))
 
     def weight(self):
         """The solution w of (X'X + ridge) w = X'y; its last number is the bias, which is not shrunk. [C + 1]"""
@@ -177,42 +180,46 @@ class Critic:
         self.xy = self.KEPT * self.xy + x.T @ y
 
 
-class Episodes(NamedTuple):
-    """A rollout. Rows are prompt + response, padded on the right; responses are also seen apart as [B, R]."""
-    ids: torch.Tensor           # [B, T]
-    prompt_lengths: torch.Tensor    # [B]
-    tokens: torch.Tensor        # [B, R] the response tokens
-    mask: torch.Tensor          # [B, R] True at real response tokens
+class Rollout(NamedTuple):
+    """The JDs that the policy wrote for some CVs, its episodes, and what the update needs to know of them.
+
+    Rows are prompt + response, padded on the right; the responses stand apart, too, as [B, R]."""
+    ids: torch.Tensor                           # [B, T]
+    prompt_lengths: torch.Tensor                # [B]
+    tokens: torch.Tensor                        # [B, R] the response tokens
+    mask: torch.Tensor                          # [B, R] True at real response tokens
+    logp: torch.Tensor | None = None            # [B, R] log pi of each, by the policy that wrote them
+    advantages: torch.Tensor | None = None      # [B, R] whitened
 
     def rows(self, keep):
-        return Episodes(*(x[keep] for x in self))
+        return Rollout(*(x if x is None else x[keep] for x in self))
 
 
-def make_episodes(prompts, responses, device):
+def make_rollout(prompts, responses, device):
     ids, _ = pad_right([p + r for p, r in zip(prompts, responses)])                          # [B, T]
     tokens, lengths = pad_right(responses)                                                   # [B, R], [B]
     mask = torch.arange(tokens.shape[1]) < lengths[:, None]                                  # [B, R]
     prompt_lengths = torch.tensor([len(p) for p in prompts])                                 # [B]
-    return Episodes(*(x.to(device) for x in (ids, prompt_lengths, tokens, mask)))
+    return Rollout(*(x.to(device) for x in (ids, prompt_lengths, tokens, mask)))
 
 
-def before_each_token(e):
+def before_each_token(rollout):
     """[B, T], True one position before each response token: the state there predicts it, and knows only what stands before it."""
-    at = torch.arange(e.ids.shape[1], device=e.ids.device) - e.prompt_lengths[:, None] + 1   # [B, T]
-    return (at >= 0) & (at < e.mask.sum(1)[:, None])
+    at = torch.arange(rollout.ids.shape[1], device=rollout.ids.device) - rollout.prompt_lengths[:, None] + 1   # [B, T]
+    return (at >= 0) & (at < rollout.mask.sum(1)[:, None])
 
 
-def in_rows(x, e):
+def in_rows(x, rollout):
     """What was computed for the response tokens alone, [tokens, ...], in rows like those of the responses, [B, R, ...]; pads
     are 0."""
-    rows = x.new_zeros(*e.mask.shape, *x.shape[1:])                                          # [B, R, ...]
-    rows[e.mask] = x
+    rows = x.new_zeros(*rollout.mask.shape, *x.shape[1:])                                          # [B, R, ...]
+    rows[rollout.mask] = x
     return rows
 
 
-def response_states(body, e):
+def response_states(body, rollout):
     """Hidden states one position before each response token, [tokens, C], row after row."""
-    return body(e.ids, asked=before_each_token(e))
+    return body(rollout.ids, asked=before_each_token(rollout))
 
 
 def log_probs(lm, states, tokens, temperature):
@@ -224,25 +231,25 @@ def log_probs(lm, states, tokens, temperature):
     return logp.gather(-1, tokens[:, None]).squeeze(-1), entropy
 
 
-def evaluate_policy(lm, e, temperature):
+def evaluate_policy(lm, rollout, temperature):
     """log pi and entropy of each response token: [B, R] both."""
-    found = log_probs(lm, response_states(lm.model, e), e.tokens[e.mask], temperature)       # [tokens] both
-    return tuple(in_rows(x, e) for x in found)
+    found = log_probs(lm, response_states(lm.model, rollout), rollout.tokens[rollout.mask], temperature)       # [tokens] both
+    return tuple(in_rows(x, rollout) for x in found)
 
 
 @torch.no_grad()
-def score_responses(reward_model, e, eos, cut_off_score):
+def score_responses(reward_model, rollout, eos, cut_off_score):
     """U of each finished JD, the fixed penalty for one without end-of-text; which are finished [B]; and for the critic the sums
     of the states of the same pass, from the prompt's last token to the one before each response token [B, R, C]."""
-    rows, lengths = torch.arange(len(e.ids), device=e.ids.device), e.mask.sum(1)             # [B], [B]
-    hidden = reward_model.model(e.ids)                                                       # [B, T, C]
-    scores = reward_model.head(hidden[rows, e.prompt_lengths + lengths - 1])                 # [B]
+    rows, lengths = torch.arange(len(rollout.ids), device=rollout.ids.device), rollout.mask.sum(1)             # [B], [B]
+    hidden = reward_model.model(rollout.ids)                                                       # [B, T, C]
+    scores = reward_model.head(hidden[rows, rollout.prompt_lengths + lengths - 1])                 # [B]
     if not scores.isfinite().all():
         raise BadInput("the reward model's scores are not finite: its training went astray (lower its --lr), or its weights are "
                        "damaged")
-    ended = e.tokens[rows, lengths - 1] == eos                                               # [B]
+    ended = rollout.tokens[rows, lengths - 1] == eos                                               # [B]
     scores = torch.where(ended, scores, torch.full_like(scores, cut_off_score))              # [B]
-    return scores, ended, in_rows(hidden[before_each_token(e)].float(), e).cumsum(1)
+    return scores, ended, in_rows(hidden[before_each_token(rollout)].float(), rollout).cumsum(1)
 
 
 # ------------------------------------------------------------------------------------------------------- update
@@ -251,80 +258,81 @@ def minibatches(n, size, generator):
     return torch.randperm(n, generator=generator).split(size)
 
 
-def minibatch_loss(policy, e, old, flags, tokens_in_step):
-    """Loss of some episodes, divided by the tokens of the whole optimizer step: micro-batches add up to the big batch."""
-    logp, entropy = evaluate_policy(policy, e, flags.temperature)
-    log_ratio = ((logp - old["logp"]) * e.mask).clamp(-20, 20)
-    pg = policy_loss(log_ratio, old["advantages"], flags.clip) * e.mask
-    loss = pg.sum() / tokens_in_step
+def minibatch_loss(policy, part, flags, tokens_in_step):
+    """The loss of some episodes of a rollout, and sums over their tokens of what is logged. The loss is divided by the tokens
+    of the whole optimizer step: micro-batches add up to the gradient of the minibatch."""
+    logp, entropy = evaluate_policy(policy, part, flags.temperature)                         # [B, R] both
+    log_ratio = ((logp - part.logp) * part.mask).clamp(-20, 20)                              # [B, R]
+    loss = policy_loss(log_ratio, part.advantages, flags.clip) * part.mask                   # [B, R]
     with torch.no_grad():
         ratio = log_ratio.exp()
-        sums = {"approx_kl": 0.5 * log_ratio ** 2, "clip_frac": (ratio - 1).abs() > flags.clip, "entropy": entropy,
-                "ratio_mean": ratio, "ratio_var": (ratio - 1) ** 2, "policy_loss": pg}
-        sums = {name: float((x * e.mask).sum()) for name, x in sums.items()}
-    return loss, sums
+        logged = {"approx_kl": 0.5 * log_ratio ** 2, "clip_frac": (ratio - 1).abs() > flags.clip,
+                  "entropy": entropy, "ratio_mean": ratio, "ratio_var": (ratio - 1) ** 2,
+                  "policy_loss": loss}
+        sums = {name: float((x * part.mask).sum()) for name, x in logged.items()}
+    return loss.sum() / tokens_in_step, sums
 
 
-def update(policy, optimizer, episodes, old, flags, generator, device, done=0, totals=None, safe=lambda done, totals: None):
-    """All PPO epochs over one rollout. Returns the masked means of what is logged.
-
-    After each minibatch `safe` is told how many are done, and the sums so far; from these two an update that was cut short
-    goes on. NotFinite holds the episodes of a minibatch whose gradient is no number."""
-    batches = [b for _ in range(flags.ppo_epochs) for b in minibatches(len(episodes.ids), flags.minibatch, generator)]
-    totals = totals or {}
-    for k in range(done, len(batches)):
-        batch = batches[k]                                                                   # [episodes]
-        in_step = float(episodes.mask[batch].sum())
-        for micro in batch.chunk(flags.accumulate):
-            with autocast(device):
-                loss, sums = minibatch_loss(policy, episodes.rows(micro), {k: v[micro] for k, v in old.items()}, flags, in_step)
-            loss.backward()
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + value
-        norm = nn.utils.clip_grad_norm_(policy.parameters(), flags.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise NotFinite(batch.tolist())
-        optimizer.step()
-        optimizer.zero_grad()
-        safe(k + 1, totals)
-    tokens = flags.ppo_epochs * float(episodes.mask.sum())
-    means = {name: value / tokens for name, value in totals.items()}
-    means["ratio_var"] -= (means["ratio_mean"] - 1) ** 2        # of the squares around 1, which keep their precision
+def update(policy, optimizer, rollout, flags, generator, device):
+    """Step 4: all PPO epochs over one rollout. Returns the means over its tokens of what is logged."""
+    totals = defaultdict(float)
+    for _ in range(flags.ppo_epochs):
+        for minibatch in minibatches(len(rollout.ids), flags.minibatch, generator):
+            tokens_in_step = float(rollout.mask[minibatch].sum())
+            for micro_batch in minibatch.chunk(flags.accumulate):
+                with autocast(device):
+                    loss, sums = minibatch_loss(policy, rollout.rows(micro_batch), flags, tokens_in_step)
+                loss.backward()
+                for name, value in sums.items():
+                    totals[name] += value
+            norm = nn.utils.clip_grad_norm_(policy.parameters(), flags.max_grad_norm)
+            if not norm.isfinite():
+                raise NotFinite("the gradient is not finite")
+            optimizer.step()
+            optimizer.zero_grad()
+    tokens = flags.ppo_epochs * float(rollout.mask.sum())
+    means = {name: total / tokens for name, total in totals.items()}
+    # Var[r] = E[(r - 1)^2] - (E[r] - 1)^2: squares around 1 keep their precision.
+    means["ratio_var"] -= (means["ratio_mean"] - 1) ** 2
     return means
 
 
 # -------------------------------------------------------------------------------------------------- the whole stage
-def rollout(policy, reference, reward_model, critic, prompts, codec, flags, beta, generator, device):
-    """Steps 1 to 3: write, score, and value; then the critic learns what it was worth. Returns episodes, what the update
-    compares with, responses, and a log."""
+def roll_out(policy, reference, reward_model, critic, prompts, codec, flags, beta, generator, device):
+    """Steps 1 to 3: write, score, and value. Then the critic learns what it was worth. Returns the Rollout and a log."""
     with autocast(device):
         responses = generate(policy, prompts, codec.max_jd, flags.temperature, generator=generator)
-    e, found = make_episodes(prompts, responses, device), []
+    rollout = make_rollout(prompts, responses, device)
+    mask, parts = rollout.mask, []
     # Without the cache, exactly as the update will see it: the first ratio is 1. In parts of an update's size: these fit into
     # memory, and take two thirds of the time that one large part takes.
     for part in torch.arange(len(prompts)).split(math.ceil(flags.minibatch / flags.accumulate)):
+        part = rollout.rows(part)
         with torch.no_grad(), autocast(device):
-            logp, ref_logp = (evaluate_policy(lm, e.rows(part), flags.temperature)[0] for lm in (policy, reference))
-            found.append((logp, ref_logp, *score_responses(reward_model, e.rows(part), codec.eos, flags.cut_off_score)))
-    logp, ref_logp, scores, ended, sums = map(torch.cat, zip(*found))            # [B, R] twice, [B] twice, [B, R, C]
+            logp, _ = evaluate_policy(policy, part, flags.temperature)
+            ref_logp, _ = evaluate_policy(reference, part, flags.temperature)
+            parts.append((logp, ref_logp, *score_responses(reward_model, part, codec.eos, flags.cut_off_score)))
+    logp, ref_logp, scores, ended, sums = map(torch.cat, zip(*parts))            # [B, R] twice, [B] twice, [B, R, C]
     if ended.sum() > 1 and not scores[ended].std() > 1e-6:
         raise BadInput(f"ppo: the reward model gives all {int(ended.sum())} finished JDs of a rollout the same score, "
                        f"{scores[ended][0]:.3f}: nothing can be learned from it; train it longer or on more decisions")
-    kl = k1(logp, ref_logp) * e.mask                                                         # [B, R]
-    rewards = token_rewards(scores, kl, e.mask, beta)                                        # [B, R]
-    values = critic.values(sums) * e.mask                                                    # [B, R]
-    advantages = gae(rewards, values, e.mask, flags.gamma, flags.lam)                        # [B, R]
-    returns = returns_to_go(rewards, e.mask, flags.gamma)                                    # [B, R]
-    critic.fit(sums, returns, e.mask)           # for the next rollout: these values came from those before
+    kl = k1(logp, ref_logp) * mask                                                           # [B, R]
+    rewards = token_rewards(scores, kl, mask, beta)                                          # [B, R]
+    values = critic.values(sums) * mask                                                      # [B, R]
+    advantages = gae(rewards, values, mask, flags.gamma, flags.lam)                          # [B, R]
+    returns = returns_to_go(rewards, mask, flags.gamma)                                      # [B, R]
+    critic.fit(sums, returns, mask)         # for the next rollout: these values came from those before
+
+    kl_per_text = kl.sum(1)                                                                  # [B]
+    log = {"reward": float(scores.mean()), "kl": float(kl_per_text.mean()), "total": float(rewards.sum(1).mean()),
+           "kl_k3": float((k3(logp, ref_logp) * mask).sum(1).mean()), "beta": beta,
+           "kl_error": float(kl_per_text.std(unbiased=False) / math.sqrt(len(prompts))),
+           "length": float(mask.sum(1).float().mean()), "eos_rate": float(ended.float().mean()),
+           "explained_variance": float(explained_variance(values, advantages + values, mask))}
+    if not math.isfinite(sum(log.values())):
+        raise NotFinite("the policy's log-probabilities or values are not finite")
     # Whitened over the rollout, not per minibatch: a minibatch's own mean would shift its advantages.
-    old = {"logp": logp, "advantages": whiten(advantages, e.mask)}
-    per_text = kl.sum(1)                                                                     # [B]
-    log = {"reward": float(scores.mean()), "kl": float(per_text.mean()), "total": float(rewards.sum(1).mean()),
-           "kl_k3": float((k3(logp, ref_logp) * e.mask).sum(1).mean()), "beta": beta,
-           "kl_error": float(per_text.std(unbiased=False) / math.sqrt(len(prompts))),
-           "length": float(e.mask.sum(1).float().mean()), "eos_rate": float(ended.float().mean()),
-           "explained_variance": float(explained_variance(values, advantages + values, e.mask))}
-    return e, old, responses, log
+    return rollout._replace(logp=logp, advantages=whiten(advantages, mask)), log
 
 
 def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match=None):
@@ -339,57 +347,35 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=flags.lr, eps=1e-5)
     critic = Critic(reward_model.config.hidden_size)
     stage.total(flags.iterations)
-    found = stage.resume({"policy": policy}, [optimizer])
-    controller = KLController(found.get("beta", flags.kl_coef), flags.kl_target, flags.kl_horizon)
+    saved = stage.resume({"policy": policy, "critic": critic}, [optimizer])
+    controller = KLController(saved.get("beta", flags.kl_coef), flags.kl_target, flags.kl_horizon)
 
     def draw_cvs(draw):
         return [cvs[k] for k in torch.randperm(len(cvs), generator=draw)[:flags.episodes]]
 
     def roll(chosen, when):
-        return rollout(policy, reference, reward_model, critic, [codec.prompt(cv) for cv in chosen], codec, flags, controller.beta,
-                       generator(seed, "ppo-sample", when, device=device), device)
-    if found:
-        critic.xx, critic.xy = (stage.tensors.pop(name) for name in ("critic.xx", "critic.xy"))
-    else:                                   # the critic learns what samples of the SFT model are worth
+        return roll_out(policy, reference, reward_model, critic, [codec.prompt(cv) for cv in chosen], codec, flags,
+                        controller.beta, generator(seed, "ppo-sample", when, device=device), device)
+    if not saved:                           # the critic learns what samples of the SFT model are worth
         roll(draw_cvs(generator(seed, "ppo", "critic")), "critic")
     for i in range(stage.step, flags.iterations):
         draw = generator(seed, "ppo", i)
         chosen = draw_cvs(draw)
         for group in optimizer.param_groups:
             group["lr"] = flags.lr * (1 - i / flags.iterations)
-
-        if "done" in found:                 # this iteration was cut short within its update
-            old = {name: x.to(device) for name, x in stage.tensors.items()}
-            e = Episodes(*(old.pop(name) for name in Episodes._fields))
-            log, done, totals = found["log"], found["done"], found["totals"]
-            found, stage.tensors = {}, {}
-        else:
-            try:
-                e, old, _, log = roll(chosen, i)
-                if not math.isfinite(sum(log.values())):
-                    raise NotFinite("the policy's log-probabilities or values are not finite")
-            except NotFinite:
-                if i == 0:              # nothing was updated yet: it is stage 1's model
-                    raise
-                stage.not_finite(i + 1, chosen, "lower --lr or raise --kl-coef")
-            done, totals = 0, {}
-        fitted = {"critic.xx": critic.xx, "critic.xy": critic.xy}
-
-        def safe(done, totals):
-            stage.safe(i, e._asdict() | old | fitted, beta=controller.beta, log=log, done=done, totals=totals)
-        safe(done, totals)
         try:
-            log |= update(policy, optimizer, e, old, flags, draw, device, done, totals, safe)
-        except NotFinite as episodes:
-            stage.not_finite(i + 1, [chosen[k] for k in episodes.args[0]], "lower --lr or raise --kl-coef")
+            rollout, log = roll(chosen, i)
+            log |= update(policy, optimizer, rollout, flags, draw, device)
+        except NotFinite:
+            stage.not_finite(i + 1, chosen, "lower --lr or raise --kl-coef")
         controller.update(log["kl"], len(chosen))
 
-        texts = [codec.text(tokens[mask].tolist()) for tokens, mask in zip(e.tokens, e.mask)]
+        texts = [codec.text(tokens[mask].tolist()) for tokens, mask in zip(rollout.tokens, rollout.mask)]
         log["true_match"] = sum(map(true_match, chosen, texts)) / len(texts) if true_match else None
         log["kl_fault"] = kl_is_negative([*stage.rows, log])
         stage.log(iteration=i + 1, **log)
         report(stage, i, flags, log, chosen, texts)
-        stage.safe(i + 1, fitted, beta=controller.beta)
+        stage.checkpoint(i + 1, beta=controller.beta)
     return optimizer, critic
 
 

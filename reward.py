@@ -246,16 +246,11 @@ def train(model, reader, codec, records, flags, seed, stage, device):
     model.model.checkpointing = flags.checkpointing
     optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(flags.steps))
     stage.resume({"model": model, "reader": reader}, [part for part, _ in optimizer.parts])
-    longest, epoch, batches = [max(len(p) + len(j) for p, j in g.rows) for g in groups], 0, []
-    for step in range(flags.steps):
-        if not batches:
-            batches = bucketed(longest, flags.groups, generator(seed, stage.name, "epoch", epoch))
-            epoch += 1
-        chosen = batches.pop()
-        if step < stage.step:
-            continue                        # done before an interruption
+    longest = [max(len(p) + len(j) for p, j in g.rows) for g in groups]
+    batches = schedule(longest, flags.groups, flags.steps, seed, stage.name)
+    for step in range(stage.step, flags.steps):
         draw = generator(seed, stage.name, step)
-        batch = [subsample(groups[i], flags.max_group, draw) for i in chosen]
+        batch = [subsample(groups[i], flags.max_group, draw) for i in batches[step]]
         loss, accuracy, reading = reward_step(model, reader, batch, flags, device)
         if not np.isfinite(loss + reading + optimizer.clip()):
             stage.not_finite(step + 1, [codec.cv(g.rows[0][0]) for g in batch], "lower --lr and --matrix-lr")
@@ -264,7 +259,16 @@ def train(model, reader, codec, records, flags, seed, stage, device):
         if (step + 1) % 100 == 0:
             stage.say(f"{stage.name} {step + 1:4d}/{flags.steps}  loss {stage.mean('loss', 100):.4f}  "
                       f"accuracy {stage.mean('accuracy', 100):.3f}  reading loss {stage.mean('reading', 100):.4f}")
-        stage.safe(step + 1)
+        stage.checkpoint(step + 1)
+
+
+def schedule(lengths, size, steps, seed, name):
+    """The groups of each step, as lists of indices: one epoch after the other, each in an order of its own."""
+    batches, epoch = [], 0
+    while len(batches) < steps:
+        batches += reversed(bucketed(lengths, size, generator(seed, name, "epoch", epoch)))
+        epoch += 1
+    return batches[:steps]
 
 
 def reward_step(model, reader, groups, flags, device):

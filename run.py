@@ -227,11 +227,11 @@ class Stage:
                                                                         # (of other code it only says so)
                 model, optimizer = ...
                 stage.total(1000)
-                numbers = stage.resume({"model": model}, [optimizer])   # what `safe` was given when the state was saved, or {}
+                numbers = stage.resume({"model": model}, [optimizer])   # those that were saved, or {}
                 for step in range(stage.step, 1000):
                     ...
                     stage.log(step=step + 1, loss=2.3)
-                    stage.safe(step + 1)                                # a point from which it can go on
+                    stage.checkpoint(step + 1)                          # a point from which it can go on
                 stage.finish(valid_nll=1.2)
 
     state.json names the file of the tensors, and is renamed over the state before it when all of them are on the disk. Random
@@ -240,7 +240,7 @@ class Stage:
     def __init__(self, run, name, save_seconds=60.0):
         self.folder, self.name, self.start = Path(run) / name, name, time.time()
         self.lock = lock(self.folder)
-        self.rows, self.step, self.tensors, self.stopped = [], 0, {}, False
+        self.rows, self.step, self.stopped = [], 0, False
         self.state, self.asked, self.inputs, self.code, self.modules, self.optimizers = {}, {}, {}, {}, {}, []
         self.save_seconds, self.saved, self.unsaved, self.before = save_seconds, time.monotonic(), False, 0.0
         self.bar = tqdm(desc=name, unit="step", mininterval=1 if sys.stderr.isatty() else 20, dynamic_ncols=True)
@@ -260,7 +260,7 @@ class Stage:
         os.close(self.lock)
 
     def stop(self, number, _):
-        """Ctrl-C, SIGTERM: go on to the next safe point, where weights and optimizer belong together, and save. At once where
+        """Ctrl-C, SIGTERM: go on to the next checkpoint, where weights and optimizer belong together, and save. Stop at once if
         nothing is to be saved, and when Ctrl-C comes again."""
         if not self.unsaved or self.stopped and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -312,7 +312,7 @@ class Stage:
 
     def resume(self, modules, optimizers):
         """Name what is trained; and where there is a state, put it there. Returns the numbers that were saved with it; `step` is
-        the steps done, `tensors` what else was saved."""
+        the steps done."""
         self.modules, self.optimizers, self.saved, state = modules, optimizers, time.monotonic(), self.state
         if not state:
             return {}
@@ -321,7 +321,7 @@ class Stage:
             raise BadInput(f"{path}: missing or damaged (it does not match its checksum); {remedy}")
         found, trained = load_tensors(path), self.trained()
         if odd := [name for name, p in trained.items() if name not in found or found[name].shape != p.shape]:
-            raise BadInput(f"{path}: of another model, {odd[0]} is not what it was; {remedy}")
+            raise BadInput(f"{path}: of another model or version, {odd[0]} is not what it was; {remedy}")
         with torch.no_grad():
             for name, p in trained.items():
                 p.copy_(found.pop(name))
@@ -332,7 +332,6 @@ class Stage:
                 values.setdefault(int(i), {})[key] = found.pop(name).clone()
             optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
         self.rows, self.step, self.before = state["rows"], state["step"], state["seconds"]
-        self.tensors = {name.removeprefix("more."): t.clone() for name, t in found.items()}
         self.bar.update(len(self.rows))
         self.say(f"{self.name}: resumed at step {self.step} of {self.bar.total}")
         self.say_changes(state, "to begin it anew with the present code")
@@ -348,20 +347,25 @@ class Stage:
             self.say(f"{self.name}: {what} since this stage began; {remedy}, delete {self.folder}")
 
     def trained(self):
-        return {f"{name}.{n}": p for name, module in self.modules.items() for n, p in module.named_parameters() if p.requires_grad}
+        """{name: tensor} of what changes while it is trained: parameters that need a gradient, and buffers."""
+        found = {}
+        for name, module in self.modules.items():
+            found |= {f"{name}.{n}": p for n, p in module.named_parameters() if p.requires_grad}
+            found |= {f"{name}.{n}": b for n, b in module.named_buffers()}
+        return found
 
-    def safe(self, step, tensors=None, **numbers):
-        """Here a stage can go on: after so many steps, with these tensors and numbers. They are saved now and then, after the
-        last step, and when it is to stop."""
+    def checkpoint(self, step, **numbers):
+        """Here a stage can go on: after so many steps, with these numbers. It is saved every `save_seconds`, after the last step,
+        and when it is to stop."""
         self.unsaved = True
         if self.stopped or step == self.bar.total or time.monotonic() - self.saved >= self.save_seconds:
-            self.save(step, tensors or {}, numbers)
+            self.save(step, numbers)
         if self.stopped:
             raise KeyboardInterrupt
 
-    def save(self, step, tensors, numbers):
+    def save(self, step, numbers):
         self.check_lock()
-        found = self.trained() | {f"more.{name}": t for name, t in tensors.items()}
+        found = self.trained()
         for k, optimizer in enumerate(self.optimizers):
             for i, values in optimizer.state_dict()["state"].items():
                 found |= {f"optimizer.{k}.{i}.{key}": t for key, t in values.items()}

@@ -117,24 +117,23 @@ def train(stage, folder, flags, seed, device):
     reader = nn.Linear(model.config.hidden_size, 1).to(device)
 
     # 2. Epochs over the accepted pairs; after each, validation and one sample to look at.
-    steps = max(1, round(flags.epochs * math.ceil(len(pairs) / flags.batch)))
+    epoch_steps = math.ceil(len(pairs) / flags.batch)
+    steps = max(1, round(flags.epochs * epoch_steps))
     optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(steps))
     stage.resume({"model": model, "reader": reader}, [part for part, _ in optimizer.parts])
-    step = 0
-    look = codec.prompt(valid[0][0])
-    for epoch in range(math.ceil(flags.epochs)):
-        step = sft_steps(model, reader, optimizer, pairs, codec, step, steps, flags, seed, stage, device)
-        if step < stage.step:
-            continue                        # this epoch was over before an interruption
-        nll = mean_nll(model, valid, codec, device)
-        if not nll < 700:                   # its perplexity is no number
-            stage.not_finite(step, [cv for cv, _ in valid], "lower --lr and --matrix-lr")
-        with torch.no_grad(), autocast(device):
-            sample = generate(model, [look], codec.max_jd, generator=generator(seed, "sft-look", epoch, device=device))
-        stage.say(f"sft epoch {epoch + 1}: train loss {stage.mean('loss', 100):.4f}, valid NLL {nll:.4f}, "
-                  f"perplexity {math.exp(nll):.3f}\n--- a sample\n{valid[0][0]}\n->\n{codec.text(sample[0])}\n---")
-        if codec.eos not in sample[0]:
-            stage.say(f"sft: this sample did not end within {codec.max_jd} tokens")
+    batches = schedule([len(e.prompt) + len(e.jd) for e in pairs], flags.batch, steps, seed)
+    for step in range(stage.step, steps):
+        batch = [pairs[i] for i in batches[step]]
+        loss, reading = sft_step(model, reader, batch, flags, device)
+        if not math.isfinite(loss + reading + optimizer.clip()):
+            stage.not_finite(step + 1, [codec.cv(e.prompt) for e in batch], "lower --lr and --matrix-lr")
+        optimizer.step(step)
+        stage.log(step=step + 1, loss=loss, reading=reading)
+        stage.checkpoint(step + 1)
+        if (step + 1) % epoch_steps == 0 and step + 1 < steps:
+            look(model, codec, valid, step // epoch_steps, step + 1, seed, stage, device)
+    nll = look(model, codec, valid, (steps - 1) // epoch_steps, steps, seed, stage, device)
+
     stage.check_lock()
     save_model(stage.folder, model)
     save_tokenizer(stage.folder, codec)
@@ -187,19 +186,27 @@ def new_model(codec, examples, flags, seed):
     return model
 
 
-def sft_steps(model, reader, optimizer, examples, codec, first, last, flags, seed, stage, device):
-    """Steps first, first + 1, ... over one epoch of the examples, but not beyond `last`. Returns the next step."""
-    batches = bucketed([len(e.prompt) + len(e.jd) for e in examples], flags.batch, generator(seed, "sft", first))
-    for step, batch in enumerate(batches[:last - first], first):
-        if step >= stage.step:              # the others were done before an interruption
-            part = [examples[i] for i in batch]
-            loss, reading = sft_step(model, reader, part, flags, device)
-            if not math.isfinite(loss + reading + optimizer.clip()):
-                stage.not_finite(step + 1, [codec.cv(e.prompt) for e in part], "lower --lr and --matrix-lr")
-            optimizer.step(step)
-            stage.log(step=step + 1, loss=loss, reading=reading)
-            stage.safe(step + 1)
-    return min(first + len(batches), last)
+def schedule(lengths, batch, steps, seed):
+    """The examples of each step, as lists of indices: one epoch after the other, each in an order of its own."""
+    batches = []
+    while len(batches) < steps:
+        batches += bucketed(lengths, batch, generator(seed, "sft", len(batches)))
+    return batches[:steps]
+
+
+def look(model, codec, valid, epoch, step, seed, stage, device):
+    """Validation, and one sample to look at. Returns the NLL."""
+    nll = mean_nll(model, valid, codec, device)
+    if not nll < 700:                       # its perplexity would be NaN, or overflow
+        stage.not_finite(step, [cv for cv, _ in valid], "lower --lr and --matrix-lr")
+    cv = valid[0][0]
+    with torch.no_grad(), autocast(device):
+        sample, = generate(model, [codec.prompt(cv)], codec.max_jd, generator=generator(seed, "sft-look", epoch, device=device))
+    stage.say(f"sft epoch {epoch + 1}: train loss {stage.mean('loss', 100):.4f}, valid NLL {nll:.4f}, "
+              f"perplexity {math.exp(nll):.3f}\n--- a sample\n{cv}\n->\n{codec.text(sample)}\n---")
+    if codec.eos not in sample:
+        stage.say(f"sft: this sample did not end within {codec.max_jd} tokens")
+    return nll
 
 
 def sft_step(model, reader, batch, flags, device):

@@ -60,9 +60,8 @@ ADAMW = dict(lr=1e-4, matrix_lr=0.0)        # as the other libraries: no Muon
 
 def no_stage(log):
     """What ppo.train needs of a run.Stage, where nothing is saved."""
-    return SimpleNamespace(step=0, tensors={}, rows=[], total=lambda n: n, say=lambda line: None,
-                           log=log, resume=lambda modules, optimizers: {},
-                           safe=lambda step, tensors=None, **numbers: None)
+    return SimpleNamespace(step=0, rows=[], total=lambda n: n, say=lambda line: None, log=log,
+                           resume=lambda modules, optimizers: {}, checkpoint=lambda step, **numbers: None)
 
 
 # --------------------------------------------------------------------------- the fixed workload

@@ -31,7 +31,7 @@ def noted(log):
     def note(*words):
         with open(log, "a") as f:
             f.write(" ".join(map(str, words)) + "\n")
-    log_row, resume, safe = Stage.log, Stage.resume, Stage.safe
+    log_row, resume, checkpoint = Stage.log, Stage.resume, Stage.checkpoint
 
     def log_and_note(self, **row):
         log_row(self, **row)
@@ -43,10 +43,10 @@ def noted(log):
             note("resumed", self.name, len(self.rows))
         return numbers
 
-    def safe_and_slow(self, *args, **kwargs):       # the steps of a smoke run are over before a kill finds them
-        safe(self, *args, **kwargs)
+    def checkpoint_and_slow(self, *args, **kwargs):       # the steps of a smoke run are over before a kill finds them
+        checkpoint(self, *args, **kwargs)
         time.sleep(0.15)
-    Stage.log, Stage.resume, Stage.safe, girl.__file__ = log_and_note, resume_and_note, safe_and_slow, __file__
+    Stage.log, Stage.resume, Stage.checkpoint, girl.__file__ = log_and_note, resume_and_note, checkpoint_and_slow, __file__
     return girl.main(sys.argv[1:])
 
 

@@ -29,16 +29,18 @@ def equal(a, b, tolerance=1e-5):
 
 
 def roll(policy, reference, reward_model, prompts, codec, beta=0.05, critic=None, draw=0, **flags):
-    """A rollout: episodes, what the update compares with, responses, log."""
+    """A rollout, its responses, and its log."""
     critic = critic or ppo.Critic(reward_model.config.hidden_size)
-    return ppo.rollout(policy, reference, reward_model, critic, prompts, codec, PPOFlags(**flags),
-                       beta, generator(draw), CPU)
+    e, log = ppo.roll_out(policy, reference, reward_model, critic, prompts, codec, PPOFlags(**flags),
+                          beta, generator(draw), CPU)
+    return e, [tokens[mask].tolist() for tokens, mask in zip(e.tokens, e.mask)], log
 
 
-def drift(old):
+def drift(e):
     """Pretend that the policy has moved since the rollout: other log-probabilities and advantages."""
     torch.manual_seed(4)
-    return {k: x + 0.3 * torch.randn_like(x) for k, x in old.items()}
+    logp, advantages = (x + 0.3 * torch.randn_like(x) for x in (e.logp, e.advantages))
+    return e._replace(logp=logp, advantages=advantages)
 
 
 def mean(xs):
@@ -91,7 +93,7 @@ def spy(monkeypatch, owner, name, look):
 # ------------------------------------------------------------------------------------------ tokens: masks, positions
 def test_01_masks_come_from_lengths_not_ids():
     """A pad id, or an end-of-text, that a text really contains is a real token."""
-    e = ppo.make_episodes([[2, 5, 4], [2, 4]], [[7, 0, EOS], [0, 0, 8, 0, 0]], CPU)
+    e = ppo.make_rollout([[2, 5, 4], [2, 4]], [[7, 0, EOS], [0, 0, 8, 0, 0]], CPU)
     assert e.mask.tolist() == [[True, True, True, False, False], [True, True, True, True, True]]
 
 
@@ -118,7 +120,7 @@ def test_02_prompts_are_left_padded_and_positions_are_the_same_in_rollout_and_up
     assert in_rollout.tolist() == [[0, 0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]]
 
     positions.clear(), inputs.clear()
-    ppo.response_states(lm.model, ppo.make_episodes(prompts, responses, CPU))
+    ppo.response_states(lm.model, ppo.make_rollout(prompts, responses, CPU))
     in_update = positions[0].expand_as(inputs[0])
     assert inputs[0].tolist() == [prompts[0] + responses[0] + [0, 0, 0], prompts[1] + responses[1]]
     assert in_update[0, :4].tolist() == in_rollout[0, 3:].tolist()      # the same tokens: two of the prompt, and
@@ -138,7 +140,7 @@ def test_03_more_padding_on_either_side_changes_no_logits(policy):
 
 # ------------------------------------------------------------------------------------------------------- rollout
 def test_09_no_dropout_anywhere(policy, reward_model, prompts):
-    e = ppo.make_episodes(prompts, [[8, 9, EOS]] * len(prompts), CPU)
+    e = ppo.make_rollout(prompts, [[8, 9, EOS]] * len(prompts), CPU)
     ids, lengths = pad_right(prompts)
     for m in (policy.train(), reward_model.train()):        # reference and policy are the same class
         assert not any("dropout" in type(part).__name__.lower() for part in m.modules())
@@ -149,7 +151,7 @@ def test_09_no_dropout_anywhere(policy, reward_model, prompts):
 
 def test_10_rollout_samples_the_full_distribution(policy, reference, reward_model, prompts, codec):
     """Some tokens lie outside the nucleus that holds 80 % of the probability; about one in five should."""
-    e, _, _, _ = roll(policy, reference, reward_model, prompts * 4, codec)
+    e, _, _ = roll(policy, reference, reward_model, prompts * 4, codec)
     with torch.no_grad():
         probs = ppo.in_rows(policy.lm_head(ppo.response_states(policy.model, e)).softmax(-1), e)    # [B, R, V]
     own = probs.gather(-1, e.tokens[..., None])                                              # [B, R, 1]
@@ -170,33 +172,33 @@ def test_10_rollout_asks_for_the_full_distribution_at_its_temperature(
 def test_11_temperature_divides_the_logits_of_rollout_reference_and_update(policy, reference, reward_model, prompts,
                                                                             codec):
     T = 0.6
-    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec, temperature=T)
+    e, responses, log = roll(policy, reference, reward_model, prompts, codec, temperature=T)
 
     def by_hand(lm, b):
         logits = lm(torch.tensor([prompts[b] + responses[b]]))[0, len(prompts[b]) - 1:-1]    # [R, V]
         return (logits / T).log_softmax(-1)[torch.arange(len(responses[b])), responses[b]].detach()
     kl = [by_hand(policy, b).sum() - by_hand(reference, b).sum() for b in range(len(prompts))]
     for b, response in enumerate(responses):
-        equal(old["logp"][b, :len(response)], by_hand(policy, b))
+        equal(e.logp[b, :len(response)], by_hand(policy, b))
     assert log["kl"] == pytest.approx(float(sum(kl)) / len(kl), abs=1e-4)
-    _, sums = ppo.minibatch_loss(policy, e, old, PPOFlags(temperature=T), 1)
+    _, sums = ppo.minibatch_loss(policy, e, PPOFlags(temperature=T), 1)
     assert sums["approx_kl"] == pytest.approx(0, abs=1e-8)
 
 
 def test_11_temperature_divides_the_logits_that_are_sampled(policy, reference, reward_model, prompts, codec):
     """Nearly 0, the rollout is the greedy answer, which takes the most likely token."""
-    _, _, responses, _ = roll(policy, reference, reward_model, prompts, codec, temperature=1e-4)
+    _, responses, _ = roll(policy, reference, reward_model, prompts, codec, temperature=1e-4)
     assert responses == generate(policy, prompts, codec.max_jd, temperature=0)
 
 
 def test_12_logits_and_values_stand_one_position_before_each_response_token(
         policy, reference, reward_model, critic, prompts, codec):
     weight = critic.weight()
-    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec, critic=critic)
+    e, responses, _ = roll(policy, reference, reward_model, prompts, codec, critic=critic)
     for b, t in real_tokens(e):
         so_far = torch.tensor([prompts[b] + responses[b][:t]])          # no model sees the token itself
         logp = policy.lm_head(policy.model(so_far)[0, -1]).log_softmax(-1)
-        equal(old["logp"][b, t], logp[responses[b][t]])
+        equal(e.logp[b, t], logp[responses[b][t]])
         total = reward_model.model(so_far)[0, len(prompts[b]) - 1:].sum(0)                   # [C]
         equal(critic.states[b, t], total)
         equal(critic.said[b, t], total @ weight[:-1] + weight[-1])
@@ -205,7 +207,7 @@ def test_12_logits_and_values_stand_one_position_before_each_response_token(
 def test_12_a_value_depends_on_no_later_token(reward_model, critic):
     """Three tokens are alike, then the texts differ; one is longer, and one of them ends."""
     prompts = [[2, 5, 4]] * 3
-    e = ppo.make_episodes(prompts, [[8, 9, 8, 9, EOS], [8, 9, 8, 6, 7, 6, 7], [8, 9, 8, EOS]], CPU)
+    e = ppo.make_rollout(prompts, [[8, 9, 8, 9, EOS], [8, 9, 8, 6, 7, 6, 7], [8, 9, 8, EOS]], CPU)
     _, _, states = ppo.score_responses(reward_model, e, EOS, -3.0)
     values = critic.values(states)
     for other in (1, 2):
@@ -215,7 +217,7 @@ def test_12_a_value_depends_on_no_later_token(reward_model, critic):
 
 
 def test_13_after_the_first_end_of_text_all_is_pad_and_masked(policy, reference, reward_model, prompts, codec):
-    e, _, responses, _ = roll(policy, reference, reward_model, prompts, codec)
+    e, responses, _ = roll(policy, reference, reward_model, prompts, codec)
     ended = [r for r in responses if EOS in r]
     assert 0 < len(ended) < len(responses)                  # both kinds are in this rollout
     assert all(r.index(EOS) == len(r) - 1 for r in ended)
@@ -227,12 +229,12 @@ def test_13_after_the_first_end_of_text_all_is_pad_and_masked(policy, reference,
 
 
 def test_13_what_stands_in_pads_changes_no_loss_and_no_mean(policy, reference, reward_model, prompts, codec):
-    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
-    old = drift(old)
-    loss, sums = ppo.minibatch_loss(policy, e, old, PPOFlags(), 10)
-    garbage = {k: torch.where(e.mask, x, torch.full_like(x, 7.0)) for k, x in old.items()}
-    other = e._replace(tokens=torch.where(e.mask, e.tokens, 9))
-    again, sums_again = ppo.minibatch_loss(policy, other, garbage, PPOFlags(), 10)
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    e = drift(e)
+    loss, sums = ppo.minibatch_loss(policy, e, PPOFlags(), 10)
+    other = e._replace(tokens=e.tokens.where(e.mask, torch.tensor(9)), logp=e.logp.where(e.mask, torch.tensor(7.0)),
+                       advantages=e.advantages.where(e.mask, torch.tensor(7.0)))
+    again, sums_again = ppo.minibatch_loss(policy, other, PPOFlags(), 10)
     equal(loss.detach(), again.detach())
     assert sums == pytest.approx(sums_again)
     x = torch.tensor([[1.0, 2.0, 100.0], [6.0, 100.0, 100.0]])
@@ -241,7 +243,7 @@ def test_13_what_stands_in_pads_changes_no_loss_and_no_mean(policy, reference, r
 
 def test_14_a_cut_off_response_gets_the_penalty_instead_of_its_score(reward_model):
     prompts, responses = [[2, 5, 4]] * 3, [[8, 9, EOS], [8, 9, 8, 9], [EOS]]
-    e = ppo.make_episodes(prompts, responses, CPU)
+    e = ppo.make_rollout(prompts, responses, CPU)
     scores, ended, _ = ppo.score_responses(reward_model, e, EOS, cut_off_score=-3.0)
     assert ended.tolist() == [True, False, True] and scores[1] == -3.0
     for b in (0, 2):
@@ -251,7 +253,7 @@ def test_14_a_cut_off_response_gets_the_penalty_instead_of_its_score(reward_mode
 
 def test_14_the_penalty_is_the_one_that_the_flags_name(
         policy, reference, reward_model, prompts, codec):
-    _, _, responses, log = roll(policy, reference, reward_model, prompts, codec, cut_off_score=-7.0)
+    _, responses, log = roll(policy, reference, reward_model, prompts, codec, cut_off_score=-7.0)
     by_hand = scores_by_hand(reward_model, prompts, responses, -7.0)
     assert log["reward"] == pytest.approx(mean(by_hand), abs=1e-5)
     assert 0 < by_hand.count(-7.0) < len(by_hand)
@@ -260,7 +262,7 @@ def test_14_the_penalty_is_the_one_that_the_flags_name(
 def test_15_reference_and_reward_model_are_bit_identical_before_and_after(policy, reward_model, codec, stage,
                                                                          monkeypatch):
     references = []
-    spy(monkeypatch, ppo, "rollout", lambda result, policy, reference, *rest: references.append(reference))
+    spy(monkeypatch, ppo, "roll_out", lambda result, policy, reference, *rest: references.append(reference))
     start, reward_start = snapshot(policy), snapshot(reward_model)
     ppo.train(policy, reward_model, codec, CVS, PPOFlags(iterations=3, episodes=8, minibatch=4), 0, stage, CPU)
 
@@ -295,7 +297,7 @@ def test_16_token_rewards_add_up_to_score_minus_beta_kl():
 
 def test_17_the_score_lies_inside_the_masks_of_value_return_and_advantage(policy):
     prompts, responses = [[2, 5, 4], [2, 4]], [[8, EOS], [8, 9, 8, EOS]]
-    e = ppo.make_episodes(prompts, responses, CPU)
+    e = ppo.make_rollout(prompts, responses, CPU)
     zeros = torch.zeros(e.mask.shape)
     rewards = ppo.token_rewards(torch.tensor([1.0, 1.0]), zeros, e.mask, beta=0.0)
     advantages = ppo.gae(rewards, zeros, e.mask, 1.0, 0.95)
@@ -309,9 +311,9 @@ def test_17_the_score_lies_inside_the_masks_of_value_return_and_advantage(policy
     equal(ppo.gae(rewards, 0.25 * only_last, e.mask, 1.0, 0.0)[only_last > 0], [0.75, 0.75])
 
     # The update learns from it: a change of only that position's advantage changes the loss.
-    old = {"logp": ppo.evaluate_policy(policy, e, 1.0)[0].detach()}
+    e = e._replace(logp=ppo.evaluate_policy(policy, e, 1.0)[0].detach())
     for advantages, loss in ((zeros, 0), (only_last, -2 / 6)):
-        found, _ = ppo.minibatch_loss(policy, e, old | {"advantages": advantages}, PPOFlags(), 6)
+        found, _ = ppo.minibatch_loss(policy, e._replace(advantages=advantages), PPOFlags(), 6)
         assert found.item() == pytest.approx(loss)
 
 
@@ -361,8 +363,8 @@ def test_19_a_persistently_negative_kl_is_a_fault(kls, faults):
 def test_19_the_fault_is_logged_and_reported(policy, reward_model, codec, stage, monkeypatch):
     """From the fifth iteration on, until one outweighs the others."""
     kls = iter([9.0] + [-0.15] * 6 + [5.0])                 # the first is of the critic's own rollout
-    spy(monkeypatch, ppo, "rollout",
-        lambda result, *args: result[3].update(kl=next(kls), kl_error=0.1))
+    spy(monkeypatch, ppo, "roll_out",
+        lambda result, *args: result[1].update(kl=next(kls), kl_error=0.1))
     train(policy, reward_model, codec, stage, CVS[:2], iterations=7, ppo_epochs=1)
     assert [row["kl_fault"] for row in stage.rows] == [False] * 4 + [True] * 2 + [False]
     assert sum("FAULT" in line for line in stage.lines) == 2
@@ -379,8 +381,8 @@ def test_19_the_error_of_five_kls_is_that_of_their_mean():
 
 def test_19_kl_error_is_the_standard_error_of_the_mean_of_the_texts(
         policy, reference, reward_model, prompts, codec):
-    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec)
-    difference = old["logp"] - ref_log_probs(reference, e)
+    e, responses, log = roll(policy, reference, reward_model, prompts, codec)
+    difference = e.logp - ref_log_probs(reference, e)
     texts = [float(row[:len(response)].sum()) for row, response in zip(difference, responses)]
     variance = mean([(x - mean(texts)) ** 2 for x in texts])
     assert log["kl_error"] == pytest.approx(math.sqrt(variance / 12), rel=1e-4)
@@ -407,17 +409,17 @@ def test_20_gae_equals_brute_force_double_sum():
 def test_20_the_rollout_discounts_as_the_flags_say(
         policy, reference, reward_model, critic, prompts, codec):
     """Each text by hand; gamma and lambda differ from each other and from their defaults."""
-    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec, beta=0.3,
+    e, responses, _ = roll(policy, reference, reward_model, prompts, codec, beta=0.3,
                                 critic=critic, gamma=0.9, lam=0.5)
     scores = scores_by_hand(reward_model, prompts, responses)
-    kl, advantages = old["logp"] - ref_log_probs(reference, e), torch.zeros(e.mask.shape)
+    kl, advantages = e.logp - ref_log_probs(reference, e), torch.zeros(e.mask.shape)
     for b, n in enumerate(map(len, responses)):
         rewards = [-0.3 * x for x in kl[b, :n].tolist()]
         rewards[-1] += scores[b]
         advantages[b, :n] = torch.tensor(double_sum(rewards, critic.said[b, :n].tolist(), 0.9, 0.5))
         to_come = double_sum(rewards, [0.0] * n, 0.9, 1.0)
         assert critic.returns[b, :n].tolist() == pytest.approx(to_come, abs=1e-4)
-    equal(old["advantages"], ppo.whiten(advantages, e.mask), 1e-4)
+    equal(e.advantages, ppo.whiten(advantages, e.mask), 1e-4)
 
 
 def test_20_gamma_is_1_and_lambda_0_95():
@@ -439,9 +441,9 @@ def test_21_returns_are_the_discounted_sums_of_the_rewards_to_come():
 def test_21_the_critic_is_fitted_to_returns_that_are_not_whitened_and_know_no_value(
         policy, reference, reward_model, critic, prompts, codec):
     """The first return of a text is all that it earned, also where lambda is not 1."""
-    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec, beta=0.3,
+    e, responses, log = roll(policy, reference, reward_model, prompts, codec, beta=0.3,
                                   critic=critic, lam=0.3)
-    kl = (old["logp"] - ref_log_probs(reference, e)) * e.mask
+    kl = (e.logp - ref_log_probs(reference, e)) * e.mask
     scores = scores_by_hand(reward_model, prompts, responses)
     equal(critic.returns[:, 0], torch.tensor(scores) - 0.3 * kl.sum(1))
     for b, response in enumerate(responses):
@@ -464,10 +466,10 @@ def test_23_rewards_are_not_whitened(policy, reference, reward_model, critic, pr
                                      monkeypatch):
     given = []
     spy(monkeypatch, ppo, "gae", lambda advantages, rewards, *rest: given.append(rewards))
-    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec, beta=0.2,
+    e, responses, log = roll(policy, reference, reward_model, prompts, codec, beta=0.2,
                                   critic=critic)
     scores = torch.tensor(scores_by_hand(reward_model, prompts, responses))
-    kl = (old["logp"] - ref_log_probs(reference, e)) * e.mask
+    kl = (e.logp - ref_log_probs(reference, e)) * e.mask
     total = scores - 0.2 * kl.sum(1)
     assert len(given) == 2                                  # for the advantages, and for the returns
     for rewards in given:
@@ -479,15 +481,15 @@ def test_23_rewards_are_not_whitened(policy, reference, reward_model, critic, pr
 
 def test_23_advantages_are_whitened_over_the_rollout_not_the_minibatch(policy, reference, reward_model, prompts, codec,
                                                                       monkeypatch):
-    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
-    real = old["advantages"][e.mask]
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    real = e.advantages[e.mask]
     assert float(real.mean()) == pytest.approx(0, abs=1e-5)
     assert float((real ** 2).mean()) == pytest.approx(1, abs=1e-4)
 
     used = []
     monkeypatch.setattr(ppo, "policy_loss", lambda log_ratio, advantages, clip: used.append(advantages) or log_ratio)
-    ppo.minibatch_loss(policy, e.rows(slice(0, 3)), {k: x[:3] for k, x in old.items()}, PPOFlags(), 1)
-    assert torch.equal(used[0], old["advantages"][:3])      # a minibatch takes them as they are
+    ppo.minibatch_loss(policy, e.rows(slice(0, 3)), PPOFlags(), 1)
+    assert torch.equal(used[0], e.advantages[:3])      # a minibatch takes them as they are
     assert abs(float(used[0][e.mask[:3]].mean())) > 0.01    # and its own mean is not 0
 
 
@@ -496,22 +498,22 @@ def test_24_cached_rollout_and_uncached_update_give_the_same_log_probabilities(p
                                                                               codec, monkeypatch):
     sampled_from = []                                       # logits [alive, V] at each step of the rollout
     spy(monkeypatch, model, "sample", lambda token, logits, *rest: sampled_from.append(logits.log_softmax(-1)))
-    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec)
+    e, responses, _ = roll(policy, reference, reward_model, prompts, codec)
     for t, logp in enumerate(sampled_from):
         alive = [b for b, r in enumerate(responses) if len(r) > t]      # finished rows have left the batch
         for i, b in enumerate(alive):
-            equal(old["logp"][b, t], logp[i, responses[b][t]])
+            equal(e.logp[b, t], logp[i, responses[b][t]])
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-2])
 def test_24_first_minibatch_has_ratio_1_with_learning_rate_0_every_one(lr, policy, reference, reward_model, prompts,
                                                                        codec, monkeypatch):
-    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec)
     seen = []
     spy(monkeypatch, ppo, "minibatch_loss", lambda result, policy, e, *rest: seen.append(
         {name: x / float(e.mask.sum()) for name, x in result[1].items()}))
     optimizer = torch.optim.Adam(policy.parameters(), lr=lr)
-    ppo.update(policy, optimizer, e, old, PPOFlags(minibatch=4, ppo_epochs=2), generator(0), CPU)
+    ppo.update(policy, optimizer, e, PPOFlags(minibatch=4, ppo_epochs=2), generator(0), CPU)
     assert len(seen) == 6                                   # 12 episodes, twice, by 4
     for means in seen if lr == 0 else seen[:1]:
         assert means["ratio_mean"] == pytest.approx(1, abs=1e-5)
@@ -522,15 +524,15 @@ def test_24_first_minibatch_has_ratio_1_with_learning_rate_0_every_one(lr, polic
 
 
 def test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective(policy, reference, reward_model, prompts, codec):
-    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
-    old, logp = drift(old), ppo.evaluate_policy(policy, e, 1.0)[0].detach()
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    e, logp = drift(e), ppo.evaluate_policy(policy, e, 1.0)[0].detach()
     losses, clipped = [], 0
     for b, t in real_tokens(e):
-        r, A = math.exp(logp[b, t] - old["logp"][b, t]), float(old["advantages"][b, t])
+        r, A = math.exp(logp[b, t] - e.logp[b, t]), float(e.advantages[b, t])
         losses.append(max(-A * r, -A * min(max(r, 0.9), 1.1)))
         clipped += losses[-1] != -A * r
     flags = PPOFlags(clip=0.1)
-    loss, _ = ppo.minibatch_loss(policy, e, old, flags, float(e.mask.sum()))
+    loss, _ = ppo.minibatch_loss(policy, e, flags, float(e.mask.sum()))
     assert loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     assert 0 < clipped < len(losses)
 
@@ -651,15 +653,15 @@ def test_27_the_values_of_a_rollout_come_from_the_fit_before_it(
         policy, reference, reward_model, critic, prompts, codec):
     """The first values of a fresh critic are 0; its second come from the first rollout alone."""
     before = critic.weight()
-    e, old, _, log = roll(policy, reference, reward_model, prompts, codec, critic=critic)
+    e, _, log = roll(policy, reference, reward_model, prompts, codec, critic=critic)
     equal(critic.said, critic.states @ before[:-1] + before[-1])
     assert not torch.allclose(critic.said, critic.values(critic.states))        # by now it has learned from them
 
     fresh, by_hand = NotedCritic(32), ppo.Critic(32)
-    _, _, _, log = roll(policy, reference, reward_model, prompts, codec, critic=fresh)
+    _, _, log = roll(policy, reference, reward_model, prompts, codec, critic=fresh)
     assert (fresh.said == 0).all() and log["explained_variance"] == 0
     by_hand.fit(fresh.states, fresh.returns, e.mask)
-    e, _, _, log = roll(policy, reference, reward_model, prompts, codec, critic=fresh, draw=1)
+    e, _, log = roll(policy, reference, reward_model, prompts, codec, critic=fresh, draw=1)
     assert torch.equal(fresh.said, by_hand.values(fresh.states))
     values = by_hand.values(fresh.states) * e.mask
     ev = ppo.explained_variance(values, lambda_returns(fresh.returns, values), e.mask)
@@ -672,7 +674,7 @@ def test_27_before_iteration_1_the_critic_reads_a_rollout_of_the_sft_model_that_
     start, rolled, updated, policies = snapshot(policy), [], [], []
     monkeypatch.setattr(ppo, "Critic", NotedCritic)
     spy(monkeypatch, ppo, "generate", lambda responses, lm, *rest: policies.append(snapshot(lm)))
-    spy(monkeypatch, ppo, "rollout", lambda result, policy, reference, reward_model, critic, *rest:
+    spy(monkeypatch, ppo, "roll_out", lambda result, policy, reference, reward_model, critic, *rest:
         rolled.append((result[0], critic.said, critic.states, critic.returns)))
     spy(monkeypatch, ppo, "update", lambda result, policy, optimizer, e, *rest: updated.append(e))
     _, critic = train(policy, reward_model, codec, stage, iterations=3, episodes=8, lr=3e-3)
@@ -691,9 +693,9 @@ def test_27_the_critic_moves_no_state_and_no_weight_of_the_reward_model(
         policy, reward_model, codec, stage, monkeypatch):
     before, sums = snapshot(reward_model), []
     prompts = [codec.prompt(cv) for cv in CVS]
-    e = ppo.make_episodes(prompts, [[8, 9, EOS]] * len(CVS), CPU)
+    e = ppo.make_rollout(prompts, [[8, 9, EOS]] * len(CVS), CPU)
     states = ppo.score_responses(reward_model, e, EOS, -3.0)[2]
-    spy(monkeypatch, ppo, "rollout", lambda result, policy, reference, reward_model, critic, *rest:
+    spy(monkeypatch, ppo, "roll_out", lambda result, policy, reference, reward_model, critic, *rest:
         sums.append((critic.xx, critic.xy)))
     _, critic = train(policy, reward_model, codec, stage, iterations=3, episodes=8, lr=3e-3)
     assert all(torch.equal(x, before[name]) for name, x in reward_model.state_dict().items())
@@ -713,9 +715,9 @@ def test_27_the_reward_model_may_be_of_another_size(config, policy, codec, stage
 
 def test_27_the_optimizer_moves_the_policy_and_the_loss_knows_no_value(
         policy, reference, reward_model, critic, prompts, codec):
-    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec, critic=critic)
-    assert set(old) == {"logp", "advantages"} and not any(x.requires_grad for x in old.values())
-    loss, _ = ppo.minibatch_loss(policy, e, old, PPOFlags(), 10)
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec, critic=critic)
+    assert not e.logp.requires_grad and not e.advantages.requires_grad
+    loss, _ = ppo.minibatch_loss(policy, e, PPOFlags(), 10)
     loss.backward()
     assert all(p.grad is not None for p in policy.parameters())
     assert all(p.grad is None for m in (reference, reward_model) for p in m.parameters())
@@ -742,12 +744,12 @@ def test_28_adam_remembers_its_moments_over_all_iterations(policy, reward_model,
 
 def test_29_every_epoch_is_a_fresh_permutation_with_each_episode_once(policy, reference, reward_model, prompts, codec,
                                                                      monkeypatch):
-    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
-    old["index"] = torch.arange(12)                         # travels with its episode
-    seen = []
-    spy(monkeypatch, ppo, "minibatch_loss", lambda result, policy, e, old, *rest: seen.append(old["index"].tolist()))
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    e, seen = e._replace(prompt_lengths=torch.arange(12)), []           # a number that travels with its episode
+    monkeypatch.setattr(ppo, "minibatch_loss", lambda policy, e, *rest: (
+        seen.append(e.prompt_lengths.tolist()), (policy.lm_head.weight.sum() * 0, {"ratio_mean": 1.0, "ratio_var": 0.0}))[1])
     flags = PPOFlags(minibatch=5, ppo_epochs=3)
-    ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), e, old, flags, generator(0), CPU)
+    ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), e, flags, generator(0), CPU)
 
     assert [len(batch) for batch in seen] == [5, 5, 2] * 3  # the rest is not dropped
     epochs = [sum(seen[i:i + 3], []) for i in (0, 3, 6)]
@@ -796,40 +798,40 @@ def test_29_another_seed_is_another_run_and_the_same_seed_the_same(
         assert written[6 + k] == written[8 + k] != written[10 + k]
 
 
-def step_taken(policy, e, old, **flags):
+def step_taken(policy, e, **flags):
     """By how much one SGD step with learning rate 1 moves the parameters: the gradient with the sign turned."""
     policy = copy.deepcopy(policy)
     before = nn.utils.parameters_to_vector(policy.parameters()).detach()
     flags = PPOFlags(minibatch=len(e.ids), ppo_epochs=1, **flags)
-    ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), e, old, flags, generator(0), CPU)
+    ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), e, flags, generator(0), CPU)
     return nn.utils.parameters_to_vector(policy.parameters()).detach() - before
 
 
 def test_30_gradient_accumulation_equals_the_big_batch(policy, reference, reward_model, prompts, codec):
-    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec)
     assert len(set(e.mask.sum(1).tolist())) > 2             # lengths differ: a mean of means would be another gradient
-    whole = step_taken(policy, e, drift(old), accumulate=1, max_grad_norm=math.inf)
+    whole = step_taken(policy, drift(e), accumulate=1, max_grad_norm=math.inf)
     assert float(whole.norm()) > 0.01
     for pieces in (4, 5, 12):
-        equal(step_taken(policy, e, drift(old), accumulate=pieces, max_grad_norm=math.inf), whole, 1e-5)
+        equal(step_taken(policy, drift(e), accumulate=pieces, max_grad_norm=math.inf), whole, 1e-5)
 
 
 def test_30_a_step_is_the_gradient_of_the_mean_over_its_real_tokens(
         policy, reference, reward_model, prompts, codec):
     """Each text alone, without pads, its loss written out; then one mean over the tokens of all."""
-    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec)
-    old, terms = drift(old), []
+    e, responses, _ = roll(policy, reference, reward_model, prompts, codec)
+    e, terms = drift(e), []
     for b, response in enumerate(responses):
         n, states = len(response), policy.model(torch.tensor([prompts[b] + response]))[0]
         states = states[len(prompts[b]) - 1:-1]                                             # [R, C]
         logp = policy.lm_head(states).log_softmax(-1)[torch.arange(n), response]          # [R]
-        A, r = old["advantages"][b, :n], (logp - old["logp"][b, :n]).exp()
+        A, r = e.advantages[b, :n], (logp - e.logp[b, :n]).exp()
         terms += [torch.max(-A * r, -A * r.clamp(0.9, 1.1))]
     torch.cat(terms).mean().backward()
     by_hand = -torch.cat([p.grad.flatten() for p in policy.parameters()])
     policy.zero_grad()
     for pieces in (1, 5):
-        step = step_taken(policy, e, old, accumulate=pieces, clip=0.1, max_grad_norm=math.inf)
+        step = step_taken(policy, e, accumulate=pieces, clip=0.1, max_grad_norm=math.inf)
         equal(step, by_hand, 1e-4)
 
 
@@ -837,12 +839,12 @@ def test_30_each_step_counts_its_own_real_tokens(policy, reference, reward_model
                                                  monkeypatch):
     """Minibatches of 5 episodes, each in two pieces; the last has 2. Each piece is divided by the
     tokens of its minibatch."""
-    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec)
     pieces = []                             # (episodes, real tokens, what it is divided by)
-    spy(monkeypatch, ppo, "minibatch_loss", lambda result, policy, e, old, flags, in_step:
+    spy(monkeypatch, ppo, "minibatch_loss", lambda result, policy, e, flags, in_step:
         pieces.append((len(e.ids), int(e.mask.sum()), in_step)))
     flags = PPOFlags(minibatch=5, accumulate=2, ppo_epochs=1)
-    ppo.update(policy, sgd(policy), e, old, flags, generator(0), CPU)
+    ppo.update(policy, sgd(policy), e, flags, generator(0), CPU)
     assert [n for n, _, _ in pieces] == [3, 2, 3, 2, 1, 1]
     for first, second in zip(pieces[::2], pieces[1::2]):
         assert first[2] == second[2] == first[1] + second[1]
@@ -852,10 +854,10 @@ def test_30_each_step_counts_its_own_real_tokens(policy, reference, reward_model
 def test_30_no_gradient_is_left_from_the_step_before(
         policy, reference, reward_model, prompts, codec, monkeypatch):
     """At rate 0, with the whole rollout in one minibatch, every epoch has the same gradient."""
-    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec)
     norms, flags = [], PPOFlags(ppo_epochs=3, max_grad_norm=0.1)
     spy(monkeypatch, nn.utils, "clip_grad_norm_", lambda norm, *args: norms.append(float(norm)))
-    ppo.update(policy, sgd(policy), e, drift(old), flags, generator(0), CPU)
+    ppo.update(policy, sgd(policy), drift(e), flags, generator(0), CPU)
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4) and norms[0] > 0.1
 
 
@@ -888,7 +890,7 @@ def test_31_the_controller_is_told_the_kl_of_a_text_and_the_number_of_texts(
         policy, reward_model, codec, stage, monkeypatch):
     """KL 2.2 at a target of 2: the error is 0.1. The KL of a token, or of the update, would be far
     below the target. There are 12 CVs, fewer than the 256 episodes that the flags ask for."""
-    spy(monkeypatch, ppo, "rollout", lambda result, *args: result[3].update(kl=2.2))
+    spy(monkeypatch, ppo, "roll_out", lambda result, *args: result[1].update(kl=2.2))
     train(policy, reward_model, codec, stage, iterations=2, ppo_epochs=1, kl_coef=0.07,
           kl_target=2.0, kl_horizon=100)
     assert [row["beta"] for row in stage.rows] == pytest.approx([0.07, 0.07 * (1 + 0.1 * 12 / 100)])
@@ -906,40 +908,40 @@ def test_32_log_softmax_is_in_float32(config):
 
 
 def test_32_log_ratio_is_bounded(policy, reference, reward_model, prompts, codec):
-    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec)
     for far in (-1000.0, 1000.0):
-        loss, sums = ppo.minibatch_loss(policy, e, old | {"logp": old["logp"] + far}, PPOFlags(), float(e.mask.sum()))
+        loss, sums = ppo.minibatch_loss(policy, e._replace(logp=e.logp + far), PPOFlags(), float(e.mask.sum()))
         assert torch.isfinite(loss) and all(math.isfinite(x) for x in sums.values())
 
 
 def test_32_gradients_are_clipped(policy, reference, reward_model, prompts, codec):
-    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
-    free = step_taken(policy, e, drift(old), max_grad_norm=math.inf)
-    short = step_taken(policy, e, drift(old), max_grad_norm=0.01)
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    free = step_taken(policy, drift(e), max_grad_norm=math.inf)
+    short = step_taken(policy, drift(e), max_grad_norm=0.01)
     assert float(free.norm()) > 0.02
     equal(short, free * 0.01 / free.norm(), 1e-6)           # shorter, in the same direction
 
 
 def test_32_a_gradient_that_is_not_finite_is_not_silently_skipped(policy, reference, reward_model, prompts, codec):
-    e, old, _, _ = roll(policy, reference, reward_model, prompts, codec)
-    old["advantages"][0, 0] = math.nan
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    e.advantages[0, 0] = math.nan
     with pytest.raises(ppo.NotFinite):
-        step_taken(policy, e, old)
+        step_taken(policy, e)
 
 
 # ------------------------------------------------------------------------------------------------------- the log
 def test_33_means_of_the_update_are_those_of_the_real_tokens(policy, reference, reward_model, prompts, codec):
-    e, old, responses, _ = roll(policy, reference, reward_model, prompts, codec)
-    old = drift(old)
-    old["logp"] -= 0.2                      # the ratio's mean is not 1
+    e, responses, _ = roll(policy, reference, reward_model, prompts, codec)
+    e = drift(e)
+    e.logp.sub_(0.2)                        # the ratio's mean is not 1
     flags = PPOFlags(minibatch=5, accumulate=2, ppo_epochs=2, clip=0.1)
-    means = ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), e, old, flags, generator(0), CPU)
+    means = ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), e, flags, generator(0), CPU)
 
     with torch.no_grad():
         logp, _ = ppo.evaluate_policy(policy, e, 1.0)
-    delta = [float(logp[b, t] - old["logp"][b, t]) for b, t in real_tokens(e)]
+    delta = [float(logp[b, t] - e.logp[b, t]) for b, t in real_tokens(e)]
     ratio, entropy = [math.exp(d) for d in delta], []
-    A = [float(old["advantages"][b, t]) for b, t in real_tokens(e)]
+    A = [float(e.advantages[b, t]) for b, t in real_tokens(e)]
     for b, t in real_tokens(e):
         p = policy(torch.tensor([prompts[b] + responses[b][:t]]))[0, -1].softmax(-1).tolist()
         entropy.append(-sum(x * math.log(x) for x in p))
@@ -958,11 +960,11 @@ def test_33_means_of_the_update_are_those_of_the_real_tokens(policy, reference, 
 
 def test_33_means_of_the_rollout_are_those_of_the_texts(policy, reference, reward_model, critic,
                                                         prompts, codec):
-    e, old, responses, log = roll(policy, reference, reward_model, prompts, codec, critic=critic)
+    e, responses, log = roll(policy, reference, reward_model, prompts, codec, critic=critic)
     n = len(responses)
     scores = scores_by_hand(reward_model, prompts, responses)
     ref_logp = ref_log_probs(reference, e)
-    d = (old["logp"] - ref_logp)
+    d = (e.logp - ref_logp)
     assert log["reward"] == pytest.approx(mean(scores), abs=1e-5)
     assert log["kl"] == pytest.approx(sum(float(d[b, t]) for b, t in real_tokens(e)) / n, abs=1e-5)
     assert log["kl_k3"] == pytest.approx(sum(math.exp(-d[b, t]) - 1 + float(d[b, t]) for b, t in real_tokens(e)) / n,
@@ -1033,10 +1035,10 @@ def test_25_the_best_text_becomes_likelier_and_the_worst_less_likely(
     best, worst = [r for r in responses if r[-1] == EOS and responses.count(r) == 1][:2]
     paid = {str(same[0] + best): 1.0, str(same[0] + worst): -1.0}
     scores_of(monkeypatch, lambda row: paid.get(str(row), 0.0))
-    e, old, responses, _ = roll(policy, policy, reward_model, same, codec, beta=0.0)
+    e, responses, _ = roll(policy, policy, reward_model, same, codec, beta=0.0)
     before = log_probs_of_texts(policy, e)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3)
-    ppo.update(policy, optimizer, e, old, PPOFlags(ppo_epochs=4), generator(0), CPU)
+    ppo.update(policy, optimizer, e, PPOFlags(ppo_epochs=4), generator(0), CPU)
     change = log_probs_of_texts(policy, e) - before
     assert change[responses.index(best)] > 0.5 and change[responses.index(worst)] < -0.5
     assert change[responses.index(best)] == change.max()
@@ -1067,9 +1069,9 @@ def test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference(
         policy, critic = copy.deepcopy(start), ppo.Critic(32)
         optimizer = torch.optim.Adam(policy.parameters(), lr=5e-4)
         for i in range(4):
-            written, old, *_ = ppo.rollout(policy, reference, reward_model, critic, prompts * 4,
-                                           codec, flags, beta, generator(i), CPU)
-            ppo.update(policy, optimizer, written, old, flags, generator(i), CPU)
+            written, _ = ppo.roll_out(policy, reference, reward_model, critic, prompts * 4,
+                                      codec, flags, beta, generator(i), CPU)
+            ppo.update(policy, optimizer, written, flags, generator(i), CPU)
         kls.append(exact_kl(policy, reference, e))
     assert kls[1] < 0.95 * exact_kl(start, reference, e) and kls[1] < 0.9 * kls[0]
 
@@ -1094,8 +1096,8 @@ def test_a_rollout_that_is_computed_in_parts_is_the_same_rollout(
     found = []
     for minibatch, accumulate in ((12, 1), (10, 2), (1, 1)):
         critic = NotedCritic(32)
-        e, old, _, log = roll(policy, reference, reward_model, prompts, codec, critic=critic, minibatch=minibatch, accumulate=accumulate)
-        found.append((old["logp"] * e.mask, old["advantages"], critic.states[e.mask], critic.returns,
+        e, _, log = roll(policy, reference, reward_model, prompts, codec, critic=critic, minibatch=minibatch, accumulate=accumulate)
+        found.append((e.logp * e.mask, e.advantages, critic.states[e.mask], critic.returns,
                       torch.tensor([*log.values()])))
     for other in found[1:]:
         for x, y in zip(found[0], other):
@@ -1107,6 +1109,6 @@ def test_equal_scores_within_a_part_of_a_rollout_are_no_constant_reward_model(
     """Each part holds the same text twice, as it may happen; the scores of the whole rollout differ."""
     monkeypatch.setattr(ppo, "generate", lambda lm, prompts, *rest, **more: [[8, EOS]] * len(prompts))
     twice = [p for p in prompts for _ in range(2)]
-    assert roll(policy, policy, reward_model, twice, codec, minibatch=2)[3]["eos_rate"] == 1
+    assert roll(policy, policy, reward_model, twice, codec, minibatch=2)[2]["eos_rate"] == 1
     with pytest.raises(BadInput, match="gives all 24 finished JDs of a rollout the same score"):
         roll(policy, policy, reward_model, prompts[:1] * 24, codec, minibatch=2)

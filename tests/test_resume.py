@@ -43,24 +43,23 @@ class Cut(BaseException):
     """As if the machine went off: nothing catches it."""
 
 
-def cut_at(monkeypatch, n, where="safe"):
-    """The n-th call of a Stage's method is the last."""
-    calls, real = [], getattr(Stage, where)
+def cut_at(monkeypatch, n, where="checkpoint", owner=Stage):
+    """The n-th call of a Stage's method, or of another function, is the last."""
+    calls, real = [], getattr(owner, where)
 
-    def call(self, *args, **kwargs):
+    def call(*args, **kwargs):
         calls.append(args)
         if len(calls) == n:
             raise Cut
-        return real(self, *args, **kwargs)
-    monkeypatch.setattr(Stage, where, call)
+        return real(*args, **kwargs)
+    monkeypatch.setattr(owner, where, call)
     return calls
 
 
-@pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("n", [2, 3, 5, 7, 9])
+@pytest.mark.parametrize("name, n", [(name, n) for name in STAGES for n in (2, 3, 5, 7, 9) if name != "ppo" or n == 2])
 def test_wherever_a_stage_is_cut_its_end_is_the_same(whole, tmp_path, monkeypatch, capsys, name, n):
-    """Within an epoch, between two, within PPO's update and after its rollout: a state is saved at every safe point, and at
-    the n-th the process ends."""
+    """Within an epoch, between two, after an iteration of PPO: a state is saved after every step, and at the n-th the process
+    ends."""
     folder, command = begin(whole, tmp_path, name) / name, argv(name, tmp_path / "run", whole / "data", "--save-seconds", "0")
     with monkeypatch.context() as m, pytest.raises(Cut):
         cut_at(m, n)
@@ -68,25 +67,24 @@ def test_wherever_a_stage_is_cut_its_end_is_the_same(whole, tmp_path, monkeypatc
     assert not (folder / "summary.json").exists() and (folder / "state.json").exists()
     capsys.readouterr()
     assert girl.main(command) == 0
-    step = (n - 1) // 6 if name == "ppo" else n - 1     # of PPO's safe points, five lie within an iteration and one is its end
-    assert f"{name}: resumed at step {step} of " in capsys.readouterr().out
+    assert f"{name}: resumed at step {n - 1} of " in capsys.readouterr().out
     assert results(folder) == results(whole / "run" / name)
 
 
-def test_the_critic_goes_on_with_the_sums_that_it_had_and_its_fit_is_saved(whole, tmp_path, monkeypatch):
-    """Cut within an update, and between two iterations. The sums hold the critic's own rollout, and
-    those of the iterations."""
+def test_an_iteration_of_ppo_that_was_cut_short_is_done_again_from_the_state_before_it(whole, tmp_path, monkeypatch):
+    """Cut in the rollout and in the update of the second iteration: the weights, the optimizer and the critic's sums are those
+    after the first. The sums hold the critic's own rollout, and those of the iterations; its fit is saved."""
     folder = begin(whole, tmp_path, "ppo") / "ppo"
-    command = argv("ppo", tmp_path / "run", whole / "data", "--save-seconds", "0")
+    command = argv("ppo", tmp_path / "run", whole / "data")
     real, critics, sums = girl.ppo.train, [], []
     monkeypatch.setattr(girl.ppo, "train", lambda *args: critics.append(real(*args)) or critics[-1])
     fit = girl.ppo.Critic.fit
     monkeypatch.setattr(girl.ppo.Critic, "fit", lambda critic, *args: (
-        fit(critic, *args), sums.append({"more.critic.xx": critic.xx, "more.critic.xy": critic.xy})))
-    # Twice within the first iteration, and after its end: the second rollout is lost, and made again.
-    for n, fits in ((3, 2), (4, 2), (4, 3)):
+        fit(critic, *args), sums.append({"critic.xx": critic.xx, "critic.xy": critic.xy})))
+    # The state of the first iteration is there, whatever --save-seconds says; an update has eight micro-batches.
+    for where, n, fits in (("roll_out", 3, 2), ("minibatch_loss", 3, 3), ("roll_out", 1, 3)):
         with monkeypatch.context() as m, pytest.raises(Cut):
-            cut_at(m, n)
+            cut_at(m, n, where, girl.ppo)
             girl.main(command)
         state = load_file(folder / read_json(folder / "state.json")["tensors"])
         assert len(sums) == fits and all(torch.equal(state[name], x) for name, x in sums[1].items())
@@ -98,13 +96,37 @@ def test_the_critic_goes_on_with_the_sums_that_it_had_and_its_fit_is_saved(whole
     assert results(folder) == results(whole / "run" / "ppo")
 
 
+def test_ctrl_c_stops_ppo_at_once(whole, tmp_path, monkeypatch, capsys):
+    """Not after the iteration: its state is that of the one before."""
+    folder, command = begin(whole, tmp_path, "ppo") / "ppo", argv("ppo", tmp_path / "run", whole / "data")
+    real, calls = girl.ppo.minibatch_loss, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 9:                     # an update has eight micro-batches: this is the second one's first
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+    with monkeypatch.context() as m:
+        m.setattr(girl.ppo, "minibatch_loss", interrupted)
+        assert girl.main(command) == 130
+    assert len(calls) == 9 and "ppo: stopped; the same command will go on after step 1 of 2" in capsys.readouterr().out
+    assert girl.main(command) == 0
+    assert results(folder) == results(whole / "run" / "ppo")
+
+
 def test_a_ppo_state_of_an_earlier_version_is_refused_in_one_line(whole, tmp_path, monkeypatch, capsys):
-    """Its critic was trained with the policy, by flags that are gone."""
+    """The critic was trained with the policy, by flags that are gone; later its sums had other names."""
     folder, command = interrupted(whole, tmp_path, monkeypatch, "ppo")
     state = run.read_checked(folder / "state.json", "")
     state["asked"] |= {"value_clip": 0.2, "value_coef": 0.5}
     run.write_json(folder / "state.json", run.with_checksum(state))
     refused(capsys, command, f"{folder}: was begun with --value-clip 0.2, not None; ", "delete this one")
+    tensors = folder / state["tensors"]
+    run.save_tensors(tensors, {name.replace("critic.", "more.critic."): t for name, t in load_file(tensors).items()})
+    for name in ("value_clip", "value_coef"):
+        del state["asked"][name]
+    run.write_json(folder / "state.json", run.with_checksum(state | {"sha256": run.sha256(tensors)}))
+    refused(capsys, command, f"{tensors}: of another model or version, critic.xx is not what it was; delete {folder} to begin")
 
 
 def test_a_stage_cut_while_it_saves_goes_on_from_the_state_before(whole, tmp_path, monkeypatch):
@@ -207,7 +229,7 @@ def test_a_signal_after_the_last_step_ends_the_stage_at_once(whole, tmp_path, mo
 def test_the_second_ctrl_c_ends_a_stage_at_once_and_a_second_sigterm_does_not(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), Stage(tmp_path, "sft") as stage:
-        stage.safe(1)                   # not saved yet
+        stage.checkpoint(1)             # not saved yet
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stage.stopped
@@ -258,7 +280,7 @@ def test_train_waits_for_its_stages_also_where_it_is_told_to_stop_again(whole, t
 def interrupted(whole, tmp_path, monkeypatch, name="reward"):
     folder, command = begin(whole, tmp_path, name) / name, argv(name, tmp_path / "run", whole / "data", "--save-seconds", "0")
     with monkeypatch.context() as m, pytest.raises(Cut):
-        cut_at(m, 4)
+        cut_at(m, 2 if name == "ppo" else 4)
         girl.main(command)
     return folder, command
 
@@ -336,7 +358,7 @@ def test_states_and_summaries_of_an_earlier_version_name_no_code(tmp_path, capsy
             stage.total(2)
             stage.resume({}, [])
             stage.log(step=1)
-            stage.finish() if finish else stage.safe(1)
+            stage.finish() if finish else stage.checkpoint(1)
         for name in ("state.json", "summary.json"):
             if (path := tmp_path / "sft" / name).exists():
                 raw = run.read_checked(path, "")
@@ -546,24 +568,24 @@ def test_a_damaged_state_json_is_refused(whole, tmp_path, monkeypatch, capsys, c
 
 
 # ------------------------------------------------------------------------------------------------------- other faults
-@pytest.mark.parametrize("name, where, step", [("sft", "sft_step", "step 3"), ("reward", "reward_step", "step 3"), ("ppo", "minibatch_loss", "step 1")])
+@pytest.mark.parametrize("name, where, step", [("sft", "sft_step", "step 3"), ("reward", "reward_step", "step 3"), ("ppo", "minibatch_loss", "step 2")])
 def test_a_loss_that_is_no_number_names_stage_step_and_records_and_saves_nothing_more(whole, tmp_path, monkeypatch, capsys, name, where, step):
     folder, command = begin(whole, tmp_path, name) / name, argv(name, tmp_path / "run", whole / "data", "--save-seconds", "0")
-    module, calls, states = getattr(girl, name), [], []
+    module, calls, states, good = getattr(girl, name), [], [], 10 if name == "ppo" else 2
     real = getattr(module, where)
 
     def spoiled(*args):
         loss, *rest = real(*args)
         calls.append(1)
         states.append((folder / "state.json").exists() and (folder / "state.json").read_bytes())
-        if len(calls) >= 3 and name != "ppo":   # a loss that is a number, and a gradient that is none
+        if len(calls) > good and name != "ppo":     # a loss that is a number, and a gradient that is none
             next(p for p in args[0].parameters() if p.grad is not None).grad[0] = float("inf")
-        return loss * (float("nan") if len(calls) >= 3 and name == "ppo" else 1), *rest
+        return loss * (float("nan") if len(calls) > good and name == "ppo" else 1), *rest
     monkeypatch.setattr(module, where, spoiled)
     cvs = {json.loads(line)["cv"] for line in (whole / "data" / "train.jsonl").open()}
     line = refused(capsys, command, f"{name}: the loss or its gradient is not finite at {step}, on the records ", "; lower --lr")
     assert any(repr(cv[:40]) in line for cv in cvs)
-    assert (folder / "state.json").read_bytes() == states[2] and not (folder / "summary.json").exists()
+    assert (folder / "state.json").read_bytes() == states[good] and not (folder / "summary.json").exists()
 
 
 @pytest.mark.parametrize("nll", [float("nan"), float("inf"), 5000.0])
@@ -597,17 +619,16 @@ def test_a_policy_that_went_astray_is_named_in_its_next_rollout(whole, tmp_path,
     assert read_json(tmp_path / "run" / "ppo" / "state.json")["step"] == 1
 
 
-@pytest.mark.parametrize("n", [3 * 6 + 1, 3 * 6 + 3])       # after the third iteration; within the update of the fourth
-def test_a_persistently_negative_kl_is_counted_on_after_an_interruption(whole, tmp_path, monkeypatch, n):
+def test_a_persistently_negative_kl_is_counted_on_after_an_interruption(whole, tmp_path, monkeypatch):
     folder, command = begin(whole, tmp_path, "ppo") / "ppo", argv("ppo", tmp_path / "run", whole / "data", "--save-seconds", "0", "--iterations", "7")
-    real = girl.ppo.rollout
+    real = girl.ppo.roll_out
 
     def negative(*args):
-        *rest, log = real(*args)
-        return *rest, log | {"kl": -1.0, "kl_error": 0.1}
-    monkeypatch.setattr(girl.ppo, "rollout", negative)
+        rollout, log = real(*args)
+        return rollout, log | {"kl": -1.0, "kl_error": 0.1}
+    monkeypatch.setattr(girl.ppo, "roll_out", negative)
     with monkeypatch.context() as m, pytest.raises(Cut):
-        cut_at(m, n)
+        cut_at(m, 4)                            # after the third iteration
         girl.main(command)
     assert girl.main(command) == 0
     faults = [row["kl_fault"] for row in csv.DictReader((folder / "metrics.csv").open())]

@@ -43,7 +43,7 @@ def test_a_state_is_saved_at_the_first_step_after_so_many_seconds(tmp_path, monk
         saved = []
         for step in range(1, 9):
             clock[0] += seconds / 4 + 0.01
-            stage.safe(step)
+            stage.checkpoint(step)
             saved.append(read_json(tmp_path / "sft" / "state.json")["step"] if (tmp_path / "sft" / "state.json").exists() else None)
     assert saved == [None, None, None, 4, 4, 4, 4, 8]
 
@@ -53,7 +53,7 @@ def test_a_state_keeps_the_time_and_refuses_another_model(tmp_path):
         stage.begin({}, {})
         stage.start -= 100                      # 100 seconds at work
         stage.resume({"model": torch.nn.Linear(2, 3)}, [])
-        stage.safe(1)
+        stage.checkpoint(1)
     with Stage(tmp_path, "sft", 0) as stage:
         assert stage.begin({}, {})
         for other in (torch.nn.Linear(2, 4), torch.nn.Bilinear(2, 2, 2)):

@@ -107,32 +107,22 @@ def test_after_some_steps_the_jd_is_likelier_and_reading_is_better(stage):
     flags = sft.SFTFlags(batch=2, lr=1e-2, matrix_lr=1e-3, warmup=0)
     optimizer = Optimizer(torch.nn.ModuleList([lm, reader]), flags, 12)
     before = sft.mean_nll(lm, pairs, codec, CPU)
+    losses = []
     for step in range(12):
-        sft.sft_steps(lm, reader, optimizer, examples, codec, step, 12, flags, 0, stage, CPU)
+        losses.append(sft.sft_step(lm, reader, examples, flags, CPU))
+        optimizer.step(step)
     assert sft.mean_nll(lm, pairs, codec, CPU) < 0.7 * before
-    assert stage.rows[0]["loss"] == pytest.approx(before, rel=1e-4)
-    assert stage.rows[-1]["reading"] < stage.rows[0]["reading"]
+    (first_loss, first_reading), (_, last_reading) = losses[0], losses[-1]
+    assert first_loss == pytest.approx(before, rel=1e-4) and last_reading < first_reading
 
 
-def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last_step(
-        stage, monkeypatch):
-    codec, lm = tiny()
-    seen, examples = [], [sft.Example([2], [k]) for k in range(7)]
-
-    def step(model, reader, batch, *rest):
-        seen.append([e.jd[0] for e in batch])
-        return 0.0, 0.0
-    monkeypatch.setattr(sft, "sft_step", step)
-    flags = sft.SFTFlags(batch=3)
-    optimizer = Optimizer(lm, flags, 10)
-    ends = []
-    for seed, first, last in ((0, 0, 9), (0, 3, 9), (1, 0, 9), (0, 6, 8)):
-        ends.append(sft.sft_steps(lm, None, optimizer, examples, codec, first, last, flags, seed,
-                                  stage, CPU))
-    assert ends == [3, 6, 3, 8] and len(seen) == 3 + 3 + 3 + 2
-    epochs = [sum(seen[k:k + 3], []) for k in (0, 3, 6)]
+def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last_step():
+    batches = sft.schedule([5] * 7, 3, steps=8, seed=0)     # an epoch has three steps
+    assert [len(batch) for batch in batches[:6]].count(1) == 2 and len(batches) == 8
+    epochs = [sum(batches[:3], []), sum(batches[3:6], []), sum(sft.schedule([5] * 7, 3, 3, seed=1), [])]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({str(epoch) for epoch in epochs}) == 3       # another epoch, another seed
+    assert len(set(sum(batches[6:], []))) == len(sum(batches[6:], []))
 
 
 def test_a_new_model_has_zeros_for_unused_tokens_small_embeddings_and_large_final_states():
@@ -151,25 +141,32 @@ def test_stage_1_sees_the_accepted_pairs_of_half_a_for_as_many_epochs_as_it_is_t
     for split in ("train", "valid", "test"):
         own = [r if split == "train" else r | {"cv": f"{split} {r['cv']}", "jd": f"{split} {r['jd']}"} for r in records]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in own))
-    seen, validated = [], []
+    seen, validated, optimizers = [], [], []
 
-    def steps(model, reader, optimizer, examples, codec, first, last, flags, seed, stage, device):
-        seen.append((first, last, examples))
-        assert model.model.checkpointing and optimizer.flags is flags
+    class Noted(Optimizer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            optimizers.append(self)
+
+    def step(model, reader, batch, given, device):
+        seen.append(batch)
+        optimizer, = optimizers
+        assert model.model.checkpointing and optimizer.flags is given is flags
         trained = {id(p) for p in [*model.parameters(), *reader.parameters()]}
         assert {id(p) for p in optimizer.parameters} == trained
-        stage.log(loss=0.0)
-        return last
-    monkeypatch.setattr(sft, "sft_steps", steps)
+        return 0.0, 0.0
+    monkeypatch.setattr(sft, "Optimizer", Noted)
+    monkeypatch.setattr(sft, "sft_step", step)
     monkeypatch.setattr(sft, "mean_nll", lambda model, pairs, *rest: validated.append(pairs) or 1.0)
     flags = sft.SFTFlags(hidden=32, layers=1, heads=4, kv_heads=4, batch=5, epochs=1.5, checkpointing=True)
     with Stage(tmp_path / "run", "sft") as stage:
         sft.train(stage, tmp_path, flags, 0, CPU)
     codec = load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft").config)
     of_a = [r for r in records if half(r["cv"]) == "A" and r["accepted"]]
-    assert [(first, last) for first, last, _ in seen] == [(0, round(1.5 * math.ceil(len(of_a) / 5)))] + [(seen[0][1], seen[0][1])]
-    for *_, pairs in seen:
-        assert [(e.prompt, e.jd) for e in pairs] == [(codec.prompt(r["cv"]), codec.jd(r["jd"])) for r in of_a]
+    epoch = math.ceil(len(of_a) / 5)
+    assert len(seen) == optimizers[0].steps == round(1.5 * epoch) > epoch
+    pairs = [(e.prompt, e.jd) for batch in seen[:epoch] for e in batch]
+    assert sorted(pairs) == sorted((codec.prompt(r["cv"]), codec.jd(r["jd"])) for r in of_a)
     assert validated == [[(f"valid {r['cv']}", f"valid {r['jd']}") for r in records if r["accepted"]]] * 2
 
 

@@ -529,13 +529,12 @@ def test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_p
     for seed in range(2):                       # before a step of the policy's adapters, and after it
         critic = NotedCritic(policy.config.hidden_size)
         draw, cpu = torch.Generator().manual_seed(seed), torch.device("cpu")
-        e, old, responses, _ = ppo.rollout(policy, reference, judge, critic, prompts, codec, ppo.PPOFlags(), 0.05,
-                                           draw, cpu)
-        for found, prompt, response in zip(critic.states, prompts, responses):
-            row, start, found = torch.tensor([prompt + response]), len(prompt) - 1, found[:len(response)]
+        e, _ = ppo.roll_out(policy, reference, judge, critic, prompts, codec, ppo.PPOFlags(), 0.05, draw, cpu)
+        for found, prompt, tokens, mask in zip(critic.states, prompts, e.tokens, e.mask):
+            row, start, found = torch.tensor([prompt + tokens[mask].tolist()]), len(prompt) - 1, found[mask]
             torch.testing.assert_close(found, alone.model(row)[0, start:-1].cumsum(0), atol=1e-4, rtol=1e-5)
             assert not torch.allclose(found, policy.model(row)[0, start:-1], atol=1e-2)
-        ppo.update(policy, optimizer, e, old, ppo.PPOFlags(), draw, cpu)
+        ppo.update(policy, optimizer, e, ppo.PPOFlags(), draw, cpu)
     assert all(p.grad is None for p in judge.parameters())
 
 

@@ -24,23 +24,26 @@ if __name__ == "__main__":              # Ctrl-C while torch is being imported: 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
-import torch.nn as nn
 
-import demo
-import evaluate
 import market
 import ppo
-import recommend
 import reward
 import sft
-import table
-from data import SPLITS, Codec, files_of, keeps_contacts, load_codec, load_tokenizer, read_half, read_records, save_tokenizer
-from model import LINEAR, LanguageModel, RewardModel, generate, is_target, merge_lora, twin
-from run import (BadInput, Stage, alone, autocast, check_folder, check_same, checksum, checksums, code_checksum, differences,
-                 finished, flag, generator, load_tensors, peak_rss_mb, pick_device, read_json, read_summary, save_tensors,
-                 sha256, with_checksum, write_json)
-from texts import is_utf16, normalize
-from weights import StartFlags, check_links, is_reward, load_model, load_pretrained, put, read_config, read_lora, save_model
+from data import load_codec, read_half, read_records
+from measure import demo, evaluate, recommend
+from model import LINEAR, LanguageModel, RewardModel, generate, is_target, merge_lora
+from plumbing import table
+from plumbing.files import (BadInput, checksum, checksums, locked, read_json, sha256, with_checksum,
+                            write_json)
+from plumbing.inputs import (BEFORE, DATA, check_rules, code_of, init_of, models_before, need,
+                             what_it_learns_from)
+from plumbing.plan import print_plan
+from plumbing.records import SPLITS, files_of
+from plumbing.stage import (Stage, autocast, check_same, differences, finished, flag, generator,
+                            peak_rss_mb, pick_device, read_summary)
+from plumbing.texts import is_utf16, normalize
+from plumbing.tokenizer import save_tokenizer
+from plumbing.weights import StartFlags, is_reward, load_model, read_config, read_lora, save_model
 
 
 @dataclass
@@ -53,98 +56,6 @@ class DataFlags:
 
 
 # ------------------------------------------------------------------------------------------ the stages and their models
-def need(run, stage):
-    """The folder of a finished stage, which learned from the stages that stand before it in this run."""
-    if not finished(run, stage):
-        command = "reward --judge" if stage == "judge" else stage
-        raise BadInput(f"{run / stage}: stage {stage} is not finished; run  python girl.py {command} --run {run}  first")
-    inputs = read_summary(run / stage)["inputs"]
-    for name, digest in models_before(run, stage).items():
-        if inputs.get(name) != digest:
-            raise BadInput(f"{run / stage}: learned from another model than the one that is here, {name} is not the same; delete "
-                           f"{run / stage} and run the stage again")
-    return run / stage
-
-
-def init_of(run):
-    """The folder of the pretrained model that a run began with, or nothing."""
-    return read_summary(Path(run) / "sft")["asked"]["init"] if finished(run, "sft") else ""
-
-
-def train_reward(stage, run, folder, flags, seed, device):
-    """Stage 2, or the judge: another seed, and the decisions on the other half of the CVs. (Both start from stage 1's
-    weights, and the jobs are the same.)"""
-    name, part = stage.name, "B" if stage.name == "judge" else "A"
-    generator_model = load_model(need(run, "sft"), LanguageModel, device)
-    codec = load_codec(run / "sft", generator_model.config)
-    probes = ["probes.jsonl"] if (folder / "probes.jsonl").exists() else []
-    records, init_seed = read_half(folder, part, "train.jsonl", *probes), generator(seed, name, "init").initial_seed()
-    if flags.init:
-        if not same_tokenizer(load_tokenizer(flags.init), codec):
-            raise BadInput(f"{flags.init}: its tokenizer is not the one of {run / 'sft'}; the reward model reads what that model "
-                           "writes")
-        start = load_pretrained(flags, codec, init_seed, device)
-    else:
-        start = generator_model
-    start.config.keep_contacts = keeps_contacts(folder)         # an earlier version of stage 1 did not note it
-    model, reader = new_reward_model(start, run / "sft", bool(flags.init or init_of(run)), init_seed)
-    reward.train(model.to(device), reader.to(device), codec, records, flags, seed, stage, device)
-    cvs = sorted({r.cv for r in records})
-    samples = reward.sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
-    if not any(row[-1] == codec.eos for row in samples):
-        stage.say(f"{name}: none of {len(samples)} samples of stage 1 ended within {codec.max_jd} tokens, so the score is standardized "
-                  "on truncated JDs; train stage 1 longer, or raise its --max-jd")
-    reward.standardize(model, reward.score_rows(model, samples))
-    valid = read_records(folder / "valid.jsonl")
-    metrics = reward.pair_metrics(valid, reward.score_texts(model, codec, [(r.cv, r.jd) for r in valid]))
-    stage.say(f"{name}: valid " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
-    stage.check_lock()
-    save_model(stage.folder, model)
-    save_tokenizer(stage.folder, codec)
-    stage.finish(**metrics, center=model.center, cut_cvs=len(codec.cut_cvs), cut_jds=len(codec.cut_jds))
-
-
-def same_tokenizer(tokenizer, codec):
-    """Is this a codec's tokenizer, but for the cut that Codec.for_text may have added?"""
-    other = Codec(tokenizer, codec.max_cv, codec.max_jd, codec.eos)
-    return other.for_text()[0].to_str() == codec.for_text()[0].to_str()
-
-
-def new_reward_model(lm, folder, pretrained, seed):
-    """A language model's body, as stage 2 takes it up, and a head for reading; the head for the score is random."""
-    torch.manual_seed(seed)
-    if pretrained:
-        # Its end-of-text state says what was read: no averaging block. With adapters, body and generator share the frozen base.
-        return RewardModel(lm.config, body=twin(lm.model)), nn.Linear(lm.config.hidden_size, 1)
-    model = RewardModel(lm.config)
-    model.model.load_state_dict(lm.model.state_dict())
-    model.add_averaging_block()
-    reader, path = nn.Linear(model.config.hidden_size, 1), folder / "reader.safetensors"
-    put(reader, load_tensors(path), reader.state_dict(), path, "cpu")
-    with torch.no_grad():
-        # The logits of stage 1 need large final states; the head's first scores and its rate are meant for states of size 1.
-        size = model.model.norm.weight.mean()
-        model.model.norm.weight /= size
-        reader.weight *= size
-    return model, reader
-
-
-def train_ppo(stage, run, folder, flags, seed, device):
-    policy = load_model(need(run, "sft"), LanguageModel, device)
-    policy.config.keep_contacts = keeps_contacts(folder)
-    codec = load_codec(run / "sft", policy.config)
-    reward_model = load_model(need(run, "reward"), RewardModel, device, beside=policy)
-    truth = market.true_match if (folder / "market.json").exists() else None
-    cvs = sorted({r.cv for r in read_half(folder, "A")})
-    _, critic = ppo.train(policy, reward_model, codec, cvs, flags, seed, stage, device, truth)
-    stage.check_lock()
-    save_model(stage.folder, policy)
-    save_tokenizer(stage.folder, codec)
-    weight = critic.weight()
-    save_tensors(stage.folder / "value_head.safetensors", {"weight": weight[None, :-1].contiguous(), "bias": weight[-1:].contiguous()})
-    stage.finish(**stage.rows[-1])
-
-
 # ------------------------------------------------------------------------------------------------- uses of a run
 def read_text(path):
     """The text of a file. Its contacts stay until the model is known: see as_trained."""
@@ -234,7 +145,7 @@ def data_asked(args):
 
 def make_data(args):
     flags = from_args(DataFlags, args)
-    with alone(args.out):
+    with locked(args.out):
         write_data(args, flags, time.time())
 
 
@@ -268,14 +179,6 @@ def write_data(args, flags, start):
         "asked": data_asked(args), "inputs": {}, "sha256": checksums(files_of(args.out))}))
 
 
-def check_rules(folder):
-    """Refuse simulated data that were made by other rules than market.py has now: their true match would be another."""
-    path, rules = Path(folder) / "market.json", code_checksum(Path(market.__file__))
-    if path.exists() and read_json(path).get("rules", rules) != rules:      # an earlier version noted none
-        raise BadInput(f"{path}: market.py changed since these data were made, so their true match would differ; restore the old "
-                       "market.py, or make new data in a new run:  bash train.sh --out DIR")
-
-
 def folders(args):
     """The run's folder, its data, and the market's module where these are simulated."""
     run = Path(args.run)
@@ -286,7 +189,7 @@ def folders(args):
 def run_stage(args, device):
     """One of sft, reward, judge, ppo; a stage whose result is there is not run again."""
     name = "judge" if getattr(args, "judge", False) else args.command
-    run, folder, _ = folders(args)
+    run, folder, the_market = folders(args)
     if getattr(args, "plan", None) is not None:
         return show_plan(args, run)
     flags = from_args(STAGES[args.command], args)
@@ -301,56 +204,10 @@ def run_stage(args, device):
     with Stage(run, name, 0 if name == "ppo" else args.save_seconds) as stage:
         if stage.begin(asked, inputs, code_of(name)):
             note_config(run, name, {"data": str(folder), **asked})
-            if name == "sft":
-                sft.train(stage, folder, flags, args.seed, device)
-            elif name == "ppo":
-                train_ppo(stage, run, folder, flags, args.seed, device)
+            if name == "ppo":
+                ppo.run(stage, run, folder, flags, args.seed, device, the_market and the_market.true_match)
             else:
-                train_reward(stage, run, folder, flags, args.seed, device)
-
-
-def code_of(name):
-    """Checksums of the files whose code the result of a stage or a measurement depends on. (Of the market's rules see check_rules.)"""
-    measures = ["sft.py", "ppo.py", "evaluate.py"]
-    own = {"sft": ["sft.py"], "ppo": ["ppo.py"], "evaluate": measures, "recommend": [*measures, "recommend.py"]}.get(name, [])
-    files = ["girl.py", "data.py", "texts.py", "model.py", "weights.py", "run.py", "reward.py", *own]
-    return {file: code_checksum(Path(sft.__file__).with_name(file)) for file in files}
-
-
-for each in ("sft", "ppo", "recommend"):
-    code_of(each)                       # now, while the files are the code that was imported
-code_checksum(Path(market.__file__))
-
-
-BEFORE = {"sft": (), "reward": ("sft",), "judge": ("sft",), "ppo": ("sft", "reward"), "recommend": ("sft", "reward", "ppo"),
-          "evaluate": ("sft", "reward", "judge", "ppo")}
-
-
-def models_before(run, name):
-    """Checksums of the files of the stages before this one."""
-    return {f"{stage}/{f}": digest for stage in BEFORE[name] if finished(run, stage)
-            for f, digest in read_summary(run / stage)["sha256"].items() if f != "metrics.csv"}
-
-
-DATA = ("train.jsonl", "valid.jsonl", "probes.jsonl", "market.json", "import.json")
-
-
-def what_it_learns_from(run, folder, name, init=""):
-    """Checksums of a stage's data, of the stages before it, and of the pretrained models that it and they began with."""
-    check_folder(folder)
-    check_rules(folder)
-    found = {f: sha256(folder / f) for f in DATA if (folder / f).exists()}
-    bases = {"--init": init} if init else {}
-    for stage in BEFORE[name]:
-        if adapters := read_lora(need(run, stage)):
-            bases[stage] = adapters.base_model_name_or_path
-    digests = {}
-    for base in set(bases.values()):
-        check_links(base)
-        digests[base] = checksums(path for path in Path(base).glob("*")
-                                  if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"))
-    found |= {f"{file} that {of} began with": digest for of, base in bases.items() for file, digest in digests[base].items()}
-    return found | models_before(run, name)
+                (sft if name == "sft" else reward).run(stage, run, folder, flags, args.seed, device)
 
 
 def show_plan(args, run):
@@ -364,13 +221,13 @@ def show_plan(args, run):
     # Counted as if all blocks had the same adapters.
     targets = [name for part, names in LINEAR.items() for name in names
                if any(is_target(f"model.layers.{i}.{part}.{name}", targets) for i in range(config.num_hidden_layers))]
-    ppo.print_plan(config, from_args(ppo.PPOFlags, args), rank, targets)
+    print_plan(config, from_args(ppo.PPOFlags, args), rank, targets)
 
 
 def note_config(run, stage, flags):
     """config.json of a run: the flags of each of its stages. Locked, since reward model and judge start together."""
     path = run / "config.json"
-    with alone(run, wait=True):
+    with locked(run, wait=True):
         noted = read_json(path, "delete it, nothing depends on it") if path.exists() else {}
         write_json(path, dict(sorted((noted | {stage: flags}).items())))
 
@@ -392,7 +249,7 @@ def run_all(args, device):
     run_apart(run, {"reward": ["reward"] + common + again, "judge": ["reward", "--judge"] + common + again}, device)
     run_stage(parse(["ppo"] + common + again), device)
     wanted = parse(["evaluate"] + common)
-    with alone(run, wait=True):         # the recommender is not added to an evaluation of others
+    with locked(run, wait=True):         # the recommender is not added to an evaluation of others
         evaluate.forget_others(run, {"seed": wanted.seed, "split": wanted.split,
                                      "measured": what_is_measured(wanted)})
     measures = [name for name in evaluate.MEASURES if not (args.quick and name == "recommend")]
@@ -497,12 +354,12 @@ def evaluate_run(args, device):
     run, folder, truth = folders(args)
     if args.verdicts:
         evaluate.read_results(run)          # or there is no run to lock
-        with alone(run / "evaluate"):
+        with locked(run / "evaluate"):
             return evaluate.add_verdicts(run, args.verdicts)
     if args.export_pairs and Path(args.export_pairs).exists():
         raise BadInput(f"{args.export_pairs}: exists already; choose another file")
     measured = what_is_measured(args)
-    with alone(run / "evaluate"):
+    with locked(run / "evaluate"):
         evaluate.evaluate(run, folder, args.split, args.cvs, args.seed, device, truth, init_of(run), args.export_pairs, measured)
 
 

@@ -24,8 +24,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from data import Record, clear_data, write_records
-from run import BadInput, code_checksum, write_json
+from data import Record
+from plumbing.records import clear_data, write_records
+from plumbing.files import BadInput, write_json
+from plumbing.stage import code_checksum
 
 # ------------------------------------------------------------------------------------------- the tables: edit these
 # The order of DEGREES is the order of levels 0..3.

@@ -13,14 +13,14 @@ used within it), mixtures of experts, quantised weights.
 import copy
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from run import BadInput, NotFinite
+from plumbing.files import BadInput, NotFinite
 
 
 @dataclass
@@ -179,37 +179,49 @@ class Transformer(nn.Module):
                 std = c.initializer_range / (math.sqrt(2 * c.num_hidden_layers) if writes else 1)
                 nn.init.normal_(p, std=std)
 
-    def forward(self, ids, mask=None, caches=None, before_last=False, blocks=None, asked=None):
-        """ids [B, T] -> hidden states [B, T, C]; with `before_last` also what the last block is given, normed likewise.
-        `blocks`: stop after this many blocks. `asked` [B, T] is True at the N tokens whose states
-        are needed: they come as [N, C], row after row, and the last block computes only the keys
-        and values of the others. (Of 6 blocks: stage 1 is 1.08 times as fast, stage 2 1.09.)
+    def forward(self, ids, mask=None, caches=None, asked=None):
+        """ids [B, T] -> hidden states [B, T, C].
 
-        mask [B, T], True at real tokens: needed where rows are padded on the left, or where caches
-        hold tokens before these (then [B, S]). Without it rows may be padded on the right only: a
-        causal model never sees what is behind."""
-        B, T = ids.shape
-        if mask is None:
-            positions, visible = torch.arange(T, device=ids.device), None                    # [T]
-        else:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, None, -T:]                      # [B, 1, T]
-            S = mask.shape[1]
-            causal = torch.ones(T, S, dtype=torch.bool, device=ids.device).tril(S - T)       # [T, S]
-            # A pad at the very left would see nothing and give 0/0; let every token see itself.
-            itself = torch.eye(S, dtype=torch.bool, device=ids.device)[-T:]                  # [T, S]
-            visible = (causal & mask[:, None, None, :]) | itself                             # [B, 1, T, S]
-        cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        x = self.embed_tokens(ids)                                                           # [B, T, C]
+        mask [B, T], True at real tokens: needed if rows are padded on the left, or if caches hold
+        tokens before these (then [B, S]). Without it rows may be padded on the right only: a causal
+        model never sees what comes later.
+
+        asked [B, T], True at the N tokens whose states are needed: they come as [N, C], row after
+        row, and the last block computes only the keys and values of the others. (Of 6 blocks: stage
+        1 is 1.08 times as fast, stage 2 1.09.)"""
+        for x in self.each_block(ids, mask, caches, asked):
+            pass
+        return self.norm(x)                                                     # [B, T, C] or [N, C]
+
+    def each_block(self, ids, mask=None, caches=None, asked=None):
+        """As forward, but gives the states after each block in turn, before the final norm."""
+        positions, visible = positions_and_sight(ids, mask)
+        cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta,
+                                self.config.rope_scaling)
+        x = self.embed_tokens(ids)                                              # [B, T, C]
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        layers = self.layers[:blocks]
-        for i, layer in enumerate(layers):
-            given, cache = x, caches[i] if caches else None
-            inputs = x, cos, sin, visible, cache, asked if i == len(layers) - 1 else None
+        for i, layer in enumerate(self.layers):
+            cache = caches[i] if caches else None
+            inputs = x, cos, sin, visible, cache, asked if i == len(self.layers) - 1 else None
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x = layer(*inputs)
-        return (self.norm(x), self.norm(given)) if before_last else self.norm(x)             # [B, T, C]
+            yield x                                                             # [B, T, C] or [N, C]
+
+
+def positions_and_sight(ids, mask):
+    """The position of each token, and which tokens it sees: [T] and None (all before it) without a
+    mask, else [B, 1, T] and [B, 1, T, S]. See Transformer.forward."""
+    T = ids.shape[1]
+    if mask is None:
+        return torch.arange(T, device=ids.device), None
+    S = mask.shape[1]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, None, -T:]                 # [B, 1, T]
+    causal = torch.ones(T, S, dtype=torch.bool, device=ids.device).tril(S - T)  # [T, S]
+    # A pad at the very left would see nothing and give 0/0; let every token see itself.
+    itself = torch.eye(S, dtype=torch.bool, device=ids.device)[-T:]             # [T, S]
+    return positions, (causal & mask[:, None, None, :]) | itself                # [B, 1, T, S]
 
 
 class LanguageModel(nn.Module):
@@ -244,27 +256,6 @@ class RewardModel(nn.Module):
         # Stiennon et al. 2020, arXiv 2009.01325: std 1/sqrt(d + 1). No bias: a pair's loss could not teach one.
         nn.init.normal_(self.score.weight, std=1 / math.sqrt(c.hidden_size + 1))
         self.center = center        # subtracted from every score; kept in config.json
-
-    @torch.no_grad()
-    def add_averaging_block(self, gain=10.0):
-        """One more block, for a body that comes from a language model: there end-of-text was hardly ever asked for
-        anything, and its state holds little of what the tokens before it know.
-
-        The block starts as an average, and training makes a better one of it. Zero queries look at all tokens alike,
-        orthogonal values and their transposed outputs hand their states on unchanged, and `gain` outweighs what the last
-        token itself brings. The MLP starts at zero."""
-        self.config = self.model.config = replace(self.config, num_hidden_layers=self.config.num_hidden_layers + 1)
-        block = Block(self.config)
-        a = block.self_attn
-        nn.init.zeros_(a.q_proj.weight)
-        nn.init.normal_(a.k_proj.weight, std=self.config.hidden_size ** -0.5)
-        nn.init.orthogonal_(a.v_proj.weight)                                                 # [K D, C]
-        values = a.v_proj.weight.view(a.K, a.D, -1).repeat_interleave(a.H // a.K, dim=0)     # [H, D, C]
-        a.o_proj.weight.copy_(gain * a.K / a.H * values.reshape(a.H * a.D, -1).T)            # [C, H D]
-        for up in (block.mlp.gate_proj, block.mlp.up_proj):
-            nn.init.normal_(up.weight, std=self.config.hidden_size ** -0.5)
-        nn.init.zeros_(block.mlp.down_proj.weight)
-        self.model.layers.append(block)
 
     def forward(self, ids, lengths):
         """ids [B, T] padded on the right, lengths [B] -> scores [B]."""
@@ -304,29 +295,6 @@ class Cache:
     def keep(self, rows):
         """Drop all rows but these."""
         self.k, self.v = self.k[rows], self.v[rows]
-
-
-class SharedPrompts:
-    """Keys and values of one layer for prompts that are read once and continued by several rows each; gradients pass."""
-
-    def __init__(self):
-        self.kept = None
-
-    def append(self, k, v):
-        self.kept = k, v
-        return k, v
-
-
-class Continued:
-    """One layer's cache for the rows that continue such prompts: row b continues prompt owner[b]."""
-
-    def __init__(self, prompts, owner):
-        self.prompts, self.owner = prompts, owner
-
-    def append(self, k, v):
-        # Not past[owner]: its backward adds with atomics in whatever order the threads arrive, so that two runs would differ
-        # in their last bits.
-        return tuple(torch.cat((past.index_select(0, self.owner), now), dim=2) for past, now in zip(self.prompts.kept, (k, v)))
 
 
 def rows_that_fit(most, numbers):

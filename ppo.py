@@ -42,9 +42,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import pad_right
-from model import cache_size, generate, logits_size, rows_that_fit, twin
-from run import BadInput, NotFinite, autocast, flag, generator
+from data import load_codec, pad_right, read_half
+from model import LanguageModel, RewardModel, generate, twin
+from plumbing.files import BadInput, NotFinite, save_tensors
+from plumbing.inputs import need
+from plumbing.records import keeps_contacts
+from plumbing.stage import autocast, flag, generator
+from plumbing.tokenizer import save_tokenizer
+from plumbing.weights import load_model, save_model
 
 
 @dataclass
@@ -379,6 +384,22 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
     return optimizer, critic
 
 
+def run(stage, folder, data, flags, seed, device, true_match=None):
+    """Load stage 1's and stage 2's models, train, save. See train for `true_match`."""
+    policy = load_model(need(folder, "sft"), LanguageModel, device)
+    policy.config.keep_contacts = keeps_contacts(data)
+    codec = load_codec(folder / "sft", policy.config)
+    reward_model = load_model(need(folder, "reward"), RewardModel, device, beside=policy)
+    cvs = sorted({r.cv for r in read_half(data, "A")})
+    _, critic = train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match)
+    stage.check_lock()
+    save_model(stage.folder, policy)
+    save_tokenizer(stage.folder, codec)
+    weight = critic.weight()
+    save_tensors(stage.folder / "value_head.safetensors", {"weight": weight[None, :-1].contiguous(), "bias": weight[-1:].contiguous()})
+    stage.finish(**stage.rows[-1])
+
+
 def kl_is_negative(rows):
     """Is the mean KL of the last five iterations more than 2 standard errors below 0? The KL of one
     rollout may be negative by chance. That it stays negative, however small, is not to be expected:
@@ -406,72 +427,3 @@ def report(stage, i, flags, log, cvs, texts):
                   "log-probabilities or masks disagree")
     if i % 20 == 0 or i + 1 == flags.iterations:
         stage.say(f"--- a sample\n{cvs[0]}\n->\n{texts[0]}\n---")
-
-
-# ------------------------------------------------------------------------------------------- what an iteration takes
-TEMPLATE = 32               # tokens of the prompt around the CV, about
-
-
-def plan(c, flags, rank=0, targets=(), frozen_bytes=4):
-    """Parameters, memory in bytes by part, and FLOPs of an iteration, from a Config and PPOFlags alone. rank 0: all weights
-    are trained; else adapters beside these layers, and each number of the one frozen base takes `frozen_bytes`.
-
-    Every text is counted at its budget: T tokens of prompt and JD, R of JD. The reward model is counted with as many blocks. What
-    autocast keeps in float32 beside a bf16 base is counted at `frozen_bytes` too, so that activations come out a little short."""
-    C, L, V = c.hidden_size, c.num_hidden_layers, c.vocab_size
-    HD, KD, F = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.intermediate_size
-    shapes = {"q_proj": (C, HD), "k_proj": (C, KD), "v_proj": (C, KD), "o_proj": (HD, C), "gate_proj": (C, F), "up_proj": (C, F),
-              "down_proj": (F, C)}
-    blocks, head = L * sum(i * o for i, o in shapes.values()), V * C
-    gains = (2 * L + 1) * C + L * (c.qkv_bias * (HD + 2 * KD) + c.qk_norm * 2 * c.head_dim)
-    total = blocks + gains + head * (1 if c.tie_word_embeddings else 2)
-    adapters = L * sum(rank * sum(shapes[t]) for t in targets)
-    trained = adapters if rank else total
-
-    # 1. Memory.
-    R, T = c.max_jd_tokens, c.max_cv_tokens + c.max_jd_tokens + TEMPLATE
-    rows = math.ceil(flags.minibatch / flags.accumulate)
-    # What autograd keeps of a block for each token, as counted on the CPU in float32. Frozen gains and layers without an
-    # adapter do not keep their inputs.
-    if rank:
-        inputs = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
-        kept = (2 + len({inputs[t] for t in targets if t in inputs})) * C + (3 + ("down_proj" in targets)) * F
-        kept += rank * len(targets)
-    else:
-        kept = 6 * C + 4 * F
-    kept += (2 + c.qk_norm * (1 if rank else 2)) * (HD + KD)
-    numbers = L * C + kept if flags.checkpointing else L * kept
-    caches = rows_that_fit(flags.episodes, cache_size(c, T)) * cache_size(c, T)
-    states = flags.episodes * R * C         # for the critic: they are there five times over while it turns them into float64
-    memory = {
-        # the reward model has no head over the vocabulary
-        "weights": frozen_bytes * total + 4 * 3 * adapters if rank else 4 * (3 * total - (0 if c.tie_word_embeddings else head)),
-        "gradients": 4 * trained, "Adam": 8 * trained, "activations": frozen_bytes * rows * T * numbers,
-        "logits": 4 * rows * logits_size(c), "rollout": 4 * max(caches + states, 5 * states)}
-    update = memory["gradients"] + memory["activations"] + memory["logits"]
-    memory["peak"] = memory["weights"] + memory["Adam"] + max(update, memory["rollout"])
-
-    # 2. FLOPs: 2 for each weight and token forward; backward as many for the inputs, and for the weights that are trained.
-    B, attention = flags.episodes, 2 * T * HD * L                                            # attention: of a token, on average
-    forward, scores = T * (2 * blocks + attention), R * 2 * head
-    backward = (1 if rank else 2) * (forward + scores) + (forward if flags.checkpointing else 0)
-    flops = {"rollout": B * (forward + scores), "scoring": B * (3 * forward + 2 * scores),
-             "update": flags.ppo_epochs * B * (forward + scores + backward)}
-    flops["iteration"] = sum(flops.values())
-    return {"tokens": T, "micro-batch": rows, "parameters": total, "trained": trained, "memory": memory, "flops": flops}
-
-
-def print_plan(c, flags, rank, targets):
-    """Full fine-tuning and LoRA side by side, for one model."""
-    columns = {"all weights": plan(c, flags), f"LoRA, rank {rank}": plan(c, flags, rank, targets),
-               "base in bf16 (CUDA)": plan(c, flags, rank, targets, frozen_bytes=2)}
-    first = columns["all weights"]
-    print(f"{flags.episodes} episodes of {first['tokens']} tokens, {c.max_jd_tokens} of them written; micro-batches of "
-          f"{first['micro-batch']}; checkpointing {'on' if flags.checkpointing else 'off'}")
-    print(f"{'':<28}" + "".join(f"{name:>20}" for name in columns))
-    for name in ("parameters", "trained"):
-        print(f"{name:<28}" + "".join(f"{column[name] / 1e6:>18.1f} M" for column in columns.values()))
-    for part, unit, size in (("memory", "GB", 1e9), ("flops", "TFLOP", 1e12)):
-        for name in first[part]:
-            cells = [f"{column[part][name] / size:.2f} {unit}" for column in columns.values()]
-            print(f"{part + ', ' + name:<28}" + "".join(f"{text:>20}" for text in cells))

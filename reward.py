@@ -34,10 +34,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import bucketed, pad_right
-from model import Continued, SharedPrompts, generate, rows_that_fit
-from run import BadInput, Optimizer, autocast, flag, generator
-from weights import StartFlags
+from data import Codec, bucketed, load_codec, pad_right, read_half, read_records
+from model import LanguageModel, RewardModel, generate, rows_that_fit, twin
+from aids import Optimizer, add_averaging_block, jd_states, reading_loss
+from plumbing.files import BadInput, load_tensors
+from plumbing.inputs import init_of, need
+from plumbing.records import keeps_contacts
+from plumbing.stage import autocast, flag, generator
+from plumbing.tokenizer import load_tokenizer, same_tokenizer, save_tokenizer
+from plumbing.weights import StartFlags, load_model, load_pretrained, put, save_model
 
 
 @dataclass
@@ -179,41 +184,6 @@ def pair_metrics(records, scores):
 
 
 # ------------------------------------------------------------------------------------------------------ training
-def jd_states(body, rows, device):
-    """(prompt, JD) rows -> the hidden states of the JDs' last tokens [B, C], those of all their
-    tokens before the last block [B, R, C], and which tokens are real [B, R].
-
-    Each different prompt is read once, however many JDs go with it."""
-    numbers = {}
-    owner = torch.tensor([numbers.setdefault(tuple(prompt), len(numbers)) for prompt, _ in rows], device=device)     # [B]
-    prompts, prompt_lengths = (x.to(device) for x in pad_right([list(p) for p in numbers]))  # [N, P], [N]
-    jds, jd_lengths = (x.to(device) for x in pad_right([jd for _, jd in rows]))              # [B, R], [B]
-    in_prompt = torch.arange(prompts.shape[1], device=device) < prompt_lengths[:, None]      # [N, P]
-    in_jd = torch.arange(jds.shape[1], device=device) < jd_lengths[:, None]                  # [B, R]
-    shared = [SharedPrompts() for _ in body.layers]
-    # Of a prompt the last block computes keys and values only.
-    body(prompts, caches=shared, asked=torch.zeros_like(in_prompt))
-    continued = [Continued(layer, owner) for layer in shared]
-    last = torch.arange(jds.shape[1], device=device) == jd_lengths[:, None] - 1             # [B, R]
-    visible = torch.cat((in_prompt[owner], in_jd), dim=1)                    # [B, P + R]
-    return *body(jds, visible, continued, before_last=True, asked=last), in_jd
-
-
-def reading_loss(reader, states, rows):
-    """Cross-entropy of "the CV holds this token too", mean over the JD tokens of a row, then over
-    the rows. The last of a JD's n tokens is asked something else instead, with the weight 1 + 1/n:
-    which share of the tokens before it does the CV hold?
-
-    states [tokens, C]: the hidden states of all JD tokens, row after row."""
-    held = [torch.isin(torch.tensor(jd), torch.tensor(prompt)).float() for prompt, jd in rows]
-    weights = [torch.full((len(row),), 1 / len(row)) for row in held]
-    for row, weight in zip(held, weights):
-        row[-1], weight[-1] = row[:-1].sum() / max(len(row) - 1, 1), 1 + weight[-1]
-    held, weights = torch.cat(held).to(states.device), torch.cat(weights).to(states.device)  # [tokens], [tokens]
-    logits = reader(states).squeeze(-1).float()                                              # [tokens]
-    return F.binary_cross_entropy_with_logits(logits, held, weights, reduction="sum") / len(rows)
-
-
 def batch_loss(model, reader, groups, device):
     """Over all comparisons of these groups: the sum of -log sigmoid, how many came out right, the same sum for the mean
     states, and the reading loss."""
@@ -311,3 +281,56 @@ def sample_texts(lm, codec, cvs, n, seed, stage, device, batch_size=128):
             out = generate(lm, part, codec.max_jd, generator=generator(seed, stage.name, "samples", k, device=device))
         rows += [p + o for p, o in zip(part, out)]
     return rows
+
+
+# -------------------------------------------------------------------------------------------------- the whole stage
+def new_reward_model(lm, folder, pretrained, seed):
+    """A language model's body, as stage 2 takes it up, and a head for reading; the head for the score is random."""
+    torch.manual_seed(seed)
+    if pretrained:
+        # Its end-of-text state says what was read: no averaging block. With adapters, body and generator share the frozen base.
+        return RewardModel(lm.config, body=twin(lm.model)), nn.Linear(lm.config.hidden_size, 1)
+    model = RewardModel(lm.config)
+    model.model.load_state_dict(lm.model.state_dict())
+    add_averaging_block(model)
+    reader, path = nn.Linear(model.config.hidden_size, 1), folder / "reader.safetensors"
+    put(reader, load_tensors(path), reader.state_dict(), path, "cpu")
+    with torch.no_grad():
+        # The logits of stage 1 need large final states; the head's first scores and its rate are meant for states of size 1.
+        size = model.model.norm.weight.mean()
+        model.model.norm.weight /= size
+        reader.weight *= size
+    return model, reader
+
+
+def run(stage, folder, data, flags, seed, device):
+    """Stage 2, or the judge: another seed, and the decisions on the other half of the CVs. (Both start from stage 1's
+    weights, and the jobs are the same.)"""
+    name, part = stage.name, "B" if stage.name == "judge" else "A"
+    generator_model = load_model(need(folder, "sft"), LanguageModel, device)
+    codec = load_codec(folder / "sft", generator_model.config)
+    probes = ["probes.jsonl"] if (data / "probes.jsonl").exists() else []
+    records, init_seed = read_half(data, part, "train.jsonl", *probes), generator(seed, name, "init").initial_seed()
+    if flags.init:
+        if not same_tokenizer(codec, Codec(load_tokenizer(flags.init), codec.max_cv, codec.max_jd, codec.eos)):
+            raise BadInput(f"{flags.init}: its tokenizer is not the one of {folder / 'sft'}; the reward model reads what that model "
+                           "writes")
+        start = load_pretrained(flags, codec, init_seed, device)
+    else:
+        start = generator_model
+    start.config.keep_contacts = keeps_contacts(data)         # an earlier version of stage 1 did not note it
+    model, reader = new_reward_model(start, folder / "sft", bool(flags.init or init_of(folder)), init_seed)
+    train(model.to(device), reader.to(device), codec, records, flags, seed, stage, device)
+    cvs = sorted({r.cv for r in records})
+    samples = sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
+    if not any(row[-1] == codec.eos for row in samples):
+        stage.say(f"{name}: none of {len(samples)} samples of stage 1 ended within {codec.max_jd} tokens, so the score is standardized "
+                  "on truncated JDs; train stage 1 longer, or raise its --max-jd")
+    standardize(model, score_rows(model, samples))
+    valid = read_records(data / "valid.jsonl")
+    metrics = pair_metrics(valid, score_texts(model, codec, [(r.cv, r.jd) for r in valid]))
+    stage.say(f"{name}: valid " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+    stage.check_lock()
+    save_model(stage.folder, model)
+    save_tokenizer(stage.folder, codec)
+    stage.finish(**metrics, center=model.center, cut_cvs=len(codec.cut_cvs), cut_jds=len(codec.cut_jds))

@@ -23,12 +23,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (Codec, bucketed, check_splits, keeps_contacts, load_tokenizer, pad_right,
-                  read_half, read_records, save_tokenizer, train_tokenizer)
+from data import Codec, bucketed, pad_right, read_half, read_records, train_tokenizer
+from plumbing.records import check_splits, keeps_contacts
+from plumbing.tokenizer import load_tokenizer, save_tokenizer
 from model import Config, LanguageModel, generate, logits_size, rows_that_fit
-from reward import reading_loss
-from run import BadInput, Optimizer, autocast, flag, generator, save_tensors
-from weights import StartFlags, load_pretrained, read_config, save_model
+from aids import Optimizer, reading_loss, start_small
+from plumbing.files import BadInput, save_tensors
+from plumbing.stage import autocast, flag, generator
+from plumbing.weights import StartFlags, load_pretrained, read_config, save_model
 
 
 @dataclass
@@ -89,34 +91,10 @@ def mean_nll(model, pairs, codec, device):
 
 
 # ------------------------------------------------------------------------------------------------------ training
-def train(stage, folder, flags, seed, device):
-    """Stage 1 on the data set in this folder."""
-    check_splits(folder)
-    records = read_half(folder, "A")
-    valid = [(r.cv, r.jd) for r in read_records(folder / "valid.jsonl") if r.accepted]
-    if not valid or not any(r.accepted for r in records):
-        raise BadInput(f"{folder}: stage 1 learns from accepted pairs, and there is none in "
-                       f"{'half A of train.jsonl' if valid else 'valid.jsonl'}")
-
-    # 1. The tokenizer, from the train split only; token rows; a model of the size that the data need. Or both from --init.
-    codec = new_codec(records, flags)
-    pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd)) for r in records if r.accepted]
-    tokens = sum(len(e.prompt) + len(e.jd) for e in pairs)
-    stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; cut: {len(codec.cut_cvs)} CVs at "
-              f"{codec.max_cv} tokens, {len(codec.cut_jds)} JDs at {codec.max_jd}")
-    codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
-    init_seed, before = generator(seed, "sft-init").initial_seed(), {}
-    if flags.init:
-        model = load_pretrained(flags, codec, init_seed, device)
-        before = {"valid_nll_before": mean_nll(model, valid, codec, device)}
-        stage.say(f"sft: valid NLL of the pretrained model {before['valid_nll_before']:.4f}")
-    else:
-        model = new_model(codec, pairs, flags, init_seed).to(device)
-    model.config.keep_contacts = keeps_contacts(folder)
+def train(model, reader, codec, pairs, valid, flags, seed, stage, device):
+    """Stage 1 on these Examples: epochs, and after each validation and one sample to look at. `valid`: (cv, jd) texts. Returns
+    the last valid NLL."""
     model.model.checkpointing = flags.checkpointing
-    reader = nn.Linear(model.config.hidden_size, 1).to(device)
-
-    # 2. Epochs over the accepted pairs; after each, validation and one sample to look at.
     epoch_steps = math.ceil(len(pairs) / flags.batch)
     steps = max(1, round(flags.epochs * epoch_steps))
     optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(steps))
@@ -132,58 +110,7 @@ def train(stage, folder, flags, seed, device):
         stage.checkpoint(step + 1)
         if (step + 1) % epoch_steps == 0 and step + 1 < steps:
             look(model, codec, valid, step // epoch_steps, step + 1, seed, stage, device)
-    nll = look(model, codec, valid, (steps - 1) // epoch_steps, steps, seed, stage, device)
-
-    stage.check_lock()
-    save_model(stage.folder, model)
-    save_tokenizer(stage.folder, codec)
-    if not flags.init:
-        save_tensors(stage.folder / "reader.safetensors", {k: v.cpu() for k, v in reader.state_dict().items()})
-    stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=steps, **before)
-
-
-def new_codec(records, flags):
-    """The pretrained model's tokenizer, or one that is learned from these records."""
-    if not flags.init:
-        texts = sorted({t for r in records for t in (r.cv, r.jd)})
-        return Codec(train_tokenizer(texts, flags.vocab), flags.max_cv, flags.max_jd)
-    config, _ = read_config(flags.init)
-    codec = Codec(load_tokenizer(flags.init), flags.max_cv, flags.max_jd, config.eos_token_id)
-    if codec.eos is None:
-        raise BadInput(f"{flags.init}: nothing says which token ends a text; name it as eos_token_id in its config.json")
-    if codec.pad is None:
-        raise BadInput(f"{flags.init}: its tokenizer has no special token that is free to fill rows up; add one, such as <|pad|>, to the "
-                       "added_tokens of its tokenizer.json")
-    return codec
-
-
-def new_model(codec, examples, flags, seed):
-    """A generator with random weights, large enough for these token rows."""
-    torch.manual_seed(seed)
-    model = LanguageModel(Config(
-        vocab_size=codec.tokenizer.get_vocab_size(), hidden_size=flags.hidden, num_hidden_layers=flags.layers,
-        intermediate_size=8 * round(flags.hidden * 8 / 3 / 8), num_attention_heads=flags.heads,
-        num_key_value_heads=flags.kv_heads, max_position_embeddings=codec.context(),
-        # 1/sqrt(C) instead of the usual 0.02: from so small a start a small model takes long until it copies anything.
-        initializer_range=flags.hidden ** -0.5, max_cv_tokens=codec.max_cv, max_jd_tokens=codec.max_jd))
-    # Tokens that none of these rows has (the halves of merges, mostly) start at zero: random ones would be drawn now and
-    # then, and spoil a JD.
-    unused = torch.ones(codec.tokenizer.get_vocab_size(), dtype=torch.bool)
-    unused[sorted({t for e in examples for t in e.prompt + e.jd})] = False
-    with torch.no_grad():
-        # The largest logit is |final state| |embedding|. Whatever cannot come next must stay far below it, or samples slip
-        # now and then; and norms grow slowly, so they start large. Embeddings grow fast, so they start small: else the first
-        # logits would be large too, and the first two hundred steps would do nothing but make them smaller.
-        model.model.norm.weight *= 8
-        nn.init.normal_(model.model.embed_tokens.weight, std=0.02)
-        model.model.embed_tokens.weight[unused] = 0
-        # Up to half of the heads start with equal queries and keys: a token then looks for its like, which is how one text is
-        # found in another (Trockman and Kolter 2023, arXiv 2305.09828).
-        for attention in (layer.self_attn for layer in model.model.layers):
-            rows = max(1, attention.K // 2) * attention.D
-            queries = attention.q_proj.weight.view(attention.K, -1, attention.D, flags.hidden)[:, 0]     # first of each group
-            attention.k_proj.weight[:rows] = queries.reshape(-1, flags.hidden)[:rows]
-    return model
+    return look(model, codec, valid, (steps - 1) // epoch_steps, steps, seed, stage, device)
 
 
 def schedule(lengths, batch, steps, seed):
@@ -220,3 +147,64 @@ def sft_step(model, reader, batch, flags, device):
             (loss / tokens + flags.reading * share * reading).backward()
             total, total_reading = total + float(loss.detach()), total_reading + share * float(reading.detach())
     return total / tokens, total_reading
+
+
+# -------------------------------------------------------------------------------------------------- the whole stage
+def new_codec(records, flags):
+    """The pretrained model's tokenizer, or one that is learned from these records."""
+    if not flags.init:
+        texts = sorted({t for r in records for t in (r.cv, r.jd)})
+        return Codec(train_tokenizer(texts, flags.vocab), flags.max_cv, flags.max_jd)
+    config, _ = read_config(flags.init)
+    codec = Codec(load_tokenizer(flags.init), flags.max_cv, flags.max_jd, config.eos_token_id)
+    if codec.eos is None:
+        raise BadInput(f"{flags.init}: nothing says which token ends a text; name it as eos_token_id in its config.json")
+    if codec.pad is None:
+        raise BadInput(f"{flags.init}: its tokenizer has no special token that is free to fill rows up; add one, such as <|pad|>, to the "
+                       "added_tokens of its tokenizer.json")
+    return codec
+
+
+def new_model(codec, examples, flags, seed):
+    """A generator with random weights, large enough for these token rows."""
+    torch.manual_seed(seed)
+    model = LanguageModel(Config(
+        vocab_size=codec.tokenizer.get_vocab_size(), hidden_size=flags.hidden, num_hidden_layers=flags.layers,
+        intermediate_size=8 * round(flags.hidden * 8 / 3 / 8), num_attention_heads=flags.heads,
+        num_key_value_heads=flags.kv_heads, max_position_embeddings=codec.context(),
+        # 1/sqrt(C) instead of the usual 0.02: from so small a start a small model takes long until it copies anything.
+        initializer_range=flags.hidden ** -0.5, max_cv_tokens=codec.max_cv, max_jd_tokens=codec.max_jd))
+    start_small(model, {t for e in examples for t in e.prompt + e.jd})
+    return model
+
+
+def run(stage, folder, data, flags, seed, device):
+    """Load the data, make a tokenizer and a model, or take both from --init; train, and save."""
+    check_splits(data)
+    records = read_half(data, "A")
+    valid = [(r.cv, r.jd) for r in read_records(data / "valid.jsonl") if r.accepted]
+    if not valid or not any(r.accepted for r in records):
+        raise BadInput(f"{data}: stage 1 learns from accepted pairs, and there is none in "
+                       f"{'half A of train.jsonl' if valid else 'valid.jsonl'}")
+    codec = new_codec(records, flags)
+    pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd)) for r in records if r.accepted]
+    tokens = sum(len(e.prompt) + len(e.jd) for e in pairs)
+    stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; cut: {len(codec.cut_cvs)} CVs at "
+              f"{codec.max_cv} tokens, {len(codec.cut_jds)} JDs at {codec.max_jd}")
+    codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
+    init_seed, before = generator(seed, "sft-init").initial_seed(), {}
+    if flags.init:
+        model = load_pretrained(flags, codec, init_seed, device)
+        before = {"valid_nll_before": mean_nll(model, valid, codec, device)}
+        stage.say(f"sft: valid NLL of the pretrained model {before['valid_nll_before']:.4f}")
+    else:
+        model = new_model(codec, pairs, flags, init_seed).to(device)
+    model.config.keep_contacts = keeps_contacts(data)
+    reader = nn.Linear(model.config.hidden_size, 1).to(device)
+    nll = train(model, reader, codec, pairs, valid, flags, seed, stage, device)
+    stage.check_lock()
+    save_model(stage.folder, model)
+    save_tokenizer(stage.folder, codec)
+    if not flags.init:
+        save_tensors(stage.folder / "reader.safetensors", {k: v.cpu() for k, v in reader.state_dict().items()})
+    stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=len(stage.rows), **before)

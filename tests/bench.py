@@ -45,14 +45,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import girl                                                                     # noqa: E402
-import ppo                                                                      # noqa: E402
-import reward                                                                   # noqa: E402
-import sft                                                                      # noqa: E402
-from data import bucketed                                                       # noqa: E402
-from model import Config, LanguageModel, RewardModel, generate, twin            # noqa: E402
-from run import Optimizer, Stage, generator, peak_rss_mb, pick_device           # noqa: E402
-from weights import load_model, load_pretrained                                 # noqa: E402
+import girl
+import plumbing.plan
+import ppo
+import reward
+import sft
+from data import bucketed
+from model import Config, LanguageModel, RewardModel, generate, twin
+from aids import Optimizer
+from plumbing.stage import Stage, generator, peak_rss_mb, pick_device
+from plumbing.weights import load_model, load_pretrained
 
 MAX_CV, MAX_JD = 160, 240
 ADAMW = dict(lr=1e-4, matrix_lr=0.0)        # as the other libraries: no Muon
@@ -227,7 +229,7 @@ def model_of(args, rank):
     def row(n, seed):
         draw = torch.Generator().manual_seed(seed)
         return torch.randint(codec.tokenizer.get_vocab_size(), (n,), generator=draw).tolist()
-    stub = SimpleNamespace(max_jd=MAX_JD, eos=-1, prompt=lambda i: row(MAX_CV + ppo.TEMPLATE, i),
+    stub = SimpleNamespace(max_jd=MAX_JD, eos=-1, prompt=lambda i: row(MAX_CV + plumbing.plan.TEMPLATE, i),
                            jd=lambda i: row(MAX_JD, -i), text=str)
     return model, stub, flags
 
@@ -299,7 +301,7 @@ def iterations(args):
     start = time.time()
     ppo.train(model, judge, codec, list(range(100)), flags, 0, stage, pick_device())
     lora = model.model.lora
-    plan = ppo.plan(model.config, flags, args.rank, lora.target_modules if lora else ())
+    plan = plumbing.plan.plan(model.config, flags, args.rank, lora.target_modules if lora else ())
     print("RESULT " + json.dumps({
         "base_mb": base, "peak_mb": peak_rss_mb() - base, "seconds": (time.time() - start) / 2,
         "plan_mb": plan["memory"]["peak"] / 2 ** 20, "plan": plan}))

@@ -11,10 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import girl                                     # noqa: E402
-from data import EOS, PAD, Codec, train_tokenizer           # noqa: E402
-from model import Config, LanguageModel, RewardModel    # noqa: E402
-from ppo import Critic                          # noqa: E402
+import girl
+from data import Codec, train_tokenizer
+from plumbing.tokenizer import EOS, PAD
+from model import Config, LanguageModel, RewardModel
+from ppo import Critic
 
 torch.set_num_threads(1)        # models this small are done sooner by one thread
 os.environ["GIRL_DEVICE"] = "cpu"   # what is bit for bit the same here need not be so elsewhere

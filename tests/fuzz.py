@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import girl                                                                     # noqa: E402
-import sft                                                                      # noqa: E402
-from data import END_OF_TURN, EOS, PAD, TURN, Codec, load_codec, plain_text_only, train_tokenizer    # noqa: E402
+import girl
+import sft
+from data import Codec, load_codec, train_tokenizer
+from plumbing.tokenizer import END_OF_TURN, EOS, PAD, TURN, plain_text_only
 
 PIECES = [EOS, PAD, TURN, END_OF_TURN, "<|im_start|>system\n", "\nJD:", "JD: ", "CV:", "<s>", "</s>", "<unk>", "[INST]", "<|endoftext", "|>", "\0", "\r\n",
           "\u202e", "\ufeff", "👩‍🍳", "Skills: cook, care.", " ", "\n"]

@@ -210,7 +210,7 @@ MUTANTS = {
          "the critic forgets all that it knew when a run goes on"),
         (0, "girl.py", '0 if name == "ppo" else args.save_seconds', "args.save_seconds",
          "PPO's iterations are not saved"),
-        (27, "girl.py", '"bias": weight[-1:].contiguous()', '"bias": 0 * weight[-1:]',
+        (27, "ppo.py", '"bias": weight[-1:].contiguous()', '"bias": 0 * weight[-1:]',
          "another head is saved than was fitted")],
     "test_ppo.py::test_28_adam_eps_is_1e_5_and_the_learning_rate_falls_linearly_to_0": [
         (28, "ppo.py", "lr=flags.lr, eps=1e-5)", "lr=flags.lr)", "Adam's own eps"),
@@ -255,25 +255,25 @@ MUTANTS = {
          "sum(map(true_match, sorted(chosen), texts))", "the JDs of other CVs are judged")],
     # --------------------------------------------------- 0, no statement on PPO: the recommender
     "test_recommend.py::test_logistic_regression_finds_its_minimum_and_is_held_by_few_labels": [
-        (0, "recommend.py", "(hold * (weights - start) ** 2).sum() / 2", "0", "nothing is held"),
-        (0, "recommend.py", 'labels.double(), reduction="sum")', "labels.double())",
+        (0, "measure/recommend.py", "(hold * (weights - start) ** 2).sum() / 2", "0", "nothing is held"),
+        (0, "measure/recommend.py", 'labels.double(), reduction="sum")', "labels.double())",
          "the start counts as much with many labels as with few")],
     "test_recommend.py::test_the_gate_is_learned_from_labels_kept_apart": [
-        (0, "recommend.py", "logistic(both[kept], labels[kept],", "logistic(both, labels,",
+        (0, "measure/recommend.py", "logistic(both[kept], labels[kept],", "logistic(both, labels,",
          "labels that were fitted decide the gate")],
     "test_recommend.py::test_the_gate_follows_what_the_written_jd_is_worth": [
-        (0, "recommend.py", "(0.1, 3.0, 3.0))", "(0.1, 3.0, 3000.0))", "the gate cannot fall")],
+        (0, "measure/recommend.py", "(0.1, 3.0, 3.0))", "(0.1, 3.0, 3000.0))", "the gate cannot fall")],
     "test_recommend.py::test_the_gate_of_few_labels_kept_apart_is_near_what_all_labels_say": [
-        (0, "recommend.py", "(0.0, 1.0, float(alone[1]))", "(0.0, 1.0, 0.0)",
+        (0, "measure/recommend.py", "(0.0, 1.0, float(alone[1]))", "(0.0, 1.0, 0.0)",
          "a few labels alone decide the gate")],
     "test_recommend.py::"
     "test_a_jd_is_compared_with_the_mean_of_the_first_k_written_jds_or_with_nothing": [
-        (0, "recommend.py", "[:, :k].mean(1)[cv]", ".mean(1)[cv]", "all written JDs, for any k"),
-        (0, "recommend.py", 'if mode == "none":', 'if mode == "nobody":', "`none` is not told apart")],
+        (0, "measure/recommend.py", "[:, :k].mean(1)[cv]", ".mean(1)[cv]", "all written JDs, for any k"),
+        (0, "measure/recommend.py", 'if mode == "none":', 'if mode == "nobody":', "`none` is not told apart")],
     "test_recommend.py::test_features_that_carry_the_label_help_and_noise_does_not": [
-        (0, "recommend.py", "a * on_test + g * similar[mode] + b", "a * on_test - g * similar[mode] + b",
+        (0, "measure/recommend.py", "a * on_test + g * similar[mode] + b", "a * on_test - g * similar[mode] + b",
          "the gate is turned around"),
-        (0, "recommend.py", "similarity(encoded, some, *mode), labels, kept)",
+        (0, "measure/recommend.py", "similarity(encoded, some, *mode), labels, kept)",
          "similarity(encoded, some, *mode), labels.flip(0), kept)", "the gate learns from other labels")],
 }
 

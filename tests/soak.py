@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import girl                                                                     # noqa: E402
-from run import Stage                                                           # noqa: E402
+import girl
+from plumbing.stage import Stage
 
 CLOCK = {"started", "seconds", "peak_rss_mb", "candidates_per_second", "checksum"}
 

@@ -5,8 +5,8 @@ import pytest
 
 import bench
 from model import Config, LanguageModel
-from run import peak_rss_mb
-from weights import save_model
+from plumbing.stage import peak_rss_mb
+from plumbing.weights import save_model
 
 TOY = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
            num_attention_heads=2, num_key_value_heads=2)

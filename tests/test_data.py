@@ -8,10 +8,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from data import (END_OF_TURN, EOS, PAD, TURN, Codec, Record, bucketed, check_splits, half, keeps_contacts, load_codec, load_tokenizer,
-                  pad_right, read_records, save_tokenizer, train_tokenizer, write_records)
+from data import Codec, Record, bucketed, load_codec, pad_right, read_records, train_tokenizer
+from plumbing.records import check_splits, half, keeps_contacts, write_records
+from plumbing.tokenizer import END_OF_TURN, EOS, PAD, TURN, load_tokenizer, save_tokenizer
 from fuzz import tricky_tokenizers
-from run import BadInput
+from plumbing.files import BadInput
 
 GOOD = b'{"cv": "a nurse", "jd": "a ward", "accepted": true}\n'
 

@@ -3,10 +3,11 @@ import shutil
 
 import pytest
 
-import demo
+from measure import demo
 import girl
 import ppo
-from run import BadInput, alone, read_summary
+from plumbing.files import BadInput, locked
+from plumbing.stage import read_summary
 
 ROWS = [dict.fromkeys(demo.FIGURES, str(value)) for value in (1.0, 50.0, 4.0, 6.0)]
 WELL = {name: {"first": [0.5, 1.5], "last": [4.5, 5.5]} for name in demo.FIGURES}
@@ -79,7 +80,7 @@ def test_a_healthy_run_is_well_and_the_same_command_with_turned_advantages_is_no
 
 
 def test_a_demonstration_at_work_is_not_removed_by_another(tmp_path):
-    with alone(tmp_path / "ppo"), pytest.raises(BadInput, match="another process is at work on it"):
+    with locked(tmp_path / "ppo"), pytest.raises(BadInput, match="another process is at work on it"):
         demo.put_models(tmp_path)
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
+from measure import evaluate
 import market
 from data import Record
 from model import LanguageModel
-from run import BadInput
+from plumbing.files import BadInput
 
 
 def test_bootstrap_interval_agrees_with_the_normal_approximation():

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 import girl
+import plumbing.inputs
 import sft
 from conftest import refused, tiny
-from data import half, write_records
-from run import BadInput, Stage
+from plumbing.records import half, write_records
+from plumbing.files import save_tensors, BadInput
+from plumbing.stage import Stage
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -112,8 +114,8 @@ def test_generator_and_reward_model_learn_from_half_a_and_the_judge_from_half_b(
     monkeypatch.setattr(girl.ppo, "train", lambda policy, reward_model, codec, cvs, *rest: stop("ppo", cvs))
     known = {json.loads(line)["cv"] for line in (a / "data" / "train.jsonl").open()}
     monkeypatch.setattr(sft, "train_tokenizer", lambda texts, vocab: stop("sft", known.intersection(texts)))
-    for name, train, flags in (("sft", lambda stage, run, *rest: sft.train(stage, *rest), sft.SFTFlags), ("reward", girl.train_reward, girl.reward.RewardFlags),
-                               ("judge", girl.train_reward, girl.reward.RewardFlags), ("ppo", girl.train_ppo, girl.ppo.PPOFlags)):
+    for name, train, flags in (("sft", sft.run, sft.SFTFlags), ("reward", girl.reward.run, girl.reward.RewardFlags),
+                               ("judge", girl.reward.run, girl.reward.RewardFlags), ("ppo", girl.ppo.run, girl.ppo.PPOFlags)):
         with pytest.raises(BadInput), Stage(a, name) as stage:
             train(stage, a, a / "data", flags(), 0, CPU)
     assert seen == {"sft": {"A"}, "reward": {"A"}, "judge": {"B"}, "ppo": {"A"}}
@@ -276,11 +278,11 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
     assert all(f"{name}: finished already" in said for name in ("sft", "reward", "judge", "ppo", "evaluate", "recommend"))
     assert "changed since" not in said
     with monkeypatch.context() as patch:                    # nor where the code changed; but this is said
-        real = girl.code_checksum
-        patch.setattr(girl, "code_checksum", lambda path: "other" if Path(path).name in ("ppo.py", "recommend.py") else real(path))
+        real = plumbing.inputs.code_checksum
+        patch.setattr(plumbing.inputs, "code_checksum", lambda path: "other" if Path(path).name in ("ppo.py", "recommend.py") else real(path))
         assert girl.main(command) == 0 and before == written()
     said = capsys.readouterr().out
-    assert re.findall("(\\w+): (.*) changed since", said) == [("ppo", "ppo.py"), ("evaluate", "ppo.py"), ("recommend", "ppo.py, recommend.py")]
+    assert re.findall("(\\w+): (.*) changed since", said) == [("ppo", "ppo.py"), ("evaluate", "ppo.py"), ("recommend", "ppo.py, measure/recommend.py")]
     assert f"python girl.py recommend --run {tmp_path / 'run'} --smoke --seed 1 --data {tmp_path / 'run' / 'data'}\n" in said
 
     measured, results = [], json.loads(path.read_text())
@@ -411,11 +413,11 @@ def test_the_reward_model_takes_up_stage_1_at_size_1_and_reads_as_before(tmp_pat
     lm = sft.new_model(codec, [sft.Example(codec.prompt("a cook"), codec.jd("a job"))],
                         sft.SFTFlags(hidden=32, layers=2, heads=4, kv_heads=4), 0)
     reader = torch.nn.Linear(32, 1)
-    girl.save_tensors(tmp_path / "reader.safetensors", dict(reader.state_dict()))
-    model, again = girl.new_reward_model(lm, tmp_path, False, 0)
+    save_tensors(tmp_path / "reader.safetensors", dict(reader.state_dict()))
+    model, again = girl.reward.new_reward_model(lm, tmp_path, False, 0)
     assert model.model.norm.weight.tolist() == [1.0] * 32 and len(model.model.layers) == 3
     ids = torch.tensor([codec.prompt("a cook with knife skills")])
-    torch.testing.assert_close(again(model.model(ids, before_last=True)[1]), reader(lm.model(ids)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(again(model.model.norm([*model.model.each_block(ids)][-2])), reader(lm.model(ids)), atol=1e-5, rtol=1e-4)
 
 
 def test_stages_that_start_together_all_note_their_flags(tmp_path):

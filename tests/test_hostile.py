@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 import girl
 from conftest import argv, refused
-from data import EOS, PAD
+from plumbing.tokenizer import EOS, PAD
 from fuzz import fuzz
 from model import LoRA, add_lora
-from run import BadInput, load_tensors, with_checksum
+from plumbing.files import BadInput, load_tensors, with_checksum
 
 GOOD = {"cv": "Profile: a cook from Bath.", "jd": "Wanted: cook, Bath.", "accepted": True}
 TEN_MB = 10 * 2 ** 20

@@ -17,7 +17,7 @@ from market import (ALL_SKILLS, BY_TITLE, CITIES, CV_LAYOUTS, DEGREES, FIELDS, J
                     draw_split, echo, field_factor, fits_title, in_pools, match, one_changes, oracle, parse_cv, parse_jd,
                     place_factor, rules, same_occupation, seniority, sibling, skills_factor, spoil, true_match, worsen,
                     write_cv, write_jd, years_factor)
-from run import BadInput
+from plumbing.files import BadInput
 
 CHEF = Person("chef", 6, 1, "Leeds", False, ("butchery", "grilling", "pastry", "plating", "sauces", "staff rotas"))
 KITCHEN = Job("chef", 4, 1, "Leeds", ("grilling", "pastry", "plating", "sauces"),

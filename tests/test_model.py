@@ -7,8 +7,8 @@ import torch
 
 from model import (Cache, Config, LanguageModel, LoRA, RewardModel, RMSNorm, add_lora, attend_once,
                    generate, merge_lora, rotary_table, rotate, rows_that_fit, sample)
-from run import BadInput
-from weights import load_model, save_model
+from plumbing.files import BadInput
+from plumbing.weights import load_model, save_model
 
 
 def tiny(kind=LanguageModel, seed=0, **changes):
@@ -89,21 +89,22 @@ def test_forward_equals_plain_loops(K, tied):
 def test_states_after_some_blocks_are_those_of_a_body_that_has_no_more():
     model, ids = tiny(), random_ids(2, 7)
     with torch.no_grad():
-        some, all_ = model.model(ids, blocks=1), model.model(ids)
+        (first, last), all_ = model.model.each_block(ids), model.model(ids)
+        some = model.model.norm(first)
+        assert torch.equal(model.model.norm(last), all_)
         model.model.layers = model.model.layers[:1]
         assert torch.equal(some, model.model(ids)) and not torch.equal(some, all_)
 
 
-@pytest.mark.parametrize("blocks", [None, 1])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_states_that_are_asked_for_are_those_of_the_whole_forward(blocks, checkpointing):
+def test_states_that_are_asked_for_are_those_of_the_whole_forward(checkpointing):
     """And so are their gradients, and what the last block is given."""
     model, ids, found = tiny(initializer_range=0.2), random_ids(3, 7), []
     model.model.checkpointing = checkpointing
     asked = torch.tensor([[0, 0, 1, 1, 0, 0, 1], [0] * 7, [1, 0, 0, 0, 1, 0, 0]]).bool()
     for these in (None, asked):
         model.zero_grad()
-        states, given = model.model(ids, before_last=True, blocks=blocks, asked=these)
+        given, states = map(model.model.norm, model.model.each_block(ids, asked=these))
         states = states[asked] if these is None else states
         (states.square().sum() + given.square().sum()).backward()
         found.append((states, given, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))

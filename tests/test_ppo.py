@@ -17,7 +17,8 @@ from conftest import CVS, NotedCritic
 from data import pad_right
 from model import LanguageModel, RewardModel, generate
 from ppo import PPOFlags
-from run import BadInput, generator
+from plumbing.files import BadInput
+from plumbing.stage import generator
 
 CPU = torch.device("cpu")
 EOS = 1

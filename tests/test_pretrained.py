@@ -10,15 +10,19 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import girl
+import plumbing.plan
 import sft
-import weights
+from plumbing import weights
 import reward
-from data import (ASK, END_OF_TURN, EOS, TURN, Codec, load_codec, load_tokenizer, plain_text_only, save_tokenizer,
-                  train_tokenizer)
+from data import ASK, Codec, load_codec, train_tokenizer
+from plumbing import tokenizer as tokenizer_module
+from plumbing.tokenizer import (END_OF_TURN, EOS, TURN, for_text, load_tokenizer, plain_text_only,
+                                save_tokenizer)
 from model import Config, LanguageModel, RewardModel
-from run import BadInput, Stage
-from texts import normalize
-from weights import load_model, read_config, save_model
+from plumbing.files import BadInput
+from plumbing.stage import Stage
+from plumbing.texts import normalize
+from plumbing.weights import load_model, read_config, save_model
 
 ROWS = [{"cv": f"Cook number {i} with knives", "jd": f"Wanted: cook {i} for kitchen {i % 7}", "no": f"Cook number {i}"} for i in range(60)]
 TEXTS = sorted({t for row in ROWS for t in row.values()})
@@ -163,7 +167,7 @@ def test_export_says_so_if_other_tools_cannot_write_the_prompt(run, tmp_path, ca
     folder, _ = run
     argv = ["export", "--model", str(folder / "run" / "sft"), "--out"]
     assert girl.main([*argv, str(tmp_path / "a")]) == 0 and "chat template" not in capsys.readouterr().out
-    monkeypatch.setattr(Codec, "for_text", lambda codec: (codec.tokenizer, ""))
+    monkeypatch.setattr(tokenizer_module, "for_text", lambda codec: (codec.tokenizer, ""))
     assert girl.main([*argv, str(tmp_path / "b")]) == 0
     assert "no chat template; this tokenizer cannot reproduce the prompt from text" in capsys.readouterr().out
 
@@ -266,7 +270,7 @@ def test_the_plan_needs_only_a_config(tmp_path, capsys):
             path.unlink()
     assert girl.main(["ppo", "--plan", str(tmp_path / "base"), "--minibatch", "6", "--accumulate", "3"]) == 0
     out = capsys.readouterr().out
-    assert f"32 episodes of {512 + 512 + girl.ppo.TEMPLATE} tokens" in out and "micro-batches of 2" in out
+    assert f"32 episodes of {512 + 512 + plumbing.plan.TEMPLATE} tokens" in out and "micro-batches of 2" in out
     assert "LoRA, rank 16" in out and "base in bf16" in out and "memory, peak" in out and "flops, iteration" in out
     assert girl.main(["ppo", "--plan", str(tmp_path / "nothing")]) == 2
 
@@ -404,7 +408,7 @@ def test_other_tools_write_the_prompt_that_was_trained_on(cut, kind, tmp_path):
     # Saved and read again, it is the same tokenizer; and nothing is added a second time.
     again = Codec(load_tokenizer(tmp_path), 500, 500)
     assert again.prompt("Cook. 9") == codec.prompt("Cook. 9") and again.jd("a cook\n\n- x") == codec.jd("a cook\n\n- x")
-    assert again.for_text()[0].to_str() == again.tokenizer.to_str()
+    assert for_text(again)[0].to_str() == again.tokenizer.to_str()
 
 
 def test_gpt_2s_cut_is_the_one_that_needs_help():
@@ -413,7 +417,7 @@ def test_gpt_2s_cut_is_the_one_that_needs_help():
     text = codec.tokenizer.decode(codec.prompt("Cook"), skip_special_tokens=False)
     plain = Tokenizer.from_str(codec.tokenizer.to_str())
     assert plain.encode(text, add_special_tokens=False).ids != codec.prompt("Cook")
-    assert codec.for_text()[0].encode(text, add_special_tokens=False).ids == codec.prompt("Cook")
+    assert for_text(codec)[0].encode(text, add_special_tokens=False).ids == codec.prompt("Cook")
 
 
 def test_a_tokenizer_that_cannot_write_the_prompt_as_text_gets_no_template(tmp_path):
@@ -421,7 +425,7 @@ def test_a_tokenizer_that_cannot_write_the_prompt_as_text_gets_no_template(tmp_p
     tokenizer.add_special_tokens(["<unk>", EOS])
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     codec = Codec(plain_text_only(tokenizer), 9, 9)
-    assert codec.for_text()[1] == "" and codec.for_text()[0].to_str() == tokenizer.to_str()
+    assert for_text(codec)[1] == "" and for_text(codec)[0].to_str() == tokenizer.to_str()
     codec.pad = 2
     save_tokenizer(tmp_path, codec)
     assert "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -499,10 +503,10 @@ def test_folders_that_cannot_be_a_start_are_refused(run, tmp_path):
     codec = sft.new_codec([], flags)
     if adapters:
         with pytest.raises(BadInput, match="holds adapters; merge them first"):
-            girl.load_pretrained(flags, codec, 0, torch.device("cpu"))
+            weights.load_pretrained(flags, codec, 0, torch.device("cpu"))
     small = pretrained(tmp_path / "base", vocab_size=100, pad_token_id=0, eos_token_id=1)
     with pytest.raises(BadInput, match="its model has 100"):
-        girl.load_pretrained(sft.SFTFlags(init=str(small)), codec, 0, torch.device("cpu"))
+        weights.load_pretrained(sft.SFTFlags(init=str(small)), codec, 0, torch.device("cpu"))
     bare = pretrained(tmp_path / "bare", "bare")
     config = json.loads((bare / "config.json").read_text()) | {"eos_token_id": None}
     (bare / "config.json").write_text(json.dumps(config))

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import market
-import recommend
+from measure import recommend
 import reward
 from data import Record, read_records
 from model import Transformer
-from run import BadInput
+from plumbing.files import BadInput
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def test_encode_is_the_mean_of_a_rows_own_states(config):
     rows = [[5, 6, 7], [8], [9, 10, 11, 5, 6], [7, 7]]
     found = recommend.encode(body, rows, CPU, batch_size=3)
     with torch.no_grad():
-        expected = torch.stack([body(torch.tensor([row]), blocks=recommend.BLOCKS)[0].mean(0) for row in rows])
+        expected = torch.stack([body.norm([*body.each_block(torch.tensor([row]))][0])[0].mean(0) for row in rows])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 

@@ -17,9 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 import girl
-import run
+import plumbing.inputs
+import plumbing.stage
+from plumbing import files
 from conftest import STAGES, argv, refused
-from run import Stage, read_json
+from plumbing.files import read_json
+from plumbing.stage import Stage
 from soak import soak
 
 
@@ -117,22 +120,22 @@ def test_ctrl_c_stops_ppo_at_once(whole, tmp_path, monkeypatch, capsys):
 def test_a_ppo_state_of_an_earlier_version_is_refused_in_one_line(whole, tmp_path, monkeypatch, capsys):
     """The critic was trained with the policy, by flags that are gone; later its sums had other names."""
     folder, command = interrupted(whole, tmp_path, monkeypatch, "ppo")
-    state = run.read_checked(folder / "state.json", "")
+    state = files.read_checked(folder / "state.json", "")
     state["asked"] |= {"value_clip": 0.2, "value_coef": 0.5}
-    run.write_json(folder / "state.json", run.with_checksum(state))
+    files.write_json(folder / "state.json", files.with_checksum(state))
     refused(capsys, command, f"{folder}: was begun with --value-clip 0.2, not None; ", "delete this one")
     tensors = folder / state["tensors"]
-    run.save_tensors(tensors, {name.replace("critic.", "more.critic."): t for name, t in load_file(tensors).items()})
+    files.save_tensors(tensors, {name.replace("critic.", "more.critic."): t for name, t in load_file(tensors).items()})
     for name in ("value_clip", "value_coef"):
         del state["asked"][name]
-    run.write_json(folder / "state.json", run.with_checksum(state | {"sha256": run.sha256(tensors)}))
+    files.write_json(folder / "state.json", files.with_checksum(state | {"sha256": files.sha256(tensors)}))
     refused(capsys, command, f"{tensors}: of another model or version, critic.xx is not what it was; delete {folder} to begin")
 
 
 def test_a_stage_cut_while_it_saves_goes_on_from_the_state_before(whole, tmp_path, monkeypatch):
     """The tensors of the fourth state are written, its state.json is not: the third one still names its own."""
     folder, command = begin(whole, tmp_path, "reward") / "reward", argv("reward", tmp_path / "run", whole / "data", "--save-seconds", "0")
-    real, calls = run.write_json, []
+    real, calls = files.write_json, []
 
     def write(path, value):
         calls.extend([path] * (path.name == "state.json"))
@@ -140,7 +143,7 @@ def test_a_stage_cut_while_it_saves_goes_on_from_the_state_before(whole, tmp_pat
             raise Cut
         real(path, value)
     with monkeypatch.context() as m, pytest.raises(Cut):
-        m.setattr(run, "write_json", write)
+        m.setattr(plumbing.stage, "write_json", write)
         girl.main(command)
     assert read_json(folder / "state.json")["step"] == 3 and len(list(folder.glob("state-*"))) == 2
     assert girl.main(command) == 0
@@ -323,8 +326,8 @@ def test_a_finished_stage_of_other_data_is_refused(whole, tmp_path, capsys):
 def test_another_number_of_threads_is_named(whole, tmp_path, monkeypatch, capsys):
     """Sums may be rounded otherwise; whoever moves a run to another machine is told so, and not refused."""
     folder, command = interrupted(whole, tmp_path, monkeypatch)
-    threads = run.torch.get_num_threads()
-    monkeypatch.setattr(run.torch, "get_num_threads", lambda: threads + 3)
+    threads = plumbing.stage.torch.get_num_threads()
+    monkeypatch.setattr(plumbing.stage.torch, "get_num_threads", lambda: threads + 3)
     capsys.readouterr()
     assert girl.main(command) == 0
     assert f"reward: began with threads {threads}, goes on with {threads + 3}" in capsys.readouterr().out
@@ -332,8 +335,8 @@ def test_another_number_of_threads_is_named(whole, tmp_path, monkeypatch, capsys
 
 def changed_code(monkeypatch, **changes):
     """As if these files held other code."""
-    real = girl.code_checksum
-    monkeypatch.setattr(girl, "code_checksum", lambda path: changes.get(Path(path).stem) or real(path))
+    real = plumbing.inputs.code_checksum
+    monkeypatch.setattr(plumbing.inputs, "code_checksum", lambda path: changes.get(Path(path).stem) or real(path))
 
 
 def test_code_that_changed_since_a_stage_was_stopped_is_named(whole, tmp_path, monkeypatch, capsys):
@@ -361,9 +364,9 @@ def test_states_and_summaries_of_an_earlier_version_name_no_code(tmp_path, capsy
             stage.finish() if finish else stage.checkpoint(1)
         for name in ("state.json", "summary.json"):
             if (path := tmp_path / "sft" / name).exists():
-                raw = run.read_checked(path, "")
+                raw = files.read_checked(path, "")
                 del raw["code"]
-                run.write_json(path, run.with_checksum(raw))
+                files.write_json(path, files.with_checksum(raw))
         with Stage(tmp_path, "sft") as stage:
             assert stage.begin({}, {}, {"sft.py": "x"}) != finish
             if not finish:
@@ -381,7 +384,7 @@ def test_data_of_other_rules_are_refused_by_whatever_uses_them(whole, tmp_path, 
     rules = Path(girl.market.__file__).read_text()
     assert rules.count(old) == 1
     (tmp_path / "market.py").write_text(rules.replace(old, new))
-    monkeypatch.setattr(girl.market, "__file__", str(tmp_path / "market.py"))
+    monkeypatch.setattr(plumbing.inputs, "MARKET", tmp_path / "market.py")
     more = ["--smoke", "--run", str(whole / "run"), "--data", str(whole / "data")]
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     for command in (["sft"], ["reward"], ["reward", "--judge"], ["ppo"], ["evaluate"], ["recommend"], ["train"]):
@@ -389,7 +392,7 @@ def test_data_of_other_rules_are_refused_by_whatever_uses_them(whole, tmp_path, 
     assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     refused(capsys, ["train", "--smoke", "--run", str(tmp_path / "new"), "--data", str(whole / "data")], "market.py changed since")
     (tmp_path / "market.py").write_text("# what a comment says is no rule\n" + rules)
-    girl.code_checksum.cache_clear()
+    plumbing.inputs.code_checksum.cache_clear()
     assert girl.main(argv("sft", whole / "run", whole / "data")) == 0
 
 
@@ -425,7 +428,7 @@ def test_two_processes_do_not_measure_one_run(whole, tmp_path, capsys):
     shutil.copytree(whole / "run", tmp_path / "run")
     more = ["--smoke", "--run", str(tmp_path / "run"), "--data", str(whole / "data")]
     for name in ("evaluate", "recommend"):
-        with run.alone(tmp_path / "run" / name):
+        with files.locked(tmp_path / "run" / name):
             refused(capsys, [name, *more], f"run/{name}: another process is at work on it")
         assert not (tmp_path / "run" / name).exists()
         assert not (tmp_path / "run" / "results.json").exists()
@@ -449,12 +452,12 @@ def test_models_that_do_not_belong_together_are_not_used_together(whole, tmp_pat
 def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(whole, tmp_path, capsys):
     folder, command = begin(whole, tmp_path, "reward") / "reward", argv("reward", tmp_path / "run", whole / "data")
     folder.mkdir()
-    hold = "import run, sys, time; held = run.lock(sys.argv[1]); print('held', flush=True); time.sleep(600)"
+    hold = "import sys, time; from plumbing import files; held = files.lock(sys.argv[1]); print('held', flush=True); time.sleep(600)"
     other = subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True, cwd=Path(girl.__file__).parent)
     assert other.stdout.readline() == "held\n"
     before = (tmp_path / "run" / "config.json").read_bytes()
     refused(capsys, command, str(folder), "another process is at work on it")
-    with run.alone(tmp_path / "data"):
+    with files.locked(tmp_path / "data"):
         refused(capsys, ["data", "--smoke", "--out", str(tmp_path / "data")], "/data: another process is at work on it")
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     other.kill()

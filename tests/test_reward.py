@@ -9,13 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+import aids
 import model
 import reward
 from conftest import CVS
 from data import Record, pad_right
 from model import RewardModel
-from run import Optimizer, cosine, generator
-from weights import load_model, save_model
+from aids import add_averaging_block, Optimizer, cosine
+from plumbing.stage import generator
+from plumbing.weights import load_model, save_model
 
 CPU = torch.device("cpu")
 EOS = 1
@@ -106,7 +108,7 @@ def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
     assert loss.item() == pytest.approx(loss_by_hand(last), abs=1e-5)
     assert loss_of_means.item() == pytest.approx(loss_by_hand(means), abs=1e-5)
     assert int(right) == sum(d > 0 for d in by_hand(last))
-    both = reward.reading_loss(reader, torch.cat([states[i] for i in (0, 1, 2, 3, 0)]), [rows[i] for i in (0, 1, 2, 3, 0)])
+    both = aids.reading_loss(reader, torch.cat([states[i] for i in (0, 1, 2, 3, 0)]), [rows[i] for i in (0, 1, 2, 3, 0)])
     assert reading.item() == pytest.approx(both.item(), abs=1e-5)
 
 
@@ -131,7 +133,7 @@ def test_05_the_gradient_is_that_of_the_objective_by_hand(reward_model, accumula
     states = [shorter(torch.tensor([row]))[0, 2:] for row in ROWS]
     mean = [reward_model.score(x.mean(0)) for x in states]
     five = [0, 1, 2, 3, 0]                                  # row 0 is in both groups
-    reading = reward.reading_loss(reader, torch.cat([states[i] for i in five]),
+    reading = aids.reading_loss(reader, torch.cat([states[i] for i in five]),
                                   [rows[i] for i in five])
 
     def ranking(s):
@@ -155,7 +157,7 @@ def test_a_prompt_is_read_once_and_its_jds_get_the_states_of_whole_rows(reward_m
     rows = [([2, 3, 5], [4, 3, 8, EOS]), ([6, 9], [7, EOS]), ([2, 3, 5], [9, EOS]), ([5, 5, 6, 7, 8], [3, 4, 3, 3, EOS])]
     read = []
     body = reward_model.model
-    last, given, in_jd = reward.jd_states(noting(body, read), rows, CPU)
+    last, given, in_jd = aids.jd_states(noting(body, read), rows, CPU)
     shorter = copy.deepcopy(body)
     del shorter.layers[-1]
     assert read == [3, 4]                                       # three prompts, then four JDs
@@ -171,11 +173,11 @@ def test_gradients_pass_through_a_shared_prompt(reward_model):
 
     def alone():
         for p, jd in rows:
-            last, given = body(torch.tensor([p + jd]), before_last=True)
+            *_, given, last = map(body.norm, body.each_block(torch.tensor([p + jd])))
             yield last[0, -1].square() + given[0, len(p):].square().sum(0)
 
     def together():
-        last, given, in_jd = reward.jd_states(body, rows, CPU)
+        last, given, in_jd = aids.jd_states(body, rows, CPU)
         yield last.square().sum(0) + given[in_jd].square().sum(0)
     for states in (alone, together):
         body.zero_grad()
@@ -203,7 +205,7 @@ def test_gradients_of_a_shared_prompt_are_the_same_bit_for_bit_with_several_thre
 
     def gradient():
         body.zero_grad()
-        sum(states.square().sum() for states in reward.jd_states(body, rows, CPU)[:2]).backward()
+        sum(states.square().sum() for states in aids.jd_states(body, rows, CPU)[:2]).backward()
         return torch.cat([p.grad.flatten() for p in body.parameters()])
     try:
         torch.set_num_threads(4)
@@ -223,12 +225,12 @@ def test_reading_loss_asks_of_each_jd_token_whether_the_cv_holds_it(reward_model
         p = torch.sigmoid(reader(h)[:, 0]).tolist()
         losses.append([-(y * math.log(q) + (1 - y) * math.log(1 - q)) for q, y in zip(p, row)])
     by_hand = sum(sum(row) / len(row) + row[-1] for row in losses) / 2
-    assert reward.reading_loss(reader, torch.cat(states), rows).item() == pytest.approx(by_hand, abs=1e-5)
+    assert aids.reading_loss(reader, torch.cat(states), rows).item() == pytest.approx(by_hand, abs=1e-5)
 
 
 def test_reading_loss_of_a_jd_that_is_nothing_but_its_end(reward_model):
     reader = torch.nn.Linear(2, 1)
-    assert math.isfinite(reward.reading_loss(reader, torch.ones(1, 2), [([3], [EOS])]).item())
+    assert math.isfinite(aids.reading_loss(reader, torch.ones(1, 2), [([3], [EOS])]).item())
 
 
 def test_05_accuracy_and_margin_by_hand():
@@ -391,7 +393,7 @@ def test_the_added_block_starts_as_an_average_over_all_tokens(config, kv_heads):
     model.model.norm.register_forward_pre_hook(lambda _, states: x.append(states[0]))
     ids, lengths = pad_right([ROWS[0]])
     model.model(ids)
-    model.add_averaging_block(gain=7.0)
+    add_averaging_block(model, gain=7.0)
     score = model(ids, lengths).item()
     assert model.config.num_hidden_layers == config.num_hidden_layers + 1 == len(model.model.layers)
     x = x[0][0]                                                                              # [T, C] before the norm

@@ -1,7 +1,6 @@
 """Stage 1: its loss by hand, its accumulation, its steps, what a small model starts from."""
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +9,12 @@ import girl
 import reward
 import sft
 from conftest import tiny
-from data import Record, half, load_codec, save_tokenizer
-from run import Optimizer, Stage
-from weights import load_pretrained, save_model
+from data import Record, load_codec
+from plumbing.records import half
+from plumbing.tokenizer import save_tokenizer
+from aids import Optimizer
+from plumbing.stage import Stage
+from plumbing.weights import load_pretrained, save_model
 
 CPU = torch.device("cpu")
 
@@ -160,7 +162,7 @@ def test_stage_1_sees_the_accepted_pairs_of_half_a_for_as_many_epochs_as_it_is_t
     monkeypatch.setattr(sft, "mean_nll", lambda model, pairs, *rest: validated.append(pairs) or 1.0)
     flags = sft.SFTFlags(hidden=32, layers=1, heads=4, kv_heads=4, batch=5, epochs=1.5, checkpointing=True)
     with Stage(tmp_path / "run", "sft") as stage:
-        sft.train(stage, tmp_path, flags, 0, CPU)
+        sft.run(stage, tmp_path, tmp_path, flags, 0, CPU)
     codec = load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft").config)
     of_a = [r for r in records if half(r["cv"]) == "A" and r["accepted"]]
     epoch = math.ceil(len(of_a) / 5)

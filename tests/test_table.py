@@ -9,9 +9,11 @@ from collections import Counter
 import pytest
 
 import girl
-import table
+from plumbing import table
+from plumbing.texts import hide_contacts
 from conftest import refused
-from data import Record, check_splits, connected, half, read_half, read_records
+from data import Record, read_half, read_records
+from plumbing.records import check_splits, connected, half
 
 
 def people(n):
@@ -175,7 +177,7 @@ def test_long_words_take_no_time():
     """50,000 characters without a blank: an expression that starts again at each of them would take a minute."""
     start = time.process_time()
     for word in ("_" * 50000, "a.b-" * 12500, "+(" * 25000, "12 " * 17000, "www." * 12500, "x@y." * 12500):
-        table.hide_contacts(word, Counter())
+        hide_contacts(word, Counter())
     assert time.process_time() - start < 10
 
 
@@ -209,7 +211,7 @@ def test_odd_cells_are_handled_and_counted(tmp_path):
     ("(2014 - 2019)", None), ("2014-2019", None), ("03/2014 - 05/2019", None), ("12.05.2019", None), ("2019-05-12", None),
     ("5 years, 10,000 users, $120,000.00, 3.14159265", None), ("ISO 9001:2015 and Python 3.11.4", None), ("me@home", None), ("C++ / C# (2010)", None), ("job 16-05885", None), ("(555-2019)", None)])
 def test_contacts_become_placeholders_and_dates_stay(text, hidden):
-    assert table.hide_contacts(text, Counter()) == (hidden or text)
+    assert hide_contacts(text, Counter()) == (hidden or text)
 
 
 def test_contacts_are_counted_or_kept(tmp_path):

@@ -10,10 +10,11 @@ import pytest
 
 import girl
 from conftest import argv, refused, tiny
-from data import Codec, load_codec, save_tokenizer
-from recommend import read_pool
-from texts import hide_contacts, is_utf16, normalize
-from weights import load_model, read_config, save_model
+from data import Codec, load_codec
+from plumbing.tokenizer import save_tokenizer
+from measure.recommend import read_pool
+from plumbing.texts import hide_contacts, is_utf16, normalize
+from plumbing.weights import load_model, read_config, save_model
 
 # The number stands between < and >; the text around it must stay.
 NUMBERS = """

@@ -13,13 +13,15 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import girl
+import plumbing.plan
 import ppo
 import reward
-from data import Codec, plain_text_only, save_tokenizer, train_tokenizer
+from data import Codec, train_tokenizer
+from plumbing.tokenizer import plain_text_only, save_tokenizer
 from model import Config, LanguageModel, LoRA, RewardModel, add_lora, generate, is_target, merge_lora, twin
 from conftest import NotedCritic
-from run import BadInput
-from weights import is_reward, load_model, read_config, save_model
+from plumbing.files import BadInput
+from plumbing.weights import is_reward, load_model, read_config, save_model
 from test_model import random_ids, saved, tiny
 
 SIZES = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -601,7 +603,7 @@ def test_the_plan_counts_the_parameters_there_are(changes, rank):
     targets = ["q_proj", "o_proj", "up_proj"]
     policy = tiny(**changes)
     judge = RewardModel(policy.config)
-    plan = ppo.plan(policy.config, ppo.PPOFlags(), rank, targets)
+    plan = plumbing.plan.plan(policy.config, ppo.PPOFlags(), rank, targets)
     assert plan["parameters"] == sum(p.numel() for p in policy.parameters())
     if rank:
         add_lora(policy, LoRA("base", rank, 8.0, targets))
@@ -633,25 +635,25 @@ def test_the_plan_counts_what_autograd_keeps(rank, targets, changes, checkpointi
         return x
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         lm.model(random_ids(2, 100))
-    found, plan = sum(size for _, size in kept.values()), ppo.plan(config, flags, rank, targets)["memory"]["activations"]
+    found, plan = sum(size for _, size in kept.values()), plumbing.plan.plan(config, flags, rank, targets)["memory"]["activations"]
     one_block = plan - 4 * 200 * 8 * 64 if checkpointing else 0          # computed again in the backward pass, one at a time
     assert plan - one_block == pytest.approx(found, rel=0.05 if not checkpointing else 0.35)
 
 
 def test_checkpointing_and_adapters_save_what_the_plan_says_and_flops_add_up():
     config, flags = Config(vocab_size=1000, hidden_size=64), ppo.PPOFlags()
-    full, lora = ppo.plan(config, flags), ppo.plan(config, flags, 4, ["q_proj"])
-    less = ppo.plan(config, replace(flags, checkpointing=True))
+    full, lora = plumbing.plan.plan(config, flags), plumbing.plan.plan(config, flags, 4, ["q_proj"])
+    less = plumbing.plan.plan(config, replace(flags, checkpointing=True))
     assert lora["memory"]["peak"] < full["memory"]["peak"] and less["memory"]["activations"] < full["memory"]["activations"]
     assert less["flops"]["update"] > full["flops"]["update"] > lora["flops"]["update"]
     assert full["flops"]["iteration"] == sum(full["flops"][k] for k in ("rollout", "scoring", "update"))
     # By hand: three matrix products for each weight and token, 2 operations each; attention over half the context on average.
-    T, R = 96 + 96 + ppo.TEMPLATE, 96
+    T, R = 96 + 96 + plumbing.plan.TEMPLATE, 96
     weights, attention = 4 * (4 * 64 * 64 + 3 * 64 * 344), 2 * T * T * 64 * 4
     assert full["flops"]["update"] == 2 * 256 * 3 * (2 * T * weights + attention + 2 * R * 1000 * 64)
-    assert ppo.plan(config, flags, 4, ["q_proj"], frozen_bytes=2)["memory"]["weights"] < lora["memory"]["weights"]
+    assert plumbing.plan.plan(config, flags, 4, ["q_proj"], frozen_bytes=2)["memory"]["weights"] < lora["memory"]["weights"]
     # The critic's sums of states are beside the cache (of all rows: they fit), and five times in the fit, which is more in a wide
     # model.
     states, wide = 256 * R * 64, replace(config, hidden_size=4096, head_dim=None)
     assert full["memory"]["rollout"] == 4 * (256 * 2 * 4 * 64 * T + states)
-    assert ppo.plan(wide, flags)["memory"]["rollout"] == 4 * 5 * 64 * states
+    assert plumbing.plan.plan(wide, flags)["memory"]["rollout"] == 4 * 5 * 64 * states

@@ -53,14 +53,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import reward
-from data import Codec, json_lines, load_codec, pad_right, text_of
-from evaluate import add_results, alike, bootstrap_ci95, check_recommend, write_jds
+from data import Codec, load_codec, pad_right
+from plumbing.records import json_lines, text_of
+from measure.evaluate import add_results, alike, bootstrap_ci95, check_recommend, write_jds
 from model import LanguageModel, RewardModel
-from run import BadInput, Stage, alone, autocast, flag, generator
-from texts import normalize
-from weights import load_model
+from plumbing.files import BadInput, locked
+from plumbing.stage import Stage, autocast, flag, generator
+from plumbing.texts import normalize
+from plumbing.weights import load_model
 
-BLOCKS = 1                  # of the body's blocks that the encoder uses: early states still say which words there are
 KINDS = ("dot", "mlp")
 SHARES = {False: (0.01, 0.1, 1.0), True: (0.01, 0.03, 0.1, 0.3, 1.0)}      # of the labels; True: with --full
 KS = {False: (1,), True: (1, 2, 4, 8)}     # written JDs for each CV, for the recommender
@@ -116,7 +117,8 @@ def encode(body, rows, device, batch_size=128):
         ids, lengths = pad_right([rows[i] for i in part])
         real = torch.arange(ids.shape[1]) < lengths[:, None]                                 # [B, T]
         with autocast(device):
-            hidden = body(ids.to(device), blocks=BLOCKS).float().cpu()                       # [B, T, C]
+            # Of the first block alone: early states still say which words there are.
+            hidden = body.norm(next(body.each_block(ids.to(device)))).float().cpu()          # [B, T, C]
         states[part] = (hidden * real[..., None]).sum(1) / lengths[:, None]                  # [B, C]
     return states
 
@@ -631,7 +633,7 @@ def measure(run, folder, models, train, labels, held_out, split, flags, full, ma
             stage.finish()
     found |= {"recommend": table, "grounding": grounded}
     results = add_results(run, folder, "recommend", start, found)
-    with alone(run, wait=True):         # evaluate may print at the same moment
+    with locked(run, wait=True):         # evaluate may print at the same moment
         print_recommend(table)
         print_grounding(grounded)
         sys.stdout.flush()

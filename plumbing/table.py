@@ -27,9 +27,10 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from data import SPLITS, Record, clear_data, connected, halves, read_line, text_of, write_records
-from run import BadInput, write_json
-from texts import hide_contacts, is_utf16, normalize        # noqa: F401 (the first for others)
+from data import Record, halves
+from plumbing.records import SPLITS, clear_data, connected, read_line, text_of, write_records
+from plumbing.files import BadInput, write_json
+from plumbing.texts import is_utf16, normalize
 
 SHARES = {"train": 0.8, "valid": 0.1, "test": 0.1}
 SHARES_BY_CV = {"train": 0.7, "valid": 0.15, "test": 0.15}      # of the CVs, and of the JDs

@@ -5,7 +5,7 @@
 PPO can be wrong without any error message: a sign, a mask, a position that is off by one. This is for changing `ppo.py` and
 seeing what happens. The models lie in `demo/`, and were made by
 
-    python demo.py --run runs/quick
+    python -m measure.demo --run runs/quick
 
 This takes them from a finished `bash train.sh --quick` and runs PPO with ten seeds. It notes in `demo/healthy.json` the range of
 each figure, in the first iteration and over the last two.
@@ -17,9 +17,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from run import BadInput, alone, check_folder, finished, read_json, read_summary, write_json
+from plumbing.files import BadInput, locked, read_json, write_json
+from plumbing.stage import check_folder, finished, read_summary
 
-HOME = Path(__file__).parent / "demo"
+HOME = Path(__file__).parents[1] / "demo"
 MODELS = ("sft", "reward")
 SEEDS = 10
 LAST = 2                # iterations over which the last value is a mean: one rollout is few texts
@@ -106,7 +107,7 @@ def put_models(run):
         if (run / stage).exists() and (not finished(run, stage)
                                        or read_summary(run / stage)["sha256"] != read_summary(HOME / stage)["sha256"]):
             raise BadInput(f"{run / stage}: holds another model than that of the demonstration; choose another --out")
-    with alone(run / "ppo"):
+    with locked(run / "ppo"):
         shutil.rmtree(run / "ppo")
     for stage in MODELS:
         shutil.copytree(HOME / stage, run / stage, dirs_exist_ok=True)

@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 import ppo
 import reward
-from data import json_lines, load_codec, read_half, read_records
+from data import load_codec, read_half, read_records
+from plumbing.records import json_lines
 from model import LanguageModel, RewardModel, generate, logits_size, rows_that_fit
-from run import (BadInput, alone, autocast, generator, peak_rss_mb, read_checked, read_summary,
-                 with_checksum, write_bytes, write_json)
+from plumbing.files import BadInput, locked, read_checked, with_checksum, write_bytes, write_json
+from plumbing.stage import autocast, generator, peak_rss_mb, read_summary
 from sft import mean_nll
-from weights import load_model
+from plumbing.weights import load_model
 
 BEST_OF = 16
 SAMPLES = 4                 # of each CV, for the accuracy on a policy's own samples
@@ -291,7 +292,7 @@ def read_verdicts(path, results):
 
 def add_verdicts(run, path):
     """Read the answers to `export_pairs` into results.json, and print them."""
-    with alone(run, wait=True):             # the recommender may be about to write it
+    with locked(run, wait=True):             # the recommender may be about to write it
         results = read_results(run)
         if "wins" not in results:
             raise BadInput(f"{run / 'results.json'}: holds no evaluation; run  "
@@ -465,7 +466,7 @@ def add_results(run, folder, name, start, found):
     """Write what `evaluate` or `recommend` (the name) found into results.json. What the other one
     wrote stays, if it is of the same seed, split, models and data. `start`: when it began to
     measure."""
-    with alone(run, wait=True):
+    with locked(run, wait=True):
         if name == "recommend":
             check_recommend(run, found)
         else:
@@ -553,7 +554,7 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, init, export, meas
 
     # 3. The tables are printed alone: recommend may end at the same moment.
     results = add_results(run, folder, "evaluate", start, results)
-    with alone(run, wait=True):
+    with locked(run, wait=True):
         print_table(results)
         print_wins(results["wins"])
         stages = {"before any training": "base_greedy", "before PPO": "sft_greedy",

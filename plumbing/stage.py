@@ -1,41 +1,29 @@
-"""A run folder: what every stage needs around its mathematics. The bottom of the house: it imports no other module.
+"""A stage's flags, device and random generators, and its folder: what it needs around its mathematics.
 
     runs/NAME/STAGE/   config.json, model.safetensors (with LoRA the adapters), tokenizer.json, metrics.csv, and last of
                        all summary.json
 
-A stage is finished when its `summary.json` is there. No file is ever half written: it is written beside its place and
-renamed over what was there.
+A stage is finished when its `summary.json` is there.
 """
 import ast
 import csv
-import errno
-import fcntl
 import hashlib
 import io
-import json
-import math
 import os
 import resource
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-
-class BadInput(Exception):
-    """Something the user gave cannot be used. Shown as one line, with exit code 2."""
-
-
-class NotFinite(BadInput):
-    """Infinite or no number: logits, scores, a gradient."""
+from plumbing.files import (BadInput, checksum, checksums, load_tensors, lock, read_checked, read_file,
+                            save_tensors, sha256, with_checksum, write_bytes, write_json)
 
 
 def flag(default, help, least=None, most=1e9):
@@ -44,106 +32,6 @@ def flag(default, help, least=None, most=1e9):
     if least is None:
         least = {int: 1, float: 0}.get(type(default))
     return field(default=default, metadata={"help": help, "least": least, "most": most})
-
-
-# ------------------------------------------------------------------------------------------------- atomic files
-@contextmanager
-def beside(path):
-    """A path beside this one to write to; then what was written there is synced, and renamed over this one."""
-    path = Path(path)
-    new = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.exists() and not path.is_file():        # a folder; or a device, which must stay one
-            raise BadInput(f"{path}: is there, and is not a file; choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        sync(new)
-        os.replace(new, path)
-        sync_names(path.parent)
-    except (OSError, SafetensorError) as e:
-        why = getattr(e, "strerror", None) or e
-        # SafetensorError has no number; on a full disk it is what we get.
-        full = getattr(e, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space or choose another folder" if full else "choose another folder"
-        raise BadInput(f"{path}: cannot be written ({why}); {remedy}")
-    finally:
-        with suppress(OSError):                 # it is there only after a failure or an interrupt
-            new.unlink()
-
-
-def sync(path):
-    """Wait until a file, or the names in a folder, are given to the disk."""
-    f = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(f)
-    finally:
-        os.close(f)
-
-
-# "This cannot be done with a folder", as shared and network file systems say it.
-NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EISDIR,
-           errno.EACCES)
-
-
-def sync_names(folder):
-    """`sync` of a folder, if its file system can: without, the last rename may be lost when the
-    machine stops, but the file is whole either way."""
-    try:
-        sync(folder)
-    except OSError as e:
-        if e.errno not in NO_SYNC:
-            raise
-
-
-def write_bytes(path, content):
-    with beside(path) as new:
-        new.write_bytes(content)
-
-
-def write_json(path, value):
-    try:
-        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    except ValueError:
-        raise BadInput(f"{path}: not written, one of its numbers is not finite: the training went astray; lower its --lr")
-    write_bytes(path, text.encode("utf-8", "backslashreplace") + b"\n")      # halves of surrogate pairs, as JSON writes them
-
-
-def read_json(path, remedy="bring it back, or run again what wrote it"):
-    """The object in a JSON file."""
-    try:
-        found = json.loads(read_file(path).decode("utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise BadInput(f"{path}: cannot be read as JSON ({e}); {remedy}")
-    if not isinstance(found, dict):
-        raise BadInput(f"{path}: must be a JSON object, found {type(found).__name__}; {remedy}")
-    return found
-
-
-def read_file(path):
-    check_file(path)
-    try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}")
-
-
-def check_file(path):
-    """Refuse what is no file: a folder, or a pipe, at which we would wait for ever."""
-    if not Path(path).is_file():
-        raise BadInput(f"{path}: {'is not a file' if Path(path).exists() else 'no such file'}")
-
-
-def save_tensors(path, tensors):
-    with beside(path) as new:
-        save_file(tensors, new, metadata={"format": "pt"})
-
-
-def load_tensors(path):
-    check_file(path)
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise BadInput(f"{path}: cannot be read as safetensors ({e}); run the stage that writes it again, or download it again")
 
 
 # ----------------------------------------------------------------------------------------- device and randomness
@@ -171,47 +59,6 @@ def generator(seed, *where, device="cpu"):
     """A random generator that depends on (seed, stage, step, ...) alone, never on what ran before."""
     digest = hashlib.sha256(repr((seed, *where)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-# ------------------------------------------------------------------------------------------------ optimisation
-class Optimizer:
-    """Muon for the matrices of the transformer's layers, AdamW for the rest (embeddings, norms, heads), or for all where
-    `matrix_lr` is 0; with one schedule over both: linear warm-up, then a half cosine down to 0.
-
-    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes each update of a matrix orthogonal, so that all its
-    directions are learned at the same pace. In our trials its loss fell a little sooner than that of AdamW alone.
-    Three Newton-Schulz steps instead of the usual five: 5% faster, and a valid NLL of 0.383 instead of 0.379 (one
-    short run each)."""
-
-    def __init__(self, model, flags, steps):
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for n, p in trained.items() if p.dim() == 2 and ".layers." in n and flags.matrix_lr]
-        chosen = set(map(id, matrices))
-        rest = [p for p in trained.values() if id(p) not in chosen]
-        self.parameters, self.flags, self.steps = matrices + rest, flags, steps
-        self.parts = [(torch.optim.AdamW(rest, lr=flags.lr, betas=(0.9, 0.95), weight_decay=0.0), flags.lr)]
-        if matrices:
-            muon = torch.optim.Muon(matrices, lr=flags.matrix_lr, weight_decay=0.0, ns_steps=3)
-            self.parts.insert(0, (muon, flags.matrix_lr))
-
-    def clip(self):
-        """Shorten the gradients to the largest norm that the flags allow; returns the norm that they had."""
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.flags.max_grad_norm))
-
-    def step(self, step):
-        """Set the learning rates of step 0..steps-1, update, and clear the gradients."""
-        factor = cosine(step, self.steps, self.flags.warmup)
-        for part, peak in self.parts:
-            part.param_groups[0]["lr"] = peak * factor
-            part.step()
-            part.zero_grad()
-
-
-def cosine(step, steps, warmup):
-    """Factor on the learning rate: linear warm-up, then a half cosine down to 0 after the last step."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 # ---------------------------------------------------------------------------------------------------- a stage
@@ -422,43 +269,6 @@ class Stage:
         return summary
 
 
-def lock(folder, wait=False):
-    """The folder, made if need be, for this process alone, until what is returned is closed or the process ends. Where
-    another has it: wait for it, or refuse. What a killed process left half written in it is cleared away."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        held = os.open(folder, os.O_RDONLY)
-    except OSError as e:
-        raise BadInput(f"{folder}: cannot be made or opened ({e.strerror}); choose another folder")
-    cannot = "be locked, as on NFS and some other shared file systems"
-    try:
-        # Refused without: two processes at once would write over each other's files.
-        fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        cannot = "be written to"
-        for path in Path(folder).glob(".*.[0-9]*.tmp"):     # see `beside`
-            path.unlink()
-        return held
-    except BlockingIOError:
-        why = "another process is at work on it; wait for it, or choose another folder"
-    except OSError as e:
-        why = f"cannot {cannot} ({e.strerror}); choose a folder on a disk of this machine"
-    os.close(held)
-    raise BadInput(f"{folder}: {why}")
-
-
-@contextmanager
-def alone(folder, wait=False):
-    """A `lock` for the time of a block. A folder that was made for it, and in which nothing was written, does not stay."""
-    new, held = not Path(folder).exists(), lock(folder, wait)
-    try:
-        yield
-    finally:
-        with suppress(OSError):             # it is not empty
-            if new:
-                os.rmdir(folder)
-        os.close(held)
-
-
 def machine():
     """What the rounding of a stage's numbers depends on, as far as we look (not at the kind of CPU)."""
     return {"device": pick_device().type, "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -496,38 +306,6 @@ def skeleton(node):
     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
         parts["body"] = node.body[1:]
     return [type(node).__name__, *([name, skeleton(part)] for name, part in parts.items() if part not in (None, []))]
-
-
-def checksum(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def with_checksum(value):
-    return value | {"checksum": checksum(value)}
-
-
-def read_checked(path, remedy):
-    """The object in a JSON file that was written `with_checksum`."""
-    found = read_json(path, remedy)
-    if found.pop("checksum", None) != checksum(found):
-        raise BadInput(f"{path}: damaged or edited (it does not match its checksum), or of another version of GIRL; {remedy}")
-    return found
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    check_file(path)
-    try:
-        with open(path, "rb") as f:
-            while block := f.read(2 ** 20):
-                digest.update(block)
-    except OSError as e:
-        raise BadInput(f"{path}: {e.strerror}")
-    return digest.hexdigest()
-
-
-def checksums(paths):
-    return {path.name: sha256(path) for path in sorted(paths)}
 
 
 def what_helps(folder):

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from data import END_OF_TURN, EOS, load_tokenizer, number_of_ids
+from plumbing.tokenizer import END_OF_TURN, EOS, load_tokenizer, number_of_ids
 from model import LINEAR, Config, LanguageModel, LoRA, RewardModel, add_lora, twin
-from run import BadInput, check_folder, flag, frozen_dtype, load_tensors, read_json, save_tensors, write_json
+from plumbing.files import BadInput, load_tensors, read_json, save_tensors, write_json
+from plumbing.stage import check_folder, flag, frozen_dtype
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

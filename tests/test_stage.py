@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import girl
-import run
-from run import (BadInput, Stage, code_checksum, cosine, finished, generator, pick_device, read_json, read_summary, save_tensors, write_bytes,
-                 write_json)
+import plumbing.stage
+from plumbing import files
+from aids import cosine
+from plumbing.files import BadInput, read_json, save_tensors, write_bytes, write_json
+from plumbing.stage import Stage, code_checksum, finished, generator, pick_device, read_summary
 
 
 def test_the_device_is_one_that_is_here(monkeypatch):
@@ -34,7 +36,7 @@ def test_the_device_is_one_that_is_here(monkeypatch):
 @pytest.mark.parametrize("command, seconds", [(["sft"], 60), (["ppo"], 60), (["train"], 60), (["sft", "--smoke"], 2), (["train", "--smoke"], 2)])
 def test_a_state_is_saved_at_the_first_step_after_so_many_seconds(tmp_path, monkeypatch, command, seconds):
     clock, save_seconds = [1000.0], girl.parse(command).save_seconds
-    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    monkeypatch.setattr(plumbing.stage, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
     with Stage(tmp_path, "sft", save_seconds) as stage:
         stage.begin({}, {})
         stage.total(100)
@@ -57,7 +59,7 @@ def test_a_state_keeps_the_time_and_refuses_another_model(tmp_path):
     with Stage(tmp_path, "sft", 0) as stage:
         assert stage.begin({}, {})
         for other in (torch.nn.Linear(2, 4), torch.nn.Bilinear(2, 2, 2)):
-            with pytest.raises(BadInput, match="state-1.safetensors: of another model, model.weight is not what it was"):
+            with pytest.raises(BadInput, match="state-1.safetensors: of another model or version, model.weight is not what it was"):
                 stage.resume({"model": other}, [])
         stage.resume({"model": torch.nn.Linear(2, 3)}, [])
         assert 100 <= stage.seconds() < 110
@@ -178,7 +180,7 @@ def test_a_folder_in_which_nothing_can_be_deleted_is_named_so(tmp_path, monkeypa
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     monkeypatch.setattr(type(tmp_path), "unlink", unlink)
     with pytest.raises(BadInput, match=r"cannot be written to \(Read-only file system\); choose"):
-        run.lock(tmp_path)
+        files.lock(tmp_path)
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):

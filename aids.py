@@ -2,7 +2,7 @@
 
     Optimizer               Muon for the matrices of the blocks
     start_small             the weights that a model of stage 1 starts with
-    reading_loss            which tokens of the JD does the CV hold? A second loss for stages 1 and 2
+    reading_loss            which tokens of the JD does the CV hold? A second loss for stage 1
     add_averaging_block     one more block for the reward model
     jd_states               stage 2 reads each prompt once: its step takes 0.85 of the time
 
@@ -145,8 +145,7 @@ class Continued:
 
 
 def jd_states(body, rows, device):
-    """(prompt, JD) rows -> the hidden states of the JDs' last tokens [B, C], those of all their
-    tokens before the last block [B, R, C], and which tokens are real [B, R].
+    """(prompt, JD) rows -> the hidden states of the JDs' last tokens [B, C].
 
     Each different prompt is read once, however many JDs go with it."""
     numbers = {}
@@ -161,5 +160,4 @@ def jd_states(body, rows, device):
     continued = [Continued(layer, owner) for layer in shared]
     last = torch.arange(jds.shape[1], device=device) == jd_lengths[:, None] - 1             # [B, R]
     visible = torch.cat((in_prompt[owner], in_jd), dim=1)                    # [B, P + R]
-    *_, before_last, after_last = body.each_block(jds, visible, continued, last)
-    return body.norm(after_last), body.norm(before_last), in_jd
+    return body(jds, visible, continued, last)                               # [B, C]

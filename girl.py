@@ -405,7 +405,7 @@ SIZES = {
 # what helps a small model to learn to copy; and adapters need larger steps than the weights themselves. Usual values, of
 # which only those of LORA were tried, in one run of a model of 135M.
 PRETRAINED = {"sft": {"epochs": 2, "batch": 8, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10, "reading": 0.0},
-              "reward": {"steps": 120, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10, "reading": 0.0, "samples": 32},
+              "reward": {"steps": 120, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10, "samples": 32},
               "ppo": {"iterations": 20, "episodes": 32, "minibatch": 16, "accumulate": 4, "lr": 1e-5}}
 LORA = {"sft": {"lr": 4e-4}, "reward": {"lr": 4e-4}, "ppo": {"lr": 1e-4}}
 HELP = {"data": "make a data set: of the simulated job market, or of a table of your own CVs and JDs",

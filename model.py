@@ -189,12 +189,6 @@ class Transformer(nn.Module):
         asked [B, T], True at the N tokens whose states are needed: they come as [N, C], row after
         row, and the last block computes only the keys and values of the others. (Of 6 blocks: stage
         1 is 1.08 times as fast, stage 2 1.09.)"""
-        for x in self.each_block(ids, mask, caches, asked):
-            pass
-        return self.norm(x)                                                     # [B, T, C] or [N, C]
-
-    def each_block(self, ids, mask=None, caches=None, asked=None):
-        """As forward, but gives the states after each block in turn, before the final norm."""
         positions, visible = positions_and_sight(ids, mask)
         cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta,
                                 self.config.rope_scaling)
@@ -207,7 +201,7 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x = layer(*inputs)
-            yield x                                                             # [B, T, C] or [N, C]
+        return self.norm(x)                                                     # [B, T, C] or [N, C]
 
 
 def positions_and_sight(ids, mask):

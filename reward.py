@@ -13,12 +13,9 @@ Algorithm:
    section 3.5: all comparisons of one prompt belong into one batch; there each prompt counts alike, here each comparison
    does). Beside the decisions there may be probes: JDs that nobody would post, rejected. Where there are more groups than
    steps can show, a random part is used; of a large group each step draws `--max-group` decisions.
-3. Beside L stands L again, for the mean state of each JD's tokens before the last block. So each token's state learns what
-   the token adds to the score, and stage 3's critic can read what a text is worth before it ends.
-4. A comparison teaches one bit, so stage 1's loss of reading goes on (does the CV hold this token too? and at the last token:
-   which share of the others does it hold?), so that it is not forgotten. The learning rate is low for the same reason: at a
-   matrix rate of 0.02 the model forgot in 150 steps how to compare two texts.
-5. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
+3. The learning rate is low, since a comparison teaches one bit: at a matrix rate of 0.02 the model forgot in 150 steps how to
+   compare two texts.
+4. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
 
 Left out: a margin in the loss, a loss on the absolute score, ensembles.
 
@@ -31,18 +28,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from data import Codec, bucketed, load_codec, pad_right, read_half, read_records
 from model import LanguageModel, RewardModel, generate, rows_that_fit, twin
-from aids import Optimizer, add_averaging_block, jd_states, reading_loss
-from plumbing.files import BadInput, load_tensors
+from aids import Optimizer, add_averaging_block, jd_states
+from plumbing.files import BadInput
 from plumbing.inputs import init_of, need
 from plumbing.records import keeps_contacts
 from plumbing.stage import autocast, flag, generator
 from plumbing.tokenizer import load_tokenizer, same_tokenizer, save_tokenizer
-from plumbing.weights import StartFlags, load_model, load_pretrained, put, save_model
+from plumbing.weights import StartFlags, load_model, load_pretrained, save_model
 
 
 @dataclass
@@ -55,7 +51,6 @@ class RewardFlags(StartFlags):
     matrix_lr: float = flag(0.0015, "peak learning rate of Muon, for the layers' matrices")
     warmup: int = flag(50, "steps of linear warm-up", least=0)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
-    reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
     samples: int = flag(256, "samples of the generator that fix the score's mean 0 and standard deviation 1", least=2)
 
 
@@ -157,8 +152,7 @@ def score_pairs(model, prompts, jds, pairs, batch_size=128):
         part = pairs[start:start + batch_size]
         with autocast(device):
             rows = [(prompts[q], jds[d]) for q, d in part]
-            last, _, _ = jd_states(model.model, rows, device)                # [B, C]
-            scores |= dict(zip(part, model.head(last).tolist()))
+            scores |= dict(zip(part, model.head(jd_states(model.model, rows, device)).tolist()))
     check_finite(list(scores.values()))
     return scores
 
@@ -184,25 +178,21 @@ def pair_metrics(records, scores):
 
 
 # ------------------------------------------------------------------------------------------------------ training
-def batch_loss(model, reader, groups, device):
-    """Over all comparisons of these groups: the sum of -log sigmoid, how many came out right, the same sum for the mean
-    states, and the reading loss."""
+def batch_loss(model, groups, device):
+    """Over all comparisons of these groups: the sum of -log sigmoid, and how many came out right."""
     rows, pairs, start = [row for g in groups for row in g.rows], [], 0
     for g in groups:
         pairs += [(start + i, start + j) for i, j in comparisons(g.accepted)]
         start += len(g.rows)
     better, worse = torch.tensor(pairs, device=device).unbind(1)                             # [M], [M]
     with autocast(device):
-        last, given, in_jd = jd_states(model.model, rows, device)        # [B, C], [B, R, C], [B, R]
-        scores = model.head(last)                                                            # [B]
-        means = model.head((given * in_jd[..., None]).sum(1) / in_jd.sum(1)[:, None])        # [B]
-        reading = reading_loss(reader, given[in_jd], rows)
-    loss, loss_of_means = (ranking_loss(x[better], x[worse]) * len(pairs) for x in (scores, means))
-    return loss, (scores[better] > scores[worse]).sum(), loss_of_means, reading
+        scores = model.head(jd_states(model.model, rows, device))                            # [B]
+    loss = ranking_loss(scores[better], scores[worse]) * len(pairs)
+    return loss, int((scores[better] > scores[worse]).sum())
 
 
-def train(model, reader, codec, records, flags, seed, stage, device):
-    """Stage 2 on these decisions. `reader`: stage 1's head of reading_loss, or a fresh one."""
+def train(model, codec, records, flags, seed, stage, device):
+    """Stage 2 on these decisions."""
     found = decision_groups(records)
     # Token rows are made of no more groups than there is time to see once.
     order = torch.randperm(len(found), generator=generator(seed, stage.name, "groups"))[:flags.steps * flags.groups]
@@ -214,21 +204,21 @@ def train(model, reader, codec, records, flags, seed, stage, device):
               f"ones dropped, identical to an accepted one after truncation; cut: {len(codec.cut_cvs)} CVs, "
               f"{len(codec.cut_jds)} JDs")
     model.model.checkpointing = flags.checkpointing
-    optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(flags.steps))
-    stage.resume({"model": model, "reader": reader}, [part for part, _ in optimizer.parts])
+    optimizer = Optimizer(model, flags, stage.total(flags.steps))
+    stage.resume({"model": model}, [part for part, _ in optimizer.parts])
     longest = [max(len(p) + len(j) for p, j in g.rows) for g in groups]
     batches = schedule(longest, flags.groups, flags.steps, seed, stage.name)
     for step in range(stage.step, flags.steps):
         draw = generator(seed, stage.name, step)
         batch = [subsample(groups[i], flags.max_group, draw) for i in batches[step]]
-        loss, accuracy, reading = reward_step(model, reader, batch, flags, device)
-        if not np.isfinite(loss + reading + optimizer.clip()):
+        loss, accuracy = reward_step(model, batch, flags, device)
+        if not np.isfinite(loss + optimizer.clip()):
             stage.not_finite(step + 1, [codec.cv(g.rows[0][0]) for g in batch], "lower --lr and --matrix-lr")
         optimizer.step(step)
-        stage.log(step=step + 1, loss=loss, accuracy=accuracy, reading=reading)
+        stage.log(step=step + 1, loss=loss, accuracy=accuracy)
         if (step + 1) % 100 == 0:
             stage.say(f"{stage.name} {step + 1:4d}/{flags.steps}  loss {stage.mean('loss', 100):.4f}  "
-                      f"accuracy {stage.mean('accuracy', 100):.3f}  reading loss {stage.mean('reading', 100):.4f}")
+                      f"accuracy {stage.mean('accuracy', 100):.3f}")
         stage.checkpoint(step + 1)
 
 
@@ -241,20 +231,14 @@ def schedule(lengths, size, steps, seed, name):
     return batches[:steps]
 
 
-def reward_step(model, reader, groups, flags, device):
-    """Gradients of the objective; returns the ranking loss of a comparison, the share that came out right, and the
-    reading loss."""
-    pairs, rows = sum(len(comparisons(g.accepted)) for g in groups), sum(len(g.rows) for g in groups)
-    total, correct, total_reading = 0.0, 0, 0.0
+def reward_step(model, groups, flags, device):
+    """Gradients of L over these groups. Returns the loss of a comparison, and the share that came out right."""
+    pairs, total, correct = sum(len(comparisons(g.accepted)) for g in groups), 0.0, 0
     for k in range(min(flags.accumulate, len(groups))):
-        if part := groups[k::flags.accumulate]:
-            loss, right, loss_of_means, reading = batch_loss(model, reader, part, device)
-            share = sum(len(g.rows) for g in part) / rows
-            # by pair, and by row: micro-batches add up to the gradient of the whole batch
-            ((loss + loss_of_means) / pairs + flags.reading * share * reading).backward()
-            total, correct = total + float(loss.detach()), correct + int(right)
-            total_reading += share * float(reading.detach())
-    return total / pairs, correct / pairs, total_reading
+        loss, right = batch_loss(model, groups[k::flags.accumulate], device)
+        (loss / pairs).backward()           # micro-batches add up to the gradient of the whole batch
+        total, correct = total + float(loss.detach()), correct + right
+    return total / pairs, correct / pairs
 
 
 def standardize(model, scores):
@@ -284,23 +268,19 @@ def sample_texts(lm, codec, cvs, n, seed, stage, device, batch_size=128):
 
 
 # -------------------------------------------------------------------------------------------------- the whole stage
-def new_reward_model(lm, folder, pretrained, seed):
-    """A language model's body, as stage 2 takes it up, and a head for reading; the head for the score is random."""
+def new_reward_model(lm, pretrained, seed):
+    """A language model's body, as stage 2 takes it up, and a random head."""
     torch.manual_seed(seed)
     if pretrained:
         # Its end-of-text state says what was read: no averaging block. With adapters, body and generator share the frozen base.
-        return RewardModel(lm.config, body=twin(lm.model)), nn.Linear(lm.config.hidden_size, 1)
+        return RewardModel(lm.config, body=twin(lm.model))
     model = RewardModel(lm.config)
     model.model.load_state_dict(lm.model.state_dict())
     add_averaging_block(model)
-    reader, path = nn.Linear(model.config.hidden_size, 1), folder / "reader.safetensors"
-    put(reader, load_tensors(path), reader.state_dict(), path, "cpu")
     with torch.no_grad():
         # The logits of stage 1 need large final states; the head's first scores and its rate are meant for states of size 1.
-        size = model.model.norm.weight.mean()
-        model.model.norm.weight /= size
-        reader.weight *= size
-    return model, reader
+        model.model.norm.weight /= model.model.norm.weight.mean()
+    return model
 
 
 def run(stage, folder, data, flags, seed, device):
@@ -319,8 +299,8 @@ def run(stage, folder, data, flags, seed, device):
     else:
         start = generator_model
     start.config.keep_contacts = keeps_contacts(data)         # an earlier version of stage 1 did not note it
-    model, reader = new_reward_model(start, folder / "sft", bool(flags.init or init_of(folder)), init_seed)
-    train(model.to(device), reader.to(device), codec, records, flags, seed, stage, device)
+    model = new_reward_model(start, bool(flags.init or init_of(folder)), init_seed).to(device)
+    train(model, codec, records, flags, seed, stage, device)
     cvs = sorted({r.cv for r in records})
     samples = sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
     if not any(row[-1] == codec.eos for row in samples):

@@ -28,7 +28,7 @@ from plumbing.records import check_splits, keeps_contacts
 from plumbing.tokenizer import load_tokenizer, save_tokenizer
 from model import Config, LanguageModel, generate, logits_size, rows_that_fit
 from aids import Optimizer, reading_loss, start_small
-from plumbing.files import BadInput, save_tensors
+from plumbing.files import BadInput
 from plumbing.stage import autocast, flag, generator
 from plumbing.weights import StartFlags, load_pretrained, read_config, save_model
 
@@ -205,6 +205,4 @@ def run(stage, folder, data, flags, seed, device):
     stage.check_lock()
     save_model(stage.folder, model)
     save_tokenizer(stage.folder, codec)
-    if not flags.init:
-        save_tensors(stage.folder / "reader.safetensors", {k: v.cpu() for k, v in reader.state_dict().items()})
     stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=len(stage.rows), **before)

@@ -36,6 +36,7 @@ Left out: fine-tuning the encoder, user and item ids, learning to rank.
 
 Shapes: N texts or decisions, C hidden size, k written JDs for each CV.
 """
+import copy
 import hashlib
 import itertools
 import math
@@ -110,6 +111,7 @@ def load_run(run, device, seed):
 @torch.no_grad()
 def encode(body, rows, device, batch_size=128):
     """Mean-pooled states of token rows: [N, C]. Rows of similar length are computed together."""
+    body = first_block(body)
     states = torch.zeros(len(rows), body.config.hidden_size)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(rows), batch_size):
@@ -117,10 +119,16 @@ def encode(body, rows, device, batch_size=128):
         ids, lengths = pad_right([rows[i] for i in part])
         real = torch.arange(ids.shape[1]) < lengths[:, None]                                 # [B, T]
         with autocast(device):
-            # Of the first block alone: early states still say which words there are.
-            hidden = body.norm(next(body.each_block(ids.to(device)))).float().cpu()          # [B, T, C]
+            hidden = body(ids.to(device)).float().cpu()                                      # [B, T, C]
         states[part] = (hidden * real[..., None]).sum(1) / lengths[:, None]                  # [B, C]
     return states
+
+
+def first_block(body):
+    """A body with the same weights, but with its first block alone: early states still say which words there are."""
+    body = copy.deepcopy(body, {id(p): p for p in body.parameters()})
+    del body.layers[1:]
+    return body
 
 
 def zscore(x, like):

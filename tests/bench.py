@@ -154,16 +154,15 @@ def sft_figures(model, rows, args):
 def reward_figures(lm, rows, args):
     flags, half = reward.RewardFlags(groups=16, **ADAMW), len(rows) // 2
     model = RewardModel(lm.config, body=lm.model).to(pick_device()).train()
-    reader = torch.nn.Linear(model.config.hidden_size, 1).to(pick_device())
     groups = [reward.Group([(p, r), (p, rows[(i + half) % len(rows)][1])], [True, False])
               for i, (p, r) in enumerate(rows)]
     lengths = [[len(p) + len(r) for p, r in g.rows] for g in groups]
     batches = bucketed(list(map(max, lengths)), flags.groups, generator(0, "bench"))
-    optimizer = Optimizer(torch.nn.ModuleList([model, reader]), flags, 10 ** 6)
+    optimizer = Optimizer(model, flags, 10 ** 6)
 
     def step(k):
         batch = [groups[i] for i in batches[k % len(batches)]]
-        reward.reward_step(model, reader, batch, flags, pick_device())
+        reward.reward_step(model, batch, flags, pick_device())
         optimizer.clip()
         optimizer.step(k)
     pairs = [sum(len(batches[k % len(batches)]) for k in window) for window in windows(args)]

@@ -53,10 +53,8 @@ MUTANTS = {
         (5, "reward.py", "(scores[better] > scores[worse])", "(scores[better] >= scores[worse])",
          "a model that says the same of everything is right everywhere")],
     "test_reward.py::test_05_the_gradient_is_that_of_the_objective_by_hand": [
-        (5, "reward.py", "loss_of_means) / pairs + flags", "loss_of_means) / rows + flags",
-         "comparisons are averaged over rows"),
-        (5, "reward.py", "(loss + loss_of_means)", "(loss + loss_of_means.detach())",
-         "the loss of mean states is computed, and not learned from")],
+        (5, "reward.py", "(loss / pairs).backward()", "(loss / len(groups)).backward()",
+         "comparisons are averaged over groups")],
     "test_reward.py::test_06_head_starts_with_std_one_over_sqrt_d_plus_1_and_no_bias": [
         (6, "model.py", "math.sqrt(c.hidden_size + 1)", "math.sqrt(c.hidden_size)", "1/sqrt(d)"),
         (6, "model.py", "self.score = nn.Linear(c.hidden_size, 1, bias=False)",

@@ -90,8 +90,7 @@ def test_05_ranking_loss_of_a_huge_difference_is_finite():
 def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
     rows = [(row[:2], row[2:]) for row in ROWS]
     groups = [reward.Group(rows[:3], [True, False, False]), reward.Group([rows[3], rows[0]], [False, True])]
-    reader = torch.nn.Linear(reward_model.config.hidden_size, 1)
-    loss, right, loss_of_means, reading = reward.batch_loss(reward_model, reader, groups, CPU)
+    loss, right = reward.batch_loss(reward_model, groups, CPU)
 
     def by_hand(s):
         return [s[0] - s[1], s[0] - s[2], s[0] - s[3]]
@@ -100,55 +99,34 @@ def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
         return sum(math.log(1 + math.exp(-d)) for d in by_hand(s))
 
     last = [score_alone(reward_model, row) for row in ROWS]
-    # The means are of states before the last block, one row at a time and without pads; these are also what is read.
-    shorter = copy.deepcopy(reward_model.model)
-    del shorter.layers[-1]
-    states = [shorter(torch.tensor([row]))[0, 2:] for row in ROWS]
-    means = [reward_model.head(x.mean(0)).item() for x in states]
     assert loss.item() == pytest.approx(loss_by_hand(last), abs=1e-5)
-    assert loss_of_means.item() == pytest.approx(loss_by_hand(means), abs=1e-5)
-    assert int(right) == sum(d > 0 for d in by_hand(last))
-    both = aids.reading_loss(reader, torch.cat([states[i] for i in (0, 1, 2, 3, 0)]), [rows[i] for i in (0, 1, 2, 3, 0)])
-    assert reading.item() == pytest.approx(both.item(), abs=1e-5)
+    assert right == sum(d > 0 for d in by_hand(last))
 
 
 def test_05_equal_scores_are_not_right(reward_model):
     """A head of zeros knows nothing: it must not look as if it were right everywhere."""
     torch.nn.init.zeros_(reward_model.score.weight)
     groups = [reward.Group([(row[:2], row[2:]) for row in ROWS], [True, False, True, False])]
-    loss, right, _, _ = reward.batch_loss(reward_model, torch.nn.Linear(32, 1), groups, CPU)
-    assert int(right) == 0 and loss.item() == pytest.approx(4 * math.log(2))
+    loss, right = reward.batch_loss(reward_model, groups, CPU)
+    assert right == 0 and loss.item() == pytest.approx(4 * math.log(2))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_05_the_gradient_is_that_of_the_objective_by_hand(reward_model, accumulate):
-    """Ranking by the last states and by the mean ones, over 3 comparisons; and `reading` times that loss, over 5 rows. Each
-    row alone, without pads or shared prompts."""
-    rows, reader = [(row[:2], row[2:]) for row in ROWS], torch.nn.Linear(32, 1)
+    """The mean over 3 comparisons; each row alone, without pads or shared prompts."""
+    rows = [(row[:2], row[2:]) for row in ROWS]
     groups = [reward.Group(rows[:3], [True, False, False]),
               reward.Group([rows[3], rows[0]], [False, True])]
-    body, shorter = reward_model.model, copy.copy(reward_model.model)       # the same parameters,
-    shorter._modules = {**body._modules, "layers": body.layers[:-1]}        # one block less
-    last = [reward_model.score(body(torch.tensor([row]))[0, -1]) for row in ROWS]
-    states = [shorter(torch.tensor([row]))[0, 2:] for row in ROWS]
-    mean = [reward_model.score(x.mean(0)) for x in states]
-    five = [0, 1, 2, 3, 0]                                  # row 0 is in both groups
-    reading = aids.reading_loss(reader, torch.cat([states[i] for i in five]),
-                                  [rows[i] for i in five])
+    last = [reward_model.score(reward_model.model(torch.tensor([row]))[0, -1]) for row in ROWS]
+    ranking = sum(torch.log1p(torch.exp(last[no] - last[0])) for no in (1, 2, 3)) / 3
+    ranking.backward()
+    by_hand = [p.grad.clone() for p in reward_model.parameters()]
+    reward_model.zero_grad()
 
-    def ranking(s):
-        return sum(torch.log1p(torch.exp(s[no] - s[0])) for no in (1, 2, 3)) / 3
-    (ranking(last) + ranking(mean) + 0.3 * reading).backward()
-    parameters = [*reward_model.parameters(), *reader.parameters()]
-    by_hand = [p.grad.clone() for p in parameters]
-    reward_model.zero_grad(), reader.zero_grad()
-
-    flags = reward.RewardFlags(reading=0.3, accumulate=accumulate)
-    loss, right, read = reward.reward_step(reward_model, reader, groups, flags, CPU)
-    for p, gradient in zip(parameters, by_hand):
+    loss, right = reward.reward_step(reward_model, groups, reward.RewardFlags(accumulate=accumulate), CPU)
+    for p, gradient in zip(reward_model.parameters(), by_hand):
         torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
-    assert loss == pytest.approx(ranking(last).item(), abs=1e-5)
-    assert read == pytest.approx(reading.item(), abs=1e-5)
+    assert loss == pytest.approx(ranking.item(), abs=1e-5)
     assert right == pytest.approx(sum(last[0].item() > last[no].item() for no in (1, 2, 3)) / 3)
 
 
@@ -157,14 +135,10 @@ def test_a_prompt_is_read_once_and_its_jds_get_the_states_of_whole_rows(reward_m
     rows = [([2, 3, 5], [4, 3, 8, EOS]), ([6, 9], [7, EOS]), ([2, 3, 5], [9, EOS]), ([5, 5, 6, 7, 8], [3, 4, 3, 3, EOS])]
     read = []
     body = reward_model.model
-    last, given, in_jd = aids.jd_states(noting(body, read), rows, CPU)
-    shorter = copy.deepcopy(body)
-    del shorter.layers[-1]
+    last = aids.jd_states(noting(body, read), rows, CPU)
     assert read == [3, 4]                                       # three prompts, then four JDs
-    assert in_jd.sum(1).tolist() == [len(jd) for _, jd in rows]
     for b, (prompt, jd) in enumerate(rows):
         torch.testing.assert_close(last[b], body(torch.tensor([prompt + jd]))[0, -1], atol=1e-5, rtol=0)
-        torch.testing.assert_close(given[b, :len(jd)], shorter(torch.tensor([prompt + jd]))[0, len(prompt):], atol=1e-5, rtol=0)
 
 
 def test_gradients_pass_through_a_shared_prompt(reward_model):
@@ -173,12 +147,10 @@ def test_gradients_pass_through_a_shared_prompt(reward_model):
 
     def alone():
         for p, jd in rows:
-            *_, given, last = map(body.norm, body.each_block(torch.tensor([p + jd])))
-            yield last[0, -1].square() + given[0, len(p):].square().sum(0)
+            yield body(torch.tensor([p + jd]))[0, -1].square()
 
     def together():
-        last, given, in_jd = aids.jd_states(body, rows, CPU)
-        yield last.square().sum(0) + given[in_jd].square().sum(0)
+        yield aids.jd_states(body, rows, CPU).square().sum(0)
     for states in (alone, together):
         body.zero_grad()
         (sum(states()) * torch.linspace(-1, 1, body.config.hidden_size)).sum().backward()
@@ -205,7 +177,7 @@ def test_gradients_of_a_shared_prompt_are_the_same_bit_for_bit_with_several_thre
 
     def gradient():
         body.zero_grad()
-        sum(states.square().sum() for states in aids.jd_states(body, rows, CPU)[:2]).backward()
+        aids.jd_states(body, rows, CPU).square().sum().backward()
         return torch.cat([p.grad.flatten() for p in body.parameters()])
     try:
         torch.set_num_threads(4)
@@ -249,18 +221,14 @@ RECORDS = [Record(cv, jd, cv == jd.split()[0]) for cv in ("nurse", "driver", "co
 def test_05_training_logs_loss_and_accuracy_and_learns(reward_model, codec, stage):
     before = copy.deepcopy(reward_model)
     flags = reward.RewardFlags(steps=30, groups=6, warmup=2, lr=3e-3, matrix_lr=0.02)
-    reader = torch.nn.Linear(reward_model.config.hidden_size, 1)
-    fresh_reader = reader.weight.clone()
-    reward.train(reward_model, reader, codec, RECORDS, flags, 0, stage, CPU)
+    reward.train(reward_model, codec, RECORDS, flags, 0, stage, CPU)
 
     # The first row is that of the untrained model: all six groups, of three CVs and three JDs, in one step.
     groups = make_groups(RECORDS, codec)[0]
-    loss, right, _, _ = reward.batch_loss(before, reader, groups, CPU)
+    loss, right = reward.batch_loss(before, groups, CPU)
     assert sum(len(reward.comparisons(g.accepted)) for g in groups) == 12
     assert stage.rows[0]["loss"] == pytest.approx(loss.item() / 12, abs=1e-5)
-    assert stage.rows[0]["accuracy"] == pytest.approx(int(right) / 12)
-    assert stage.rows[-1]["reading"] < 0.7 * stage.rows[0]["reading"]
-    assert not torch.equal(reader.weight, fresh_reader)
+    assert stage.rows[0]["accuracy"] == pytest.approx(right / 12)
     assert stage.rows[-1]["loss"] < 0.1 and stage.rows[-1]["accuracy"] == 1
 
     # And each row alone: what was accepted scores above what was rejected, which was not so before.
@@ -274,9 +242,9 @@ def seen_by_steps(monkeypatch):
     """The groups of each step of a training that goes nowhere."""
     seen = []
 
-    def step(model, reader, groups, *rest):
+    def step(model, groups, *rest):
         seen.append(groups)
-        return 0.0, 0.0, 0.0
+        return 0.0, 0.0
     monkeypatch.setattr(reward, "reward_step", step)
     return seen
 
@@ -284,7 +252,7 @@ def seen_by_steps(monkeypatch):
 def test_every_epoch_has_each_group_once_in_an_order_of_its_own(reward_model, codec, stage,
                                                                 monkeypatch):
     seen, flags = seen_by_steps(monkeypatch), reward.RewardFlags(steps=9, groups=2)
-    reward.train(reward_model, torch.nn.Linear(32, 1), codec, RECORDS, flags, 0, stage, CPU)
+    reward.train(reward_model, codec, RECORDS, flags, 0, stage, CPU)
     assert [len(groups) for groups in seen] == [2] * 9
     epochs = [[str(g) for groups in seen[k:k + 3] for g in groups] for k in (0, 3, 6)]
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 6 for epoch in epochs)
@@ -295,19 +263,19 @@ def test_a_large_group_shows_other_rows_in_every_step(reward_model, codec, stage
     jds = itertools.product(["cook", "night", "day"], ["now", "full", "part"])
     records = [Record("nurse", " ".join(jd), k < 4) for k, jd in enumerate(jds)]
     seen, flags = seen_by_steps(monkeypatch), reward.RewardFlags(steps=6, groups=1, max_group=3)
-    reward.train(reward_model, torch.nn.Linear(32, 1), codec, records, flags, 0, stage, CPU)
+    reward.train(reward_model, codec, records, flags, 0, stage, CPU)
     assert [len(g.rows) for [g] in seen] == [3] * 6 and len({str(g) for [g] in seen}) > 3
 
 
 def test_flags_that_save_memory_are_obeyed(reward_model, codec, stage, monkeypatch):
     parts, batch_loss = [], reward.batch_loss
 
-    def noted(model, reader, groups, *rest):
+    def noted(model, groups, *rest):
         parts.append(len(groups))
-        return batch_loss(model, reader, groups, *rest)
+        return batch_loss(model, groups, *rest)
     monkeypatch.setattr(reward, "batch_loss", noted)
     flags = reward.RewardFlags(steps=1, groups=6, accumulate=4, checkpointing=True)
-    reward.train(reward_model, torch.nn.Linear(32, 1), codec, RECORDS, flags, 0, stage, CPU)
+    reward.train(reward_model, codec, RECORDS, flags, 0, stage, CPU)
     assert parts == [2, 2, 1, 1] and reward_model.model.checkpointing
 
 
@@ -348,8 +316,7 @@ def test_no_more_groups_are_made_than_are_seen(reward_model, codec, stage, monke
     made, make_groups = [], reward.make_groups
     monkeypatch.setattr(reward, "make_groups", lambda records, found, codec: made.append(found) or make_groups(records, found, codec))
     for seed in (0, 0, 1, 2, 3):
-        reader = torch.nn.Linear(reward_model.config.hidden_size, 1)
-        reward.train(reward_model, reader, codec, RECORDS, reward.RewardFlags(steps=1, groups=2), seed, stage, CPU)
+        reward.train(reward_model, codec, RECORDS, reward.RewardFlags(steps=1, groups=2), seed, stage, CPU)
     assert [len(found) for found in made] == [2] * 5 and made[0] == made[1]
     assert len({str(found) for found in made}) > 1              # another seed, other groups
 
@@ -360,9 +327,7 @@ def test_05_gradient_accumulation_equals_the_big_batch(reward_model, codec, stag
         [p.grad.clone() for p in parameters if p.grad is not None]) or 0.0)
     for accumulate in (1, 4):
         flags = reward.RewardFlags(steps=1, groups=6, accumulate=accumulate, lr=1e-9, matrix_lr=1e-9)
-        torch.manual_seed(0)
-        reader = torch.nn.Linear(reward_model.config.hidden_size, 1)
-        reward.train(copy.deepcopy(reward_model), reader, codec, RECORDS[:-1], flags, 0, stage, CPU)
+        reward.train(copy.deepcopy(reward_model), codec, RECORDS[:-1], flags, 0, stage, CPU)
     assert stage.rows[0] == pytest.approx(stage.rows[1], abs=1e-5)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import girl
 import plumbing.plan
 import ppo
-import reward
+from aids import jd_states
 from data import Codec, train_tokenizer
 from plumbing.tokenizer import plain_text_only, save_tokenizer
 from model import Config, LanguageModel, LoRA, RewardModel, add_lora, generate, is_target, merge_lora, twin
@@ -590,8 +590,7 @@ def test_checkpointing_knows_shared_prompts():
     model, rows = tiny(RewardModel, initializer_range=0.1), [([5, 6, 7], [8, 9]), ([5, 6, 7], [10]), ([11, 12], [13, 14, 15])]
 
     def shared(model):
-        last, given, in_jd = reward.jd_states(model.model, rows, torch.device("cpu"))
-        return model.head(last).square().sum() + (given * in_jd[..., None]).square().sum()
+        return model.head(jd_states(model.model, rows, torch.device("cpu"))).square().sum()
     found = [gradients(model, shared) for model.model.checkpointing in (False, True)]
     torch.testing.assert_close(found[0], found[1])
 

@@ -1,14 +1,17 @@
-"""What the paper does not have and a small model needs. RESULTS.md says what each of these buys.
+"""What the paper does not have and a small model needs. RESULTS.md shows what each of these buys.
 
-    Optimizer               Muon for the matrices of the blocks
-    start_small             the weights that a model of stage 1 starts with
-    reading_loss            which tokens of the JD does the CV hold? A second loss for stage 1
-    add_averaging_block     one more block for the reward model
-    jd_states               stage 2 reads each prompt once: its step takes 0.85 of the time
+    Optimizer               stages 1 and 2: Muon for the matrices of the blocks
+    start_small             stage 1: the weights that a small model starts with
+    reading_loss            stage 1: does the CV hold this token of the JD, too?
+    add_averaging_block     stage 2: one more block for the reward model
+    mean_states             stage 2: what the pooled loss scores
+    jd_states               stage 2 reads each prompt once: a step takes 0.85 of the time
 
-Two more stand where they work: merges across spaces in data.train_tokenizer, and JDs that nobody would post in market.spoil.
+Two more are where they work: merges across spaces in data.train_tokenizer, and hard negatives, JDs
+that nobody would post, in market.spoil.
 
-Shapes: B rows, N different prompts, P tokens of the longest prompt, R of the longest JD, C hidden size, H query heads, K key-value heads, D size of a head, V vocabulary.
+Shapes: B rows, N different prompts, P tokens of the longest prompt, R of the longest JD, C hidden
+size, H query heads, K key-value heads, D size of a head, V vocabulary.
 """
 import math
 from dataclasses import replace
@@ -21,143 +24,171 @@ from data import pad_right
 from model import Block
 
 
+# ------------------------------------------------------------------------------- stages 1 and 2
 class Optimizer:
-    """Muon for the matrices of the transformer's layers, AdamW for the rest (embeddings, norms, heads), or for all where
-    `matrix_lr` is 0; with one schedule over both: linear warm-up, then a half cosine down to 0.
+    """Muon for the matrices of the transformer's blocks, AdamW for the rest (embeddings, norms,
+    heads), or for all if `matrix_lr` is 0. Both follow one schedule.
 
-    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes each update of a matrix orthogonal, so that all its
-    directions are learned at the same pace. In our trials its loss fell a little sooner than that of AdamW alone.
-    Three Newton-Schulz steps instead of the usual five: 5% faster, and a valid NLL of 0.383 instead of 0.379 (one
-    short run each)."""
+    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes each update of a matrix orthogonal,
+    so that all its directions are learned at the same pace. Three Newton-Schulz steps instead of
+    the usual five: 5% faster, and a valid NLL of 0.383 instead of 0.379 (one short run each)."""
 
     def __init__(self, model, flags, steps):
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for n, p in trained.items() if p.dim() == 2 and ".layers." in n and flags.matrix_lr]
-        chosen = set(map(id, matrices))
-        rest = [p for p in trained.values() if id(p) not in chosen]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for name, p in trained.items()
+                    if p.dim() == 2 and ".layers." in name and flags.matrix_lr]
+        is_matrix = set(map(id, matrices))
+        rest = [p for p in trained.values() if id(p) not in is_matrix]
         self.parameters, self.flags, self.steps = matrices + rest, flags, steps
-        self.parts = [(torch.optim.AdamW(rest, lr=flags.lr, betas=(0.9, 0.95), weight_decay=0.0), flags.lr)]
+        adamw = torch.optim.AdamW(rest, lr=flags.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.parts, self.peaks = [adamw], [flags.lr]
         if matrices:
             muon = torch.optim.Muon(matrices, lr=flags.matrix_lr, weight_decay=0.0, ns_steps=3)
-            self.parts.insert(0, (muon, flags.matrix_lr))
+            self.parts, self.peaks = [muon, adamw], [flags.matrix_lr, flags.lr]
 
     def clip(self):
-        """Shorten the gradients to the largest norm that the flags allow; returns the norm that they had."""
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, self.flags.max_grad_norm))
+        """Scale the gradients down to the largest norm that the flags allow. Returns the norm that
+        they had."""
+        return float(nn.utils.clip_grad_norm_(self.parameters, self.flags.max_grad_norm))
 
     def step(self, step):
-        """Set the learning rates of step 0..steps-1, update, and clear the gradients."""
+        """Set the learning rates of this step (0 to steps - 1), update, and clear the gradients."""
         factor = cosine(step, self.steps, self.flags.warmup)
-        for part, peak in self.parts:
+        for part, peak in zip(self.parts, self.peaks):
             part.param_groups[0]["lr"] = peak * factor
             part.step()
             part.zero_grad()
 
 
 def cosine(step, steps, warmup):
-    """Factor on the learning rate: linear warm-up, then a half cosine down to 0 after the last step."""
+    """Factor on the learning rate: linear warm-up, then half a cosine, which is 0 after the last
+    step."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
+# -------------------------------------------------------------------------------------- stage 1
 @torch.no_grad()
 def start_small(model, used):
-    """Weights from which a small language model soon learns to copy. `used`: the tokens that its texts have."""
+    """Set the weights from which a small language model soon learns to copy. `used`: the tokens
+    that occur in its texts."""
     c = model.config
-    # The largest logit is |final state| |embedding|. Whatever cannot come next must stay far below it, or samples slip now
-    # and then; and norms grow slowly, so they start large. Embeddings grow fast, so they start small: else the first logits
-    # would be large too, and the first two hundred steps would do nothing but make them smaller.
+    # Impossible tokens need far lower logits, or they get sampled now and then. The largest logit
+    # is |final state| |embedding|. Norm gains grow slowly, so they start large. Embeddings grow
+    # fast, so they start small: otherwise the first logits would be large, and the first two
+    # hundred steps would only make them smaller.
     model.model.norm.weight *= 8
     nn.init.normal_(model.model.embed_tokens.weight, std=0.02)
-    # Tokens that no text has (the halves of merges, mostly) start at zero: random ones would be drawn now and then, and spoil
-    # a JD.
+    # Tokens that no text has (mostly halves of merges) start at zero: random ones would be sampled
+    # now and then, and spoil a JD.
     unused = torch.ones(c.vocab_size, dtype=torch.bool)
     unused[sorted(used)] = False
     model.model.embed_tokens.weight[unused] = 0
-    # Up to half of the heads start with equal queries and keys: a token then looks for its like, which is how one text is
-    # found in another (Trockman and Kolter 2023, arXiv 2305.09828).
+    # Up to half of the heads start with equal queries and keys: a token then attends to tokens like
+    # itself, which is how one text is found in another (Trockman and Kolter 2023, arXiv
+    # 2305.09828).
     for attention in (layer.self_attn for layer in model.model.layers):
         rows = max(1, attention.K // 2) * attention.D
-        queries = attention.q_proj.weight.view(attention.K, -1, attention.D, c.hidden_size)[:, 0]       # first of each group
-        attention.k_proj.weight[:rows] = queries.reshape(-1, c.hidden_size)[:rows]
+        queries = attention.q_proj.weight.view(attention.K, -1, attention.D, c.hidden_size)
+        first_of_group = queries[:, 0].reshape(-1, c.hidden_size)                   # [K D, C]
+        attention.k_proj.weight[:rows] = first_of_group[:rows]
 
 
 def reading_loss(reader, states, rows):
-    """Cross-entropy of "the CV holds this token too", mean over the JD tokens of a row, then over
-    the rows. The last of a JD's n tokens is asked something else instead, with the weight 1 + 1/n:
-    which share of the tokens before it does the CV hold?
+    """Cross-entropy of "the CV holds this token, too", averaged over the JD tokens of a row, then
+    over the rows. The last of a JD's n tokens has another target, with weight 1 + 1/n: the share of
+    the earlier tokens that the CV holds.
 
     states [tokens, C]: the hidden states of all JD tokens, row after row."""
     held = [torch.isin(torch.tensor(jd), torch.tensor(prompt)).float() for prompt, jd in rows]
     weights = [torch.full((len(row),), 1 / len(row)) for row in held]
     for row, weight in zip(held, weights):
-        row[-1], weight[-1] = row[:-1].sum() / max(len(row) - 1, 1), 1 + weight[-1]
-    held, weights = torch.cat(held).to(states.device), torch.cat(weights).to(states.device)  # [tokens], [tokens]
-    logits = reader(states).squeeze(-1).float()                                              # [tokens]
-    return F.binary_cross_entropy_with_logits(logits, held, weights, reduction="sum") / len(rows)
+        row[-1] = row[:-1].sum() / max(len(row) - 1, 1)
+        weight[-1] += 1
+    held = torch.cat(held).to(states.device)                                        # [tokens]
+    weights = torch.cat(weights).to(states.device)                                  # [tokens]
+    logits = reader(states).squeeze(-1).float()                                     # [tokens]
+    loss = F.binary_cross_entropy_with_logits(logits, held, weights, reduction="sum")
+    return loss / len(rows)
 
 
+# -------------------------------------------------------------------------------------- stage 2
 @torch.no_grad()
 def add_averaging_block(model, gain=10.0):
-    """One more block for a reward model whose body comes from a language model: there end-of-text was hardly ever asked for
-    anything, and its state holds little of what the tokens before it know.
+    """Add a block to a reward model whose body is a language model's. The language model predicts
+    almost nothing from end-of-text, so its state there summarizes the text poorly.
 
-    The block starts as an average, and training makes a better one of it. Zero queries look at all tokens alike, orthogonal
-    values and their transposed outputs hand their states on unchanged, and `gain` outweighs what the last token itself brings.
-    The MLP starts at zero."""
-    c = model.config = model.model.config = replace(model.config, num_hidden_layers=model.config.num_hidden_layers + 1)
+    The block starts as an average, and training improves it. Zero queries attend to all tokens
+    equally, orthogonal values and their transposed outputs pass the states on unchanged, and `gain`
+    outweighs the last token's own state. The MLP starts at zero."""
+    layers = model.config.num_hidden_layers + 1
+    c = model.config = model.model.config = replace(model.config, num_hidden_layers=layers)
     block = Block(c)
     a = block.self_attn
     nn.init.zeros_(a.q_proj.weight)
     nn.init.normal_(a.k_proj.weight, std=c.hidden_size ** -0.5)
-    nn.init.orthogonal_(a.v_proj.weight)                                                     # [K D, C]
-    values = a.v_proj.weight.view(a.K, a.D, -1).repeat_interleave(a.H // a.K, dim=0)         # [H, D, C]
-    a.o_proj.weight.copy_(gain * a.K / a.H * values.reshape(a.H * a.D, -1).T)                # [C, H D]
+    nn.init.orthogonal_(a.v_proj.weight)                                            # [K D, C]
+    values = a.v_proj.weight.view(a.K, a.D, -1)                                     # [K, D, C]
+    values = values.repeat_interleave(a.H // a.K, dim=0).reshape(a.H * a.D, -1)     # [H D, C]
+    a.o_proj.weight.copy_(gain * a.K / a.H * values.T)                              # [C, H D]
     for up in (block.mlp.gate_proj, block.mlp.up_proj):
         nn.init.normal_(up.weight, std=c.hidden_size ** -0.5)
     nn.init.zeros_(block.mlp.down_proj.weight)
     model.model.layers.append(block)
 
 
-# ------------------------------------------------------------------------------------ prompts that are read once
-class SharedPrompts:
-    """Keys and values of one layer for prompts that are read once and continued by several rows each; gradients pass."""
+def mean_states(states, mask):
+    """The mean over the real tokens of each row. The pooled loss scores it, so that each token's
+    state learns what the token adds to the score. states [B, R, C], mask [B, R] -> [B, C]."""
+    return (states * mask[..., None]).sum(1) / mask.sum(1)[:, None]
 
-    def __init__(self):
-        self.kept = None
+
+class PromptCache:
+    """One layer's keys and values of prompts that are read once and continued by several rows each.
+    Gradients pass."""
 
     def append(self, k, v):
-        self.kept = k, v
+        self.k, self.v = k, v
         return k, v
 
 
-class Continued:
-    """One layer's cache for the rows that continue such prompts: row b continues prompt owner[b]."""
+class BranchCache:
+    """One layer's cache for rows that continue such prompts: row b continues prompt owner[b]."""
 
     def __init__(self, prompts, owner):
         self.prompts, self.owner = prompts, owner
 
     def append(self, k, v):
-        # Not past[owner]: its backward adds with atomics in whatever order the threads arrive, so that two runs would differ
-        # in their last bits.
-        return tuple(torch.cat((past.index_select(0, self.owner), now), dim=2) for past, now in zip(self.prompts.kept, (k, v)))
+        # Not prompts.k[owner]: its backward adds with atomics in the order in which threads arrive,
+        # so two runs would differ in their last bits.
+        k = torch.cat((self.prompts.k.index_select(0, self.owner), k), dim=2)       # [B, K, P+R, D]
+        v = torch.cat((self.prompts.v.index_select(0, self.owner), v), dim=2)
+        return k, v
 
 
 def jd_states(body, rows, device):
-    """(prompt, JD) rows -> the hidden states of the JDs' last tokens [B, C].
+    """(prompt, JD) rows -> the hidden state of each JD's last token [B, C], the states of all its
+    tokens before the last block [B, R, C], and which of these are real tokens [B, R].
 
-    Each different prompt is read once, however many JDs go with it."""
+    Each different prompt is read once, however many JDs follow it."""
     numbers = {}
-    owner = torch.tensor([numbers.setdefault(tuple(prompt), len(numbers)) for prompt, _ in rows], device=device)     # [B]
-    prompts, prompt_lengths = (x.to(device) for x in pad_right([list(p) for p in numbers]))  # [N, P], [N]
-    jds, jd_lengths = (x.to(device) for x in pad_right([jd for _, jd in rows]))              # [B, R], [B]
-    in_prompt = torch.arange(prompts.shape[1], device=device) < prompt_lengths[:, None]      # [N, P]
-    in_jd = torch.arange(jds.shape[1], device=device) < jd_lengths[:, None]                  # [B, R]
-    shared = [SharedPrompts() for _ in body.layers]
-    # Of a prompt the last block computes keys and values only.
-    body(prompts, caches=shared, asked=torch.zeros_like(in_prompt))
-    continued = [Continued(layer, owner) for layer in shared]
-    last = torch.arange(jds.shape[1], device=device) == jd_lengths[:, None] - 1             # [B, R]
-    visible = torch.cat((in_prompt[owner], in_jd), dim=1)                    # [B, P + R]
-    return body(jds, visible, continued, last)                               # [B, C]
+    owner = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt, _ in rows]
+    owner = torch.tensor(owner, device=device)                                      # [B]
+    prompts, prompt_lengths = (x.to(device) for x in pad_right(list(numbers)))      # [N, P], [N]
+    jds, jd_lengths = (x.to(device) for x in pad_right([jd for _, jd in rows]))     # [B, R], [B]
+    at_prompt = torch.arange(prompts.shape[1], device=device)                       # [P]
+    at_jd = torch.arange(jds.shape[1], device=device)                               # [R]
+    in_prompt = at_prompt < prompt_lengths[:, None]                                 # [N, P]
+    in_jd = at_jd < jd_lengths[:, None]                                             # [B, R]
+
+    prompt_caches = [PromptCache() for _ in body.layers]
+    # No state of a prompt is needed: its last block computes keys and values only.
+    body(prompts, caches=prompt_caches, asked=torch.zeros_like(in_prompt))
+    caches = [BranchCache(cache, owner) for cache in prompt_caches]
+    inputs = []
+    hook = body.layers[-1].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
+    visible = torch.cat((in_prompt[owner], in_jd), dim=1)                           # [B, P + R]
+    last = body(jds, visible, caches, asked=at_jd == jd_lengths[:, None] - 1)       # [B, C]
+    hook.remove()
+    return last, body.norm(inputs[0]), in_jd

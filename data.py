@@ -1,10 +1,12 @@
 """A decision, the prompt, the tokenizer, a batch.
 
-A data set is a folder of `train.jsonl`, `valid.jsonl`, `test.jsonl`. One line is one decision of a recruiter:
+A data set is a folder of `train.jsonl`, `valid.jsonl`, `test.jsonl`. One line is one decision of a
+recruiter:
 
     {"cv": "...", "jd": "...", "accepted": true}
 
-All else is derived from these. Text from users is data: `<|endoftext|>` inside a CV is encoded as plain characters.
+Everything else is derived from these. Text from users is data: `<|endoftext|>` in a CV is encoded
+as plain characters.
 """
 import math
 from pathlib import Path
@@ -14,11 +16,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from plumbing.records import decisions, half, halves_by_group, made_of_table, read_import
-from plumbing.tokenizer import (END_OF_TURN, EOS, PAD, TURN, encode, find_specials, ids_of, plain_text_only,
-                                tokenizer_of)
+from plumbing.tokenizer import (END_OF_TURN, EOS, PAD, TURN, encode, find_specials, ids_of,
+                                plain_text_only, tokenizer_of)
 
 
-# ----------------------------------------------------------------------------------------------------- decisions
+# ------------------------------------------------------------------------------------ decisions
 class Record(NamedTuple):
     cv: str
     jd: str
@@ -31,67 +33,81 @@ def read_records(path):
 
 
 def read_half(folder, part, *files):
-    """The decisions on half A or B of the train CVs. Generator and reward model learn from A, the judge and the recommender
-    from B, so that nothing is measured on what it was taught."""
-    records = [r for name in files or ("train.jsonl",) for r in read_records(Path(folder) / name)]
+    """The decisions on half A or B of the train CVs. Generator and reward model learn from A, the
+    judge and the recommender from B: so nothing is measured on the data that it learned from."""
+    records = []
+    for name in files or ("train.jsonl",):
+        records += read_records(Path(folder) / name)
     by = read_import(folder).get("split_by", "group") if made_of_table(folder) else "cv"
-    side = halves(records, by)
-    return [r for r in records if side[r.cv] == part]
+    half_of = halves(records, by)
+    return [r for r in records if half_of[r.cv] == part]
 
 
 def halves(records, split_by):
-    """CV -> half. By "cv" a hash of the CV decides alone: in the market, and in a table whose CVs
-    were each judged for many JDs, all of which would be in one half by "group". A JD can then be
-    in both halves."""
-    return halves_by_group(records) if split_by == "group" else {r.cv: half(r.cv) for r in records}
+    """CV -> half. By "cv" a hash of the CV alone decides: in the market, and in a table whose CVs
+    were each judged for many JDs, which "group" would put into one half. A JD can then be in both
+    halves."""
+    if split_by == "group":
+        return halves_by_group(records)
+    return {r.cv: half(r.cv) for r in records}
 
 
-# --------------------------------------------------------------------------------------------- tokenizer and prompt
+# ------------------------------------------------------------------------- tokenizer and prompt
 def train_tokenizer(texts, vocab_size):
-    """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; bytes as in GPT-2): any text can be encoded.
+    """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909; bytes as in GPT-2): it can encode any
+    text.
 
-    Merges may cross spaces but not punctuation or line ends, so that a phrase like " wound care" can become one token
-    (as in SuperBPE, Liu et al. 2025, arXiv 2503.13423). Texts get shorter by a quarter, and to find a skill of the JD
-    again in the CV is to find one token again."""
+    Merges may cross spaces but not punctuation or line ends, so that a phrase like " wound care"
+    can become one token (as in SuperBPE, Liu et al. 2025, arXiv 2503.13423). Texts get shorter by a
+    quarter, and to find a skill of the JD in the CV is to find one token again."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r"[,.:;!?()\n]"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[PAD, EOS], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator((" " + text for text in texts), trainer)     # with the space that Codec puts before
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, EOS], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    spaced = (" " + text for text in texts)             # Codec puts this space before each text
+    tokenizer.train_from_iterator(spaced, trainer)
     return plain_text_only(tokenizer)
 
 
-# T, the prompt template: what stands before a CV and after it. Then comes the JD, then end-of-text.
+# T, the prompt template: the text before a CV and after it. Then comes the JD, then end-of-text.
 PROMPT = ["CV:"], ["\nJD:"]
+# For a pretrained chat model, CV and JD are a user's turn and its answer.
 ASK = "Write the job description of a job that fits this CV."
-CHAT_PROMPT = [TURN, f"user\n{ASK}\n\n"], [END_OF_TURN, "\n", TURN, "assistant\n"]       # a pretrained chat model's
+CHAT_PROMPT = [TURN, f"user\n{ASK}\n\n"], [END_OF_TURN, "\n", TURN, "assistant\n"]
 
 
 class Codec:
-    """Texts to token ids and back, within a budget of tokens. Counts what it had to cut.
+    """Texts to token ids and back, within a budget of tokens. Counts the texts that it truncates.
 
-    CV, template and JD are encoded each by itself, so that a CV cannot change how the rest is cut into tokens. `eos` is the
-    token that ends a JD; see find_specials."""
+    CV, template and JD are encoded separately, so a CV cannot change the tokens of the rest. `eos`
+    is the token that ends a JD; see find_specials."""
 
     def __init__(self, tokenizer, max_cv, max_jd, eos=None):
         self.tokenizer, self.max_cv, self.max_jd = tokenizer, max_cv, max_jd
-        self.chatml, self.eos, self.pad, self.begin, self.space, self.control = find_specials(tokenizer, PROMPT, eos)
+        special = find_specials(tokenizer, PROMPT, eos)
+        self.chatml, self.eos, self.pad, self.begin, self.space, self.control = special
         self.template = CHAT_PROMPT if self.chatml else PROMPT
-        before, after = ([i for piece in pieces for i in self.piece(piece)] for pieces in self.template)
-        self.before, self.after = self.begin + before, after
-        self.cut_cvs, self.cut_jds = set(), set()       # texts that were too long
-        self.ids = {}                           # most texts come many times: each is encoded once
+        before, after = self.template
+        self.before = self.begin + self.template_ids(before)
+        self.after = self.template_ids(after)
+        self.cut_cvs, self.cut_jds = set(), set()       # truncated texts
+        self.ids = {}                       # most texts occur many times: each is encoded once
 
-    def piece(self, text):
-        """Token ids of a piece of the template, which may be a special token."""
-        return [self.tokenizer.token_to_id(text)] if text in (TURN, END_OF_TURN) else ids_of(self.tokenizer, text)
+    def template_ids(self, pieces):
+        ids = []
+        for piece in pieces:
+            special = piece in (TURN, END_OF_TURN)
+            ids += [self.tokenizer.token_to_id(piece)] if special else ids_of(self.tokenizer, piece)
+        return ids
 
     def encode(self, text):
         if text not in self.ids:
-            self.ids[text] = [t for t in encode(self.tokenizer, self.space + text) if t not in self.control]
+            ids = encode(self.tokenizer, self.space + text)
+            self.ids[text] = [t for t in ids if t not in self.control]
         return self.ids[text]
 
     def prompt(self, cv):
@@ -101,11 +117,12 @@ class Codec:
         return self.before + ids[:self.max_cv] + self.after
 
     def cv(self, prompt):
-        """The CV of a prompt, as far as it was not cut."""
+        """The CV of a prompt, as far as it was not truncated."""
         return self.text(prompt[len(self.before):-len(self.after)])
 
     def jd(self, jd):
-        """The JD's tokens and end-of-text; a JD that was cut has none, for it does not end there."""
+        """The JD's tokens and end-of-text. A truncated JD gets no end-of-text: it does not end
+        there."""
         ids = self.encode(jd) + [self.eos]
         if len(ids) > self.max_jd:
             self.cut_jds.add(jd)
@@ -117,9 +134,9 @@ class Codec:
         return self.tokenizer.decode(ids, skip_special_tokens=False).removeprefix(self.space)
 
     def shrink(self, longest_prompt, longest_jd):
-        """Lower the budgets to what the training data needs (a tenth more, for held-out texts)."""
-        around = len(self.before) + len(self.after)
-        self.max_cv = min(self.max_cv, math.ceil(1.1 * (longest_prompt - around)))
+        """Lower the budgets to the size of the training data, plus a tenth for held-out texts."""
+        longest_cv = longest_prompt - len(self.before) - len(self.after)
+        self.max_cv = min(self.max_cv, math.ceil(1.1 * longest_cv))
         self.max_jd = min(self.max_jd, math.ceil(1.1 * longest_jd))
 
     def context(self):
@@ -127,13 +144,15 @@ class Codec:
 
 
 def load_codec(folder, config):
-    """The codec of a model's folder, within the budgets that its config keeps."""
-    return Codec(tokenizer_of(folder, config), config.max_cv_tokens, config.max_jd_tokens, config.eos_token_id)
+    """The codec of a model's folder, within the budgets of its config."""
+    tokenizer = tokenizer_of(folder, config)
+    return Codec(tokenizer, config.max_cv_tokens, config.max_jd_tokens, config.eos_token_id)
 
 
-# ------------------------------------------------------------------------------------------------------- batches
+# -------------------------------------------------------------------------------------- batches
 def pad_right(rows, pad=0):
-    """Token lists -> ids [B, T] and lengths [B]. Everything else (masks, last positions) follows from the lengths."""
+    """Token lists -> ids [B, T] and lengths [B]. Everything else (masks, last positions) follows
+    from the lengths."""
     lengths = torch.tensor([len(r) for r in rows])
     ids = torch.full((len(rows), int(lengths.max())), pad)
     for b, row in enumerate(rows):
@@ -142,8 +161,9 @@ def pad_right(rows, pad=0):
 
 
 def bucketed(lengths, batch_size, generator, pool=32):
-    """One epoch of batches (lists of indices), each index once. Rows of similar length go together, so that few pads
-    are computed: the epoch is shuffled, sorted by length within pools of batches, and the batches are shuffled."""
+    """One epoch of batches (lists of indices), each index once. Rows of similar length share a
+    batch, so that few pads are computed: shuffle the epoch, sort by length within pools of 32
+    batches, shuffle the batches."""
     order = torch.randperm(len(lengths), generator=generator).tolist()
     batches = []
     for start in range(0, len(order), batch_size * pool):

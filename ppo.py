@@ -1,20 +1,22 @@
-"""Stage 3, PPO: the generator G moves toward what the reward model U likes, and stays near where it came from.
+"""Stage 3, PPO: train the generator G to write JDs that the reward model U scores highly.
 
     python girl.py ppo --run RUN
 
-One iteration (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 2019, arXiv 1909.08593, and
-Stiennon et al. 2020, arXiv 2009.01325):
+One iteration (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegler et al. 2019,
+arXiv 1909.08593, and Stiennon et al. 2020, arXiv 2009.01325):
 1. Rollout: the policy writes a JD for each of some CVs, sampled from its full distribution.
-2. Score: U reads each finished JD; one that was cut off gets a fixed penalty. Each token costs
-   beta * (log pi - log pi_ref): in sum, score - beta * KL(G || G_SFT).
-3. Advantages by GAE (Schulman et al. 2015, arXiv 1506.02438) from the critic's values, whitened over the rollout.
-4. Update: some epochs over the rollout in minibatches, with the clipped ratio.
+2. Score: U scores each finished JD; a truncated one gets a fixed penalty. Each token costs
+   beta * (log pi - log pi_ref), so that the sum is score - beta * KL(G || G_SFT).
+3. Advantages: GAE (Schulman et al. 2015, arXiv 1506.02438) from the critic's values, whitened over
+   the rollout.
+4. Update: a few epochs over the rollout in minibatches, with the clipped ratio.
 
-The critic is a linear head on the sum of the frozen reward model's states so far. The pass that scores a text has them all, and
-it is causal: a state knows only the text so far. (Stiennon et al. 2020 and Ouyang et al. 2022 start their critic from the reward
-model, too.) The last state alone knows less than the sum, in which each token leaves what it adds. Share of the variance of what
-1,024 samples earned that a head explained which was fitted to 2,048 others; in brackets, of advantages + values, as it is logged
-(one run, seed 0, CVs of half A):
+The critic is a linear head on the sum of the frozen reward model's states so far. The pass that
+scores a text computes them anyway, and the model is causal: a state knows only the text so far.
+(Stiennon et al. 2020 and Ouyang et al. 2022 start their critic from the reward model, too.) The sum
+knows more than the last state, because each token leaves in it what it adds. This table shows the
+variance of the returns of 1,024 samples that a head explains, fitted to 2,048 others. In brackets:
+of advantages + values, as it is logged. One run, seed 0, CVs of half A:
 
     value from                              SFT's samples   PPO's samples
     the policy's last state                  0.05 (0.06)     0.18 (0.22)
@@ -22,16 +24,19 @@ model, too.) The last state alone knows less than the sum, in which each token l
     the reward model's last state            0.34 (0.47)     0.48 (0.61)
     the sum of the reward model's states     0.46 (0.68)     0.56 (0.75)
 
-The head is fitted by least squares, which has an exact solution and needs no learning rate. It starts with a rollout of the
-SFT model, before iteration 1, that serves for nothing else. Then it takes in every rollout, after its values for that
-rollout were used: no value knows the returns that it is compared with.
+Least squares fits the head: the solution is exact, and there is no learning rate to choose. Before
+iteration 1 the SFT model writes one rollout that only the critic sees. After that the critic takes
+in every rollout, once its values for it have been used: no value knows the returns that it is
+compared with.
 
-Left out: reward whitening (found harmful: each rollout's own spread would set the scale of the score, and beta would mean
-something else every time), a critic that is trained by gradients, an entropy bonus, early stopping by KL within an iteration,
-advantages without a critic (RLOO, GRPO). Under bf16 autocast (CUDA) the logits are rounded to bf16, before the
-log-softmax in float32: there the first ratio is 1 only to that precision.
+Left out: reward whitening (it did harm: each rollout's own spread would set the scale of the score,
+and beta would mean something else every time), a critic trained by gradients, an entropy bonus,
+early stopping by KL within an iteration, advantages without a critic (RLOO, GRPO). Under bf16
+autocast (CUDA) the logits are rounded to bf16 before the log-softmax in float32, so the first ratio
+is 1 only to that precision.
 
-Shapes: B episodes, R response tokens (padded), T prompt + response (padded), C hidden size, V vocabulary.
+Shapes: B episodes, R response tokens (padded), T prompt + response (padded), C hidden size, V
+vocabulary.
 """
 import math
 from collections import defaultdict
@@ -43,7 +48,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import load_codec, pad_right, read_half
-from model import LanguageModel, RewardModel, generate, twin
+from model import LanguageModel, RewardModel, copy_trainable, generate
 from plumbing.files import BadInput, NotFinite, save_tensors
 from plumbing.inputs import need
 from plumbing.records import keeps_contacts
@@ -58,22 +63,28 @@ class PPOFlags:
     episodes: int = flag(256, "JDs written in a rollout")
     ppo_epochs: int = flag(2, "passes over a rollout")
     minibatch: int = flag(64, "episodes in an optimizer step")
-    accumulate: int = flag(1, "micro-batches that a minibatch is cut into, to save memory")
+    accumulate: int = flag(1, "micro-batches that a minibatch is split into, to save memory")
     lr: float = flag(4e-4, "learning rate; falls linearly to 0")
     clip: float = flag(0.2, "epsilon of the clipped ratio")
-    kl_coef: float = flag(0.05, "beta, the price of a nat of KL to the SFT model, in standard deviations of the score")
-    kl_target: float = flag(0.0, "nats per text that the adaptive controller steers to; 0 keeps beta fixed")
+    kl_coef: float = flag(0.05, "beta, the price of a nat of KL to the SFT model, in standard "
+                                "deviations of the score")
+    kl_target: float = flag(0.0, "nats per text that the adaptive controller steers to; 0 keeps "
+                                 "beta fixed")
     kl_horizon: int = flag(2000, "episodes over which the adaptive controller corrects an error")
     gamma: float = flag(1.0, "discount", most=1)
     lam: float = flag(0.95, "lambda of GAE", most=1)
-    temperature: float = flag(1.0, "divides the logits in rollout, reference and update", least=0.01)
-    cut_off_score: float = flag(-3.0, "score of a JD that was cut off before its end-of-text", least=-1e9)
+    temperature: float = flag(1.0, "divides the logits in rollout, reference and update",
+                              least=0.01)
+    cut_off_score: float = flag(-3.0, "score of a JD that was truncated before its end-of-text",
+                                least=-1e9)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
-    checkpointing: bool = flag(False, "keep only what goes into each block, and compute the rest again: less memory, more time")
+    checkpointing: bool = flag(False, "gradient checkpointing: keep the inputs of each block and "
+                                      "recompute the rest; less memory, more time")
 
 
-# ---------------------------------------------------------------------------------------- the mathematics, on masks
-# Every mask is [B, R] and True at real response tokens, the end-of-text included. It comes from lengths, never from ids.
+# -------------------------------------------------------------------- the mathematics, on masks
+# A mask is [B, R] and True at real response tokens, the end-of-text included. It is made from
+# lengths, never from ids.
 def masked_mean(x, mask):
     """[B, R] -> a number."""
     return (x * mask).sum() / mask.sum()
@@ -87,7 +98,8 @@ def whiten(x, mask):
 
 
 def k1(logp, ref_logp):
-    """log(pi / pi_ref): averages to KL(pi || pi_ref) over samples of pi; single values may be negative."""
+    """log(pi / pi_ref). Its mean over samples of pi is KL(pi || pi_ref); single values may be
+    negative."""
     return logp - ref_logp
 
 
@@ -99,50 +111,56 @@ def k3(logp, ref_logp):
 
 
 def token_rewards(scores, kl, mask, beta):
-    """-beta * KL at every token, and the text's score once, at its last real token (Ziegler et al. 2019, section 2).
-    scores [B], kl [B, R] -> [B, R]."""
+    """-beta * KL at every token, plus the text's score at its last real token (Ziegler et al. 2019,
+    section 2). scores [B], kl [B, R] -> [B, R]."""
     rewards = -beta * kl * mask
-    last = mask.sum(1) - 1                                                                   # [B]
+    last = mask.sum(1) - 1                                                          # [B]
     rewards[torch.arange(len(scores)), last] += scores
     return rewards
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (Schulman et al. 2015, equation 16), backwards in time; the value after the end is 0.
+    """Generalised advantage estimation (Schulman et al. 2015, equation 16), backwards in time. The
+    value after the end is 0.
 
     A_t = delta_t + gamma lam A_{t+1},  delta_t = r_t + gamma V_{t+1} - V_t.
     [B, R] each -> unwhitened advantages [B, R], 0 at pads."""
     values = values * mask
-    advantages, following, next_value = torch.zeros_like(rewards), 0.0, 0.0
+    advantages, next_advantage, next_value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]                            # [B]
-        following = (delta + gamma * lam * following) * mask[:, t]                           # [B], 0 while on pads
-        advantages[:, t], next_value = following, values[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]                   # [B]
+        next_advantage = (delta + gamma * lam * next_advantage) * mask[:, t]        # [B], 0 at pads
+        advantages[:, t] = next_advantage
+        next_value = values[:, t]                                                   # [B]
     return advantages
 
 
 def returns_to_go(rewards, mask, gamma):
-    """What was earned from each token on: the sum of gamma^l r_{t+l}, which is A + V where lambda is 1. [B, R] -> [B, R]."""
+    """The rewards from each token on: the sum of gamma^l r_{t+l}, which is A + V if lambda is 1.
+    [B, R] -> [B, R]."""
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
 
 
 def policy_loss(log_ratio, advantages, clip):
-    """Per token: max(-A r, -A clip(r, 1 - eps, 1 + eps)), equation 7 of the PPO paper with the sign turned."""
+    """Per token: max(-A r, -A clip(r, 1 - eps, 1 + eps)), equation 7 of the PPO paper with the sign
+    flipped."""
     ratio = log_ratio.exp()
-    return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return torch.max(-advantages * ratio, -advantages * clipped)
 
 
 def explained_variance(values, returns, mask):
-    """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 one that knows only the mean. As is usual, `returns`
-    are the advantages + values that GAE gave: they lean on later values, and are less noisy than what was earned."""
+    """1 - var(returns - values) / var(returns): 1 for a perfect critic, 0 for one that knows only
+    the mean. As usual, `returns` are GAE's advantages + values: they contain later values, so they
+    are less noisy than the returns themselves."""
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
     return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
 
 
 class KLController:
-    """beta. Fixed where target is 0; else Ziegler et al. 2019, section 2.2: with e = clip(KL / target - 1, -0.2, 0.2),
-    beta is multiplied by 1 + e * episodes / horizon after every iteration."""
+    """beta. Fixed if target is 0; otherwise Ziegler et al. 2019, section 2.2: with e = clip(KL /
+    target - 1, -0.2, 0.2), each iteration multiplies beta by 1 + e * episodes / horizon."""
 
     def __init__(self, beta, target, horizon):
         self.beta, self.target, self.horizon = beta, target, horizon
@@ -153,11 +171,14 @@ class KLController:
             self.beta *= 1 + error * episodes / self.horizon
 
 
-# ------------------------------------------------------------------------------------------- policy and rollout
+# ------------------------------------------------------------------------ critic, policy, scores
 class Critic(nn.Module):
-    """V, the value of a text so far: linear in the sum of the reward model's states, fitted by least squares to all returns so
-    far, where a rollout counts KEPT of the one after it, since the policy moves. RIDGE, relative to the sums' mean square,
-    shrinks the weights: a rollout of few texts has fewer returns that are independent of each other than a head has weights."""
+    """V, the value of a text so far: linear in the sum of the reward model's states. Ridge
+    regression fits it to the returns of all rollouts so far.
+
+    KEPT: each rollout counts 0.7 of the next one, because the policy moves.
+    RIDGE: relative to the mean square of the sums. It shrinks the weights, because the texts of a
+    small rollout have fewer independent returns than the head has weights."""
 
     KEPT, RIDGE = 0.7, 1e-2
 
@@ -167,8 +188,10 @@ class Critic(nn.Module):
         self.register_buffer("xy", torch.zeros(C + 1, dtype=torch.float64))
 
     def weight(self):
-        """The solution w of (X'X + ridge) w = X'y; its last number is the bias, which is not shrunk. [C + 1]"""
-        ridge = self.RIDGE * self.xx.diagonal()[:-1].mean() * torch.ones(len(self.xx), dtype=torch.float64)
+        """The solution w of (X'X + ridge) w = X'y [C + 1]. The last number is the bias, which is
+        not shrunk."""
+        size = self.RIDGE * self.xx.diagonal()[:-1].mean()
+        ridge = size * torch.ones(len(self.xx), dtype=torch.float64)                # [C + 1]
         ridge[-1] = 0
         return torch.linalg.solve(self.xx + (ridge + 1e-9).diag(), self.xy).float()
 
@@ -179,45 +202,48 @@ class Critic(nn.Module):
 
     def fit(self, sums, returns, mask):
         """Take in a rollout: sums of states [B, R, C], returns [B, R]."""
-        x = F.pad(sums[mask], (0, 1), value=1.0).cpu().double()                              # [tokens, C + 1]
-        y = returns[mask].cpu().double()                                                     # [tokens]
+        x = F.pad(sums[mask], (0, 1), value=1.0).cpu().double()                     # [tokens, C+1]
+        y = returns[mask].cpu().double()                                            # [tokens]
         self.xx = self.KEPT * self.xx + x.T @ x
         self.xy = self.KEPT * self.xy + x.T @ y
 
 
 class Rollout(NamedTuple):
-    """The JDs that the policy wrote for some CVs, its episodes, and what the update needs to know of them.
+    """The JDs that the policy wrote for some CVs, its episodes, and what the update needs of them.
 
-    Rows are prompt + response, padded on the right; the responses stand apart, too, as [B, R]."""
+    Rows are prompt + response, padded on the right. The responses are also kept apart, [B, R]."""
     ids: torch.Tensor                           # [B, T]
     prompt_lengths: torch.Tensor                # [B]
     tokens: torch.Tensor                        # [B, R] the response tokens
     mask: torch.Tensor                          # [B, R] True at real response tokens
-    logp: torch.Tensor | None = None            # [B, R] log pi of each, by the policy that wrote them
+    logp: torch.Tensor | None = None            # [B, R] log pi, by the policy that wrote them
     advantages: torch.Tensor | None = None      # [B, R] whitened
 
     def rows(self, keep):
+        """These episodes alone."""
         return Rollout(*(x if x is None else x[keep] for x in self))
 
 
 def make_rollout(prompts, responses, device):
-    ids, _ = pad_right([p + r for p, r in zip(prompts, responses)])                          # [B, T]
-    tokens, lengths = pad_right(responses)                                                   # [B, R], [B]
-    mask = torch.arange(tokens.shape[1]) < lengths[:, None]                                  # [B, R]
-    prompt_lengths = torch.tensor([len(p) for p in prompts])                                 # [B]
+    ids, _ = pad_right([p + r for p, r in zip(prompts, responses)])                 # [B, T]
+    tokens, lengths = pad_right(responses)                                          # [B, R], [B]
+    mask = torch.arange(tokens.shape[1]) < lengths[:, None]                         # [B, R]
+    prompt_lengths = torch.tensor([len(p) for p in prompts])                        # [B]
     return Rollout(*(x.to(device) for x in (ids, prompt_lengths, tokens, mask)))
 
 
 def before_each_token(rollout):
-    """[B, T], True one position before each response token: the state there predicts it, and knows only what stands before it."""
-    at = torch.arange(rollout.ids.shape[1], device=rollout.ids.device) - rollout.prompt_lengths[:, None] + 1   # [B, T]
+    """[B, T], True one position before each response token: the state there predicts the token, and
+    knows only the text before it."""
+    positions = torch.arange(rollout.ids.shape[1], device=rollout.ids.device)       # [T]
+    at = positions - rollout.prompt_lengths[:, None] + 1                            # [B, T]
     return (at >= 0) & (at < rollout.mask.sum(1)[:, None])
 
 
 def in_rows(x, rollout):
-    """What was computed for the response tokens alone, [tokens, ...], in rows like those of the responses, [B, R, ...]; pads
-    are 0."""
-    rows = x.new_zeros(*rollout.mask.shape, *x.shape[1:])                                          # [B, R, ...]
+    """Put numbers of the real response tokens, [tokens, ...], into the rows of the responses,
+    [B, R, ...]; pads are 0."""
+    rows = x.new_zeros(*rollout.mask.shape, *x.shape[1:])                           # [B, R, ...]
     rows[rollout.mask] = x
     return rows
 
@@ -228,65 +254,126 @@ def response_states(body, rollout):
 
 
 def log_probs(lm, states, tokens, temperature):
-    """log pi of the response tokens and the entropy of each prediction, [tokens] both, in float32, from the states before
-    them [tokens, C]. Pads are left out: the vocabulary is what costs most here."""
-    logp = (lm.lm_head(states).float() / temperature).log_softmax(-1)                        # [tokens, V]
-    with torch.no_grad():       # the entropy is only looked at: a gradient would keep another [tokens, V]
-        entropy = -(logp.exp() * logp).sum(-1)                                               # [tokens]
+    """log pi of the response tokens and the entropy of each prediction, both [tokens] and float32,
+    from the states before the tokens [tokens, C]. Pads are left out: the vocabulary costs most."""
+    logp = (lm.lm_head(states).float() / temperature).log_softmax(-1)               # [tokens, V]
+    with torch.no_grad():       # it is only logged: a gradient would keep another [tokens, V]
+        entropy = -(logp.exp() * logp).sum(-1)                                      # [tokens]
     return logp.gather(-1, tokens[:, None]).squeeze(-1), entropy
 
 
 def evaluate_policy(lm, rollout, temperature):
     """log pi and entropy of each response token: [B, R] both."""
-    found = log_probs(lm, response_states(lm.model, rollout), rollout.tokens[rollout.mask], temperature)       # [tokens] both
-    return tuple(in_rows(x, rollout) for x in found)
+    states, tokens = response_states(lm.model, rollout), rollout.tokens[rollout.mask]
+    logp, entropy = log_probs(lm, states, tokens, temperature)                      # [tokens] both
+    return in_rows(logp, rollout), in_rows(entropy, rollout)
 
 
 @torch.no_grad()
 def score_responses(reward_model, rollout, eos, cut_off_score):
-    """U of each finished JD, the fixed penalty for one without end-of-text; which are finished [B]; and for the critic the sums
-    of the states of the same pass, from the prompt's last token to the one before each response token [B, R, C]."""
-    rows, lengths = torch.arange(len(rollout.ids), device=rollout.ids.device), rollout.mask.sum(1)             # [B], [B]
-    hidden = reward_model.model(rollout.ids)                                                       # [B, T, C]
-    scores = reward_model.head(hidden[rows, rollout.prompt_lengths + lengths - 1])                 # [B]
+    """Scores [B]: U of each finished JD, the fixed penalty for one without end-of-text.
+    Finished [B]: which JDs have their end-of-text.
+    Sums [B, R, C], for the critic: of the states from the prompt's last token to the one before
+    each response token."""
+    rows = torch.arange(len(rollout.ids), device=rollout.ids.device)                # [B]
+    lengths = rollout.mask.sum(1)                                                   # [B]
+    hidden = reward_model.model(rollout.ids)                                        # [B, T, C]
+    scores = reward_model.head(hidden[rows, rollout.prompt_lengths + lengths - 1])  # [B]
     if not scores.isfinite().all():
-        raise BadInput("the reward model's scores are not finite: its training went astray (lower its --lr), or its weights are "
-                       "damaged")
-    ended = rollout.tokens[rows, lengths - 1] == eos                                               # [B]
-    scores = torch.where(ended, scores, torch.full_like(scores, cut_off_score))              # [B]
-    return scores, ended, in_rows(hidden[before_each_token(rollout)].float(), rollout).cumsum(1)
+        raise BadInput("the reward model's scores are not finite: its training diverged (lower its "
+                       "--lr), or its weights are damaged")
+    finished = rollout.tokens[rows, lengths - 1] == eos                             # [B]
+    scores = torch.where(finished, scores, torch.full_like(scores, cut_off_score))  # [B]
+    states = hidden[before_each_token(rollout)].float()                             # [tokens, C]
+    return scores, finished, in_rows(states, rollout).cumsum(1)
 
 
-# ------------------------------------------------------------------------------------------------------- update
+# ------------------------------------------------------------------------------- steps 1 to 3
+def roll_out(policy, reference, reward_model, critic, prompts, codec, flags, beta, generator,
+             device):
+    """Write, score, and value; then the critic learns from the returns. Returns the Rollout and a
+    log."""
+    with autocast(device):
+        responses = generate(policy, prompts, codec.max_jd, flags.temperature, generator=generator)
+    rollout = make_rollout(prompts, responses, device)
+    mask, parts = rollout.mask, []
+    # Without the cache, exactly as the update computes it: so the first ratio is 1. In parts of an
+    # update's size: they fit into memory, and take two thirds of the time of one large part.
+    size = math.ceil(flags.minibatch / flags.accumulate)
+    for part in map(rollout.rows, torch.arange(len(prompts)).split(size)):
+        with torch.no_grad(), autocast(device):
+            logp, _ = evaluate_policy(policy, part, flags.temperature)
+            ref_logp, _ = evaluate_policy(reference, part, flags.temperature)
+            scores = score_responses(reward_model, part, codec.eos, flags.cut_off_score)
+        parts.append((logp, ref_logp, *scores))
+    logp, ref_logp, scores, finished, sums = map(torch.cat, zip(*parts))
+    if finished.sum() > 1 and not scores[finished].std() > 1e-6:
+        raise BadInput(f"ppo: the reward model gives all {int(finished.sum())} finished JDs of a "
+                       f"rollout the same score, {scores[finished][0]:.3f}: nothing can be learned "
+                       "from it; train it longer or on more decisions")
+
+    kl = k1(logp, ref_logp) * mask                                                  # [B, R]
+    rewards = token_rewards(scores, kl, mask, beta)                                 # [B, R]
+    values = critic.values(sums) * mask                                             # [B, R]
+    advantages = gae(rewards, values, mask, flags.gamma, flags.lam)                 # [B, R]
+    returns = returns_to_go(rewards, mask, flags.gamma)                             # [B, R]
+    critic.fit(sums, returns, mask)     # for the next rollout: the values came from those before
+
+    kl_per_text = kl.sum(1)                                                         # [B]
+    log = {
+        "reward": scores.mean(),
+        "kl": kl_per_text.mean(),
+        "total": rewards.sum(1).mean(),
+        "kl_k3": (k3(logp, ref_logp) * mask).sum(1).mean(),
+        "beta": beta,
+        "kl_error": kl_per_text.std(unbiased=False) / math.sqrt(len(prompts)),
+        "length": mask.sum(1).float().mean(),
+        "eos_rate": finished.float().mean(),
+        "explained_variance": explained_variance(values, advantages + values, mask)}
+    log = {name: float(x) for name, x in log.items()}
+    if not math.isfinite(sum(log.values())):
+        raise NotFinite("the policy's log-probabilities or values are not finite")
+    # Whitened over the rollout, not per minibatch: a minibatch's own mean would shift its
+    # advantages.
+    return rollout._replace(logp=logp, advantages=whiten(advantages, mask)), log
+
+
+# ------------------------------------------------------------------------------------- step 4
 def minibatches(n, size, generator):
-    """One PPO epoch: a fresh permutation of the n episodes, cut into minibatches; each episode exactly once."""
+    """One PPO epoch: the n episodes in random order, split into minibatches."""
     return torch.randperm(n, generator=generator).split(size)
 
 
 def minibatch_loss(policy, part, flags, tokens_in_step):
-    """The loss of some episodes of a rollout, and sums over their tokens of what is logged. The loss is divided by the tokens
-    of the whole optimizer step: micro-batches add up to the gradient of the minibatch."""
-    logp, entropy = evaluate_policy(policy, part, flags.temperature)                         # [B, R] both
-    log_ratio = ((logp - part.logp) * part.mask).clamp(-20, 20)                              # [B, R]
-    loss = policy_loss(log_ratio, part.advantages, flags.clip) * part.mask                   # [B, R]
+    """The loss of some episodes of a rollout, and sums over their tokens for the log. The loss is
+    divided by the tokens of the whole optimizer step, so that micro-batches add up to the gradient
+    of the minibatch."""
+    logp, entropy = evaluate_policy(policy, part, flags.temperature)                # [B, R] both
+    log_ratio = ((logp - part.logp) * part.mask).clamp(-20, 20)                     # [B, R]
+    loss = policy_loss(log_ratio, part.advantages, flags.clip) * part.mask          # [B, R]
     with torch.no_grad():
-        ratio = log_ratio.exp()
-        logged = {"approx_kl": 0.5 * log_ratio ** 2, "clip_frac": (ratio - 1).abs() > flags.clip,
-                  "entropy": entropy, "ratio_mean": ratio, "ratio_var": (ratio - 1) ** 2,
-                  "policy_loss": loss}
+        ratio = log_ratio.exp()                                                     # [B, R]
+        logged = {
+            "approx_kl": 0.5 * log_ratio ** 2,
+            "clip_frac": (ratio - 1).abs() > flags.clip,
+            "entropy": entropy,
+            "ratio_mean": ratio,
+            "ratio_var": (ratio - 1) ** 2,
+            "policy_loss": loss}
         sums = {name: float((x * part.mask).sum()) for name, x in logged.items()}
     return loss.sum() / tokens_in_step, sums
 
 
 def update(policy, optimizer, rollout, flags, generator, device):
-    """Step 4: all PPO epochs over one rollout. Returns the means over its tokens of what is logged."""
+    """All PPO epochs over one rollout. Returns means over its tokens for the log."""
     totals = defaultdict(float)
     for _ in range(flags.ppo_epochs):
         for minibatch in minibatches(len(rollout.ids), flags.minibatch, generator):
             tokens_in_step = float(rollout.mask[minibatch].sum())
             for micro_batch in minibatch.chunk(flags.accumulate):
+                part = rollout.rows(micro_batch)
                 with autocast(device):
-                    loss, sums = minibatch_loss(policy, rollout.rows(micro_batch), flags, tokens_in_step)
+                    loss, sums = minibatch_loss(policy, part, flags, tokens_in_step)
                 loss.backward()
                 for name, value in sums.items():
                     totals[name] += value
@@ -297,59 +384,22 @@ def update(policy, optimizer, rollout, flags, generator, device):
             optimizer.zero_grad()
     tokens = flags.ppo_epochs * float(rollout.mask.sum())
     means = {name: total / tokens for name, total in totals.items()}
-    # Var[r] = E[(r - 1)^2] - (E[r] - 1)^2: squares around 1 keep their precision.
+    # Var[r] = E[(r - 1)^2] - (E[r] - 1)^2: centring at 1 keeps the precision.
     means["ratio_var"] -= (means["ratio_mean"] - 1) ** 2
     return means
 
 
-# -------------------------------------------------------------------------------------------------- the whole stage
-def roll_out(policy, reference, reward_model, critic, prompts, codec, flags, beta, generator, device):
-    """Steps 1 to 3: write, score, and value. Then the critic learns what it was worth. Returns the Rollout and a log."""
-    with autocast(device):
-        responses = generate(policy, prompts, codec.max_jd, flags.temperature, generator=generator)
-    rollout = make_rollout(prompts, responses, device)
-    mask, parts = rollout.mask, []
-    # Without the cache, exactly as the update will see it: the first ratio is 1. In parts of an update's size: these fit into
-    # memory, and take two thirds of the time that one large part takes.
-    for part in torch.arange(len(prompts)).split(math.ceil(flags.minibatch / flags.accumulate)):
-        part = rollout.rows(part)
-        with torch.no_grad(), autocast(device):
-            logp, _ = evaluate_policy(policy, part, flags.temperature)
-            ref_logp, _ = evaluate_policy(reference, part, flags.temperature)
-            parts.append((logp, ref_logp, *score_responses(reward_model, part, codec.eos, flags.cut_off_score)))
-    logp, ref_logp, scores, ended, sums = map(torch.cat, zip(*parts))            # [B, R] twice, [B] twice, [B, R, C]
-    if ended.sum() > 1 and not scores[ended].std() > 1e-6:
-        raise BadInput(f"ppo: the reward model gives all {int(ended.sum())} finished JDs of a rollout the same score, "
-                       f"{scores[ended][0]:.3f}: nothing can be learned from it; train it longer or on more decisions")
-    kl = k1(logp, ref_logp) * mask                                                           # [B, R]
-    rewards = token_rewards(scores, kl, mask, beta)                                          # [B, R]
-    values = critic.values(sums) * mask                                                      # [B, R]
-    advantages = gae(rewards, values, mask, flags.gamma, flags.lam)                          # [B, R]
-    returns = returns_to_go(rewards, mask, flags.gamma)                                      # [B, R]
-    critic.fit(sums, returns, mask)         # for the next rollout: these values came from those before
-
-    kl_per_text = kl.sum(1)                                                                  # [B]
-    log = {"reward": float(scores.mean()), "kl": float(kl_per_text.mean()), "total": float(rewards.sum(1).mean()),
-           "kl_k3": float((k3(logp, ref_logp) * mask).sum(1).mean()), "beta": beta,
-           "kl_error": float(kl_per_text.std(unbiased=False) / math.sqrt(len(prompts))),
-           "length": float(mask.sum(1).float().mean()), "eos_rate": float(ended.float().mean()),
-           "explained_variance": float(explained_variance(values, advantages + values, mask))}
-    if not math.isfinite(sum(log.values())):
-        raise NotFinite("the policy's log-probabilities or values are not finite")
-    # Whitened over the rollout, not per minibatch: a minibatch's own mean would shift its advantages.
-    return rollout._replace(logp=logp, advantages=whiten(advantages, mask)), log
-
-
+# ---------------------------------------------------------------------------- the whole stage
 def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match=None):
-    """Stage 3. `cvs`: texts to write for; `true_match(cv, jd)`: a number that is logged and never used, or None.
-    Returns the optimizer and the critic."""
-    if not cvs:
-        raise BadInput("ppo: there is no CV to write for in half A of train.jsonl; give more decisions")
-    reference = twin(policy).eval().requires_grad_(False)
+    """Stage 3. `cvs`: the texts to write for. `true_match(cv, jd)`: a number that is logged and
+    never used, or None. Returns the optimizer and the critic."""
+    reference = copy_trainable(policy).eval().requires_grad_(False)
     reward_model.eval().requires_grad_(False)
     policy.model.checkpointing = flags.checkpointing
-    # eps 1e-5 as in the original PPO code: with the default 1e-8 tiny second moments make the first steps too large.
-    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=flags.lr, eps=1e-5)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    # eps 1e-5 as in the original PPO code: with the default 1e-8, tiny second moments make the
+    # first steps too large.
+    optimizer = torch.optim.Adam(trained, lr=flags.lr, eps=1e-5)
     critic = Critic(reward_model.config.hidden_size)
     stage.total(flags.iterations)
     saved = stage.resume({"policy": policy, "critic": critic}, [optimizer])
@@ -359,15 +409,16 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
         return [cvs[k] for k in torch.randperm(len(cvs), generator=draw)[:flags.episodes]]
 
     def roll(chosen, when):
-        return roll_out(policy, reference, reward_model, critic, [codec.prompt(cv) for cv in chosen], codec, flags,
-                        controller.beta, generator(seed, "ppo-sample", when, device=device), device)
-    if not saved:                           # the critic learns what samples of the SFT model are worth
+        prompts = [codec.prompt(cv) for cv in chosen]
+        draw = generator(seed, "ppo-sample", when, device=device)
+        return roll_out(policy, reference, reward_model, critic, prompts, codec, flags,
+                        controller.beta, draw, device)
+    if not saved:                           # samples of the SFT model, for the critic alone
         roll(draw_cvs(generator(seed, "ppo", "critic")), "critic")
     for i in range(stage.step, flags.iterations):
         draw = generator(seed, "ppo", i)
         chosen = draw_cvs(draw)
-        for group in optimizer.param_groups:
-            group["lr"] = flags.lr * (1 - i / flags.iterations)
+        optimizer.param_groups[0]["lr"] = flags.lr * (1 - i / flags.iterations)
         try:
             rollout, log = roll(chosen, i)
             log |= update(policy, optimizer, rollout, flags, draw, device)
@@ -375,7 +426,7 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
             stage.not_finite(i + 1, chosen, "lower --lr or raise --kl-coef")
         controller.update(log["kl"], len(chosen))
 
-        texts = [codec.text(tokens[mask].tolist()) for tokens, mask in zip(rollout.tokens, rollout.mask)]
+        texts = [codec.text(row[m].tolist()) for row, m in zip(rollout.tokens, rollout.mask)]
         log["true_match"] = sum(map(true_match, chosen, texts)) / len(texts) if true_match else None
         log["kl_fault"] = kl_is_negative([*stage.rows, log])
         stage.log(iteration=i + 1, **log)
@@ -385,26 +436,30 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
 
 
 def run(stage, folder, data, flags, seed, device, true_match=None):
-    """Load stage 1's and stage 2's models, train, save. See train for `true_match`."""
+    """Load the models of stages 1 and 2, train, save. See train for `true_match`."""
     policy = load_model(need(folder, "sft"), LanguageModel, device)
     policy.config.keep_contacts = keeps_contacts(data)
     codec = load_codec(folder / "sft", policy.config)
-    reward_model = load_model(need(folder, "reward"), RewardModel, device, beside=policy)
+    reward_model = load_model(need(folder, "reward"), RewardModel, device, share_base_with=policy)
     cvs = sorted({r.cv for r in read_half(data, "A")})
+    if not cvs:
+        raise BadInput("ppo: there is no CV to write for in half A of train.jsonl; give more "
+                       "decisions")
     _, critic = train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match)
     stage.check_lock()
     save_model(stage.folder, policy)
     save_tokenizer(stage.folder, codec)
-    weight = critic.weight()
-    save_tensors(stage.folder / "value_head.safetensors", {"weight": weight[None, :-1].contiguous(), "bias": weight[-1:].contiguous()})
+    weight = critic.weight()                                                        # [C + 1]
+    save_tensors(stage.folder / "value_head.safetensors",
+                 {"weight": weight[None, :-1].contiguous(), "bias": weight[-1:].contiguous()})
     stage.finish(**stage.rows[-1])
 
 
 def kl_is_negative(rows):
     """Is the mean KL of the last five iterations more than 2 standard errors below 0? The KL of one
-    rollout may be negative by chance. That it stays negative, however small, is not to be expected:
-    log-probabilities or masks are wrong. (While the policy hardly moves, and its KL is near 0, one
-    window in forty is that low by chance.)"""
+    rollout may be negative by chance. Five in a row, however small, mean that log-probabilities or
+    masks are wrong. (While the policy hardly moves and its KL is near 0, one window in forty is
+    that low by chance.)"""
     last = rows[-5:]
     mean = sum(row["kl"] for row in last) / 5
     error = math.sqrt(sum(row["kl_error"] ** 2 for row in last)) / 5
@@ -412,16 +467,18 @@ def kl_is_negative(rows):
 
 
 def report(stage, i, flags, log, cvs, texts):
-    """One line per iteration, and now and then a sample."""
+    """One line per iteration, warnings, and a sample every 20 iterations."""
     truth = "" if log["true_match"] is None else f"  true {log['true_match']:.3f}"
-    stage.say(f"ppo {i + 1:3d}/{flags.iterations}  reward {log['reward']:+.3f}  kl {log['kl']:6.3f}{truth}  "
-              f"len {log['length']:5.1f}  eos {log['eos_rate']:.2f}  clip {log['clip_frac']:.3f}  ent {log['entropy']:.3f}  "
+    stage.say(f"ppo {i + 1:3d}/{flags.iterations}  reward {log['reward']:+.3f}  "
+              f"kl {log['kl']:6.3f}{truth}  len {log['length']:5.1f}  eos {log['eos_rate']:.2f}  "
+              f"clip {log['clip_frac']:.3f}  ent {log['entropy']:.3f}  "
               f"ev {log['explained_variance']:+.2f}  beta {log['beta']:.3f}")
     if log["length"] == 1:
         stage.say("ppo: every JD of this rollout is empty: end-of-text came first")
     if log["eos_rate"] == 0:
-        stage.say("ppo: no JD in this rollout ended, so all got the same penalty and PPO learns nothing; train stage 1 longer, raise "
-                  "its --max-jd, or begin with a model that ends its texts")
+        stage.say("ppo: no JD in this rollout ended, so all got the same penalty and PPO learns "
+                  "nothing; train stage 1 longer, raise its --max-jd, or begin with a model that "
+                  "ends its texts")
     if log["kl_fault"]:
         stage.say("ppo: FAULT: the mean KL of the last 5 iterations is negative; "
                   "log-probabilities or masks disagree")

@@ -1,26 +1,30 @@
-"""Stage 2, the reward model U: learns from the recruiter's decisions how well a JD fits a CV.
+"""Stage 2, the reward model U: learns from recruiters' decisions how well a JD fits a CV.
 
-    python girl.py reward --run RUN           (--judge: the independent judge, from the other half of the CVs)
+    python girl.py reward --run RUN           (--judge: the independent judge, from the other half
+                                              of the CVs)
 
-    L = -log sigmoid(U(C, J+) - U(C, J-))     over an accepted and a rejected JD of one CV, and over an accepted and a
-                                              rejected CV of one JD
+    L = -log sigmoid(U(C, J+) - U(C, J-))     over an accepted and a rejected JD of one CV, and
+                                              over an accepted and a rejected CV of one JD
 
 Algorithm:
-1. Take stage 1's body, add a block that starts as an average over all tokens, and a fresh scalar head, read at the last
-   token of  prompt(C) + J + end-of-text.
-2. Gather the decisions into groups: all decisions on one CV, all decisions on one JD. Every text of a group is scored
-   once, and every (accepted, rejected) pair inside the group is a comparison (as in Ouyang et al. 2022, arXiv 2203.02155,
-   section 3.5: all comparisons of one prompt belong into one batch; there each prompt counts alike, here each comparison
-   does). Beside the decisions there may be probes: JDs that nobody would post, rejected. Where there are more groups than
-   steps can show, a random part is used; of a large group each step draws `--max-group` decisions.
-3. The learning rate is low, since a comparison teaches one bit: at a matrix rate of 0.02 the model forgot in 150 steps how to
-   compare two texts.
-4. Fold the scale into the head: scores of the generator's own samples get mean 0 and standard deviation 1.
+1. Take stage 1's body, add a block that starts as an average over all tokens, and a new scalar
+   head, read at the last token of  prompt(C) + J + end-of-text.
+2. Gather the decisions into groups: all decisions on one CV, all decisions on one JD. Each text of
+   a group is scored once, and each (accepted, rejected) pair in the group is a comparison (as in
+   Ouyang et al. 2022, arXiv 2203.02155, section 3.5, all comparisons of one prompt belong into one
+   batch; there each prompt counts the same, here each comparison does). Hard negatives may join
+   the decisions: JDs that nobody would post, all rejected (`probes.jsonl`). If there are more
+   groups than the steps can show, a random part is used. Of a large group each step draws
+   `--max-group` decisions.
+3. Add the pooled loss: L again, on the mean state of each JD. See aids.py.
+4. The learning rate is low, because a comparison teaches one bit: at a matrix rate of 0.02 the
+   model forgot in 150 steps how to compare two texts.
+5. Fold the scale into the head: the scores of the generator's own samples get mean 0 and standard
+   deviation 1.
 
 Left out: a margin in the loss, a loss on the absolute score, ensembles.
 
-Shapes: B rows (a prompt and a JD each), N different prompts, P tokens of the longest prompt, R of the longest JD, M
-comparisons, C hidden size.
+Shapes: B rows (a prompt and a JD each), R tokens of the longest JD, M comparisons, C hidden size.
 """
 from collections import defaultdict
 from dataclasses import dataclass
@@ -30,9 +34,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from aids import Optimizer, add_averaging_block, jd_states, mean_states
 from data import Codec, bucketed, load_codec, pad_right, read_half, read_records
-from model import LanguageModel, RewardModel, generate, rows_that_fit, twin
-from aids import Optimizer, add_averaging_block, jd_states
+from model import LanguageModel, RewardModel, copy_trainable, generate, rows_that_fit
 from plumbing.files import BadInput
 from plumbing.inputs import init_of, need
 from plumbing.records import keeps_contacts
@@ -44,41 +48,47 @@ from plumbing.weights import StartFlags, load_model, load_pretrained, save_model
 @dataclass
 class RewardFlags(StartFlags):
     steps: int = flag(1200, "optimizer steps")
-    groups: int = flag(4, "groups of decisions in a step; a group is all decisions on one CV or on one JD")
+    groups: int = flag(4, "groups of decisions in a step; a group is all decisions on one CV or on "
+                          "one JD")
     max_group: int = flag(8, "decisions of a group used in a step", least=2)
-    accumulate: int = flag(1, "micro-batches that a step is cut into, to save memory")
+    accumulate: int = flag(1, "micro-batches that a step is split into, to save memory")
     lr: float = flag(1e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
     matrix_lr: float = flag(0.0015, "peak learning rate of Muon, for the layers' matrices")
     warmup: int = flag(50, "steps of linear warm-up", least=0)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
-    samples: int = flag(256, "samples of the generator that fix the score's mean 0 and standard deviation 1", least=2)
+    samples: int = flag(256, "samples of the generator that fix the score's mean 0 and standard "
+                             "deviation 1", least=2)
 
 
-class Group(NamedTuple):
-    rows: list          # (prompt, JD + end-of-text), token ids both
-    accepted: list      # a bool for each row
-
-
-# ------------------------------------------------------------------------------------------------ the mathematics
+# ------------------------------------------------------------------------------ the mathematics
 def ranking_loss(chosen, rejected):
-    """-log sigmoid(chosen - rejected): scores [M], [M] -> a number; ln 2 where equal. The model of Bradley and Terry (1952), as
-    used by Stiennon et al. 2020, arXiv 2009.01325, section 3.4."""
+    """-log sigmoid(chosen - rejected): scores [M], [M] -> a number; ln 2 if they are equal. The
+    model of Bradley and Terry (1952), as used by Stiennon et al. 2020, arXiv 2009.01325, section
+    3.4."""
     return -F.logsigmoid(chosen - rejected).mean()
 
 
 def auc(scores, labels):
-    """Probability that a random accepted decision scores above a random rejected one; ties count half (the
-    Mann-Whitney statistic, from average ranks); None where there is only one kind."""
+    """Probability that a random accepted decision scores above a random rejected one; ties count
+    half (the Mann-Whitney statistic, from average ranks). None if there is only one kind."""
     scores, labels = np.asarray(scores, dtype=float), np.asarray(labels, dtype=bool)
     _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (counts.cumsum() - (counts - 1) / 2)[inverse]
     n1, n0 = labels.sum(), (~labels).sum()
-    return float((ranks[labels].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)) if n1 and n0 else None
+    if not n1 or not n0:
+        return None
+    return float((ranks[labels].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
 
 
-# ------------------------------------------------------------------------------------------------------ the data
+# --------------------------------------------------------------------------------------- groups
+class Group(NamedTuple):
+    """Decisions on one CV or on one JD."""
+    rows: list          # (prompt, JD + end-of-text), token ids both
+    accepted: list      # a bool for each row
+
+
 def decision_groups(records):
-    """Indices of the records of each CV and of each JD, where at least one was accepted and one rejected."""
+    """Indices of the records of each CV and of each JD that has an accepted and a rejected one."""
     by_text = defaultdict(list)
     for i, r in enumerate(records):
         by_text["cv", r.cv].append(i)
@@ -87,21 +97,25 @@ def decision_groups(records):
 
 
 def comparisons(accepted):
-    """All (accepted, rejected) index pairs of one group: [True, False, False] -> [(0, 1), (0, 2)]."""
-    return [(i, j) for i, yes in enumerate(accepted) if yes for j, no in enumerate(accepted) if not no]
+    """All (accepted, rejected) index pairs of a group: [True, False, False] -> [(0, 1), (0, 2)]."""
+    chosen = [i for i, yes in enumerate(accepted) if yes]
+    rejected = [i for i, yes in enumerate(accepted) if not yes]
+    return [(i, j) for i in chosen for j in rejected]
 
 
-def make_groups(records, found, codec):
-    """Token rows of these groups (lists of indices of records), and how many rejected rows were dropped from them: after
-    truncation they are identical to an accepted one of their group, and a comparison of equals teaches nothing."""
+def make_groups(records, indices, codec):
+    """Token rows of these groups (lists of indices of records), and how many rejected rows were
+    dropped: after truncation they equal an accepted row of their group, and a comparison of equals
+    teaches nothing."""
     groups, dropped = [], 0
-    for g in found:
-        rows = [(codec.prompt(records[i].cv), codec.jd(records[i].jd)) for i in g]
-        accepted = [row for row, i in zip(rows, g) if records[i].accepted]
-        keep = [k for k, i in enumerate(g) if records[i].accepted or rows[k] not in accepted]
-        dropped += len(g) - len(keep)
-        if len(keep) > len(accepted):
-            groups.append(Group([rows[k] for k in keep], [records[g[k]].accepted for k in keep]))
+    for group in indices:
+        rows = [(codec.prompt(records[i].cv), codec.jd(records[i].jd)) for i in group]
+        accepted = [records[i].accepted for i in group]
+        chosen = [row for row, yes in zip(rows, accepted) if yes]
+        keep = [k for k, row in enumerate(rows) if accepted[k] or row not in chosen]
+        dropped += len(rows) - len(keep)
+        if len(keep) > len(chosen):
+            groups.append(Group([rows[k] for k in keep], [accepted[k] for k in keep]))
     return groups, dropped
 
 
@@ -110,49 +124,55 @@ def subsample(group, n, generator):
     if len(group.rows) <= n:
         return group
     order = torch.randperm(len(group.rows), generator=generator).tolist()
-    first = [next(i for i in order if group.accepted[i]), next(i for i in order if not group.accepted[i])]
-    keep = first + [i for i in order if i not in first][:n - 2]
+    pair = [next(i for i in order if group.accepted[i]),
+            next(i for i in order if not group.accepted[i])]
+    keep = pair + [i for i in order if i not in pair][:n - 2]
     return Group([group.rows[i] for i in keep], [group.accepted[i] for i in keep])
 
 
-# ------------------------------------------------------------------------------------------------------ scoring
+# -------------------------------------------------------------------------------------- scoring
 def rows_for_scores(model, most):
-    """The widest moment of a forward pass: the MLP, of one block at a time."""
+    """How many rows are scored at once. The MLP of one block takes the most memory."""
     c = model.config
     return rows_that_fit(most, 4 * c.intermediate_size * (c.max_cv_tokens + c.max_jd_tokens))
 
 
 @torch.no_grad()
 def score_rows(model, rows, batch_size=128):
-    """Scores of token rows, as an array in their order. Rows of similar length are computed together."""
-    device, scores, batch_size = model.score.weight.device, np.zeros(len(rows)), rows_for_scores(model, batch_size)
+    """Scores of token rows, as an array in their order. Rows of similar length are computed
+    together."""
+    device, scores = model.score.weight.device, np.zeros(len(rows))
+    batch_size = rows_for_scores(model, batch_size)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(rows), batch_size):
         part = order[start:start + batch_size]
         ids, lengths = pad_right([rows[i] for i in part])
         with autocast(device):
-            scores[part] = model(ids.to(device), lengths.to(device)).cpu().numpy()           # [part]
+            scores[part] = model(ids.to(device), lengths.to(device)).cpu().numpy()  # [part]
     check_finite(scores)
     return scores
 
 
 def check_finite(scores):
     if not np.isfinite(scores).all():
-        raise BadInput("the reward model's scores are not finite: its training went astray (lower its --lr), or its weights are "
-                       "damaged")
+        raise BadInput("the reward model's scores are not finite: its training diverged (lower its "
+                       "--lr), or its weights are damaged")
 
 
 @torch.no_grad()
 def score_pairs(model, prompts, jds, pairs, batch_size=128):
-    """Scores of (prompt, JD) pairs, given as indices: {pair: score}. For many JDs of each prompt: it is read once for the
-    JDs of a batch, and the JDs of a few prompts go together by length, so that few pads are computed."""
-    device, scores, batch_size = model.score.weight.device, {}, rows_for_scores(model, batch_size)
+    """Scores of (prompt, JD) pairs, given as indices: {pair: score}. For many JDs of each prompt:
+    it is read once for the JDs of a batch, and the JDs of a few prompts are sorted by length, so
+    that few pads are computed."""
+    device, scores = model.score.weight.device, {}
+    batch_size = rows_for_scores(model, batch_size)
     pairs = sorted(pairs, key=lambda pair: (pair[0] // 4, len(jds[pair[1]]), pair))
     for start in range(0, len(pairs), batch_size):
         part = pairs[start:start + batch_size]
+        rows = [(prompts[q], jds[d]) for q, d in part]
         with autocast(device):
-            rows = [(prompts[q], jds[d]) for q, d in part]
-            scores |= dict(zip(part, model.head(jd_states(model.model, rows, device)).tolist()))
+            last, _, _ = jd_states(model.model, rows, device)                       # [part, C]
+            scores |= dict(zip(part, model.head(last).tolist()))
     check_finite(list(scores.values()))
     return scores
 
@@ -163,67 +183,59 @@ def score_texts(model, codec, pairs):
 
 
 def pair_margins(records, scores):
-    """For each group of decisions the margins score(accepted) - score(rejected) of its comparisons."""
-    return [np.array([scores[g[i]] - scores[g[j]] for i, j in comparisons([records[k].accepted for k in g])])
-            for g in decision_groups(records)]
+    """For each group of decisions the margins score(accepted) - score(rejected) of its
+    comparisons."""
+    margins = []
+    for group in decision_groups(records):
+        pairs = comparisons([records[k].accepted for k in group])
+        margins.append(np.array([scores[group[i]] - scores[group[j]] for i, j in pairs]))
+    return margins
 
 
 def pair_metrics(records, scores):
-    """Accuracy and mean margin over all comparisons (ties count half), and AUC over all decisions."""
+    """Accuracy and mean margin over all comparisons (ties count half); AUC over all decisions."""
     margins = np.concatenate([np.empty(0), *pair_margins(records, scores)])
-    some = len(margins) > 0
-    return {"pair_accuracy": float((margins > 0).mean() + (margins == 0).mean() / 2) if some else None,
-            "auc": auc(scores, [r.accepted for r in records]), "margin": float(margins.mean()) if some else None,
-            "pairs": len(margins)}
+    metrics = {"pair_accuracy": None, "auc": auc(scores, [r.accepted for r in records]),
+               "margin": None, "pairs": len(margins)}
+    if len(margins):
+        right = (margins > 0).mean() + (margins == 0).mean() / 2
+        metrics |= {"pair_accuracy": float(right), "margin": float(margins.mean())}
+    return metrics
 
 
-# ------------------------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------------------- training
 def batch_loss(model, groups, device):
-    """Over all comparisons of these groups: the sum of -log sigmoid, and how many came out right."""
-    rows, pairs, start = [row for g in groups for row in g.rows], [], 0
-    for g in groups:
-        pairs += [(start + i, start + j) for i, j in comparisons(g.accepted)]
-        start += len(g.rows)
-    better, worse = torch.tensor(pairs, device=device).unbind(1)                             # [M], [M]
+    """Over all comparisons of these groups: the sum of -log sigmoid, the same sum for the mean
+    states, and how many comparisons came out right."""
+    rows, pairs = [], []
+    for group in groups:
+        pairs += [(len(rows) + i, len(rows) + j) for i, j in comparisons(group.accepted)]
+        rows += group.rows
+    better, worse = torch.tensor(pairs, device=device).unbind(1)                    # [M], [M]
     with autocast(device):
-        scores = model.head(jd_states(model.model, rows, device))                            # [B]
+        last, earlier, in_jd = jd_states(model.model, rows, device)     # [B, C], [B, R, C], [B, R]
+        scores = model.head(last)                                                   # [B]
+        pooled = model.head(mean_states(earlier, in_jd))                            # [B]
     loss = ranking_loss(scores[better], scores[worse]) * len(pairs)
-    return loss, int((scores[better] > scores[worse]).sum())
+    pooled_loss = ranking_loss(pooled[better], pooled[worse]) * len(pairs)
+    return loss, pooled_loss, int((scores[better] > scores[worse]).sum())
 
 
-def train(model, codec, records, flags, seed, stage, device):
-    """Stage 2 on these decisions."""
-    found = decision_groups(records)
-    # Token rows are made of no more groups than there is time to see once.
-    order = torch.randperm(len(found), generator=generator(seed, stage.name, "groups"))[:flags.steps * flags.groups]
-    groups, dropped = make_groups(records, [found[i] for i in order.tolist()], codec)
-    if not groups:
-        raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected decision, {dropped} rejected ones "
-                       "dropped: nothing to compare; give more decisions, or raise --max-cv and --max-jd of stage 1")
-    stage.say(f"{stage.name}: {len(records)} decisions in {len(found)} groups, {len(groups)} of them used; {dropped} rejected "
-              f"ones dropped, identical to an accepted one after truncation; cut: {len(codec.cut_cvs)} CVs, "
-              f"{len(codec.cut_jds)} JDs")
-    model.model.checkpointing = flags.checkpointing
-    optimizer = Optimizer(model, flags, stage.total(flags.steps))
-    stage.resume({"model": model}, [part for part, _ in optimizer.parts])
-    longest = [max(len(p) + len(j) for p, j in g.rows) for g in groups]
-    batches = schedule(longest, flags.groups, flags.steps, seed, stage.name)
-    for step in range(stage.step, flags.steps):
-        draw = generator(seed, stage.name, step)
-        batch = [subsample(groups[i], flags.max_group, draw) for i in batches[step]]
-        loss, accuracy = reward_step(model, batch, flags, device)
-        if not np.isfinite(loss + optimizer.clip()):
-            stage.not_finite(step + 1, [codec.cv(g.rows[0][0]) for g in batch], "lower --lr and --matrix-lr")
-        optimizer.step(step)
-        stage.log(step=step + 1, loss=loss, accuracy=accuracy)
-        if (step + 1) % 100 == 0:
-            stage.say(f"{stage.name} {step + 1:4d}/{flags.steps}  loss {stage.mean('loss', 100):.4f}  "
-                      f"accuracy {stage.mean('accuracy', 100):.3f}")
-        stage.checkpoint(step + 1)
+def reward_step(model, groups, flags, device):
+    """Gradients of L and the pooled loss over these groups. Returns L per comparison, and the share
+    of comparisons that came out right."""
+    n, total, correct = sum(len(comparisons(g.accepted)) for g in groups), 0.0, 0
+    for k in range(min(flags.accumulate, len(groups))):
+        loss, pooled_loss, right = batch_loss(model, groups[k::flags.accumulate], device)
+        # Divided by all comparisons: micro-batches add up to the gradient of the whole batch.
+        ((loss + pooled_loss) / n).backward()
+        total, correct = total + float(loss.detach()), correct + right
+    return total / n, correct / n
 
 
 def schedule(lengths, size, steps, seed, name):
-    """The groups of each step, as lists of indices: one epoch after the other, each in an order of its own."""
+    """The groups of each step, as lists of indices: one epoch after the other, each in an order of
+    its own."""
     batches, epoch = [], 0
     while len(batches) < steps:
         batches += reversed(bucketed(lengths, size, generator(seed, name, "epoch", epoch)))
@@ -231,25 +243,51 @@ def schedule(lengths, size, steps, seed, name):
     return batches[:steps]
 
 
-def reward_step(model, groups, flags, device):
-    """Gradients of L over these groups. Returns the loss of a comparison, and the share that came out right."""
-    pairs, total, correct = sum(len(comparisons(g.accepted)) for g in groups), 0.0, 0
-    for k in range(min(flags.accumulate, len(groups))):
-        loss, right = batch_loss(model, groups[k::flags.accumulate], device)
-        (loss / pairs).backward()           # micro-batches add up to the gradient of the whole batch
-        total, correct = total + float(loss.detach()), correct + right
-    return total / pairs, correct / pairs
+def train(model, codec, records, flags, seed, stage, device):
+    """Stage 2 on these decisions."""
+    # Only as many groups become token rows as the steps can show once.
+    groups_of_all = decision_groups(records)
+    order = torch.randperm(len(groups_of_all), generator=generator(seed, stage.name, "groups"))
+    used = [groups_of_all[i] for i in order[:flags.steps * flags.groups].tolist()]
+    groups, dropped = make_groups(records, used, codec)
+    if not groups:
+        raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected "
+                       f"decision, {dropped} rejected ones dropped: nothing to compare; give more "
+                       "decisions, or raise --max-cv and --max-jd of stage 1")
+    stage.say(f"{stage.name}: {len(records)} decisions in {len(groups_of_all)} groups, "
+              f"{len(groups)} of them used; {dropped} rejected ones dropped, identical to an "
+              f"accepted one after truncation; truncated: {len(codec.cut_cvs)} CVs, "
+              f"{len(codec.cut_jds)} JDs")
+    model.model.checkpointing = flags.checkpointing
+    optimizer = Optimizer(model, flags, stage.total(flags.steps))
+    stage.resume({"model": model}, optimizer.parts)
+    lengths = [max(len(prompt) + len(jd) for prompt, jd in group.rows) for group in groups]
+    batches = schedule(lengths, flags.groups, flags.steps, seed, stage.name)
+    for step in range(stage.step, flags.steps):
+        draw = generator(seed, stage.name, step)
+        batch = [subsample(groups[i], flags.max_group, draw) for i in batches[step]]
+        loss, accuracy = reward_step(model, batch, flags, device)
+        if not np.isfinite(loss + optimizer.clip()):
+            cvs = [codec.cv(group.rows[0][0]) for group in batch]
+            stage.not_finite(step + 1, cvs, "lower --lr and --matrix-lr")
+        optimizer.step(step)
+        stage.log(step=step + 1, loss=loss, accuracy=accuracy)
+        if (step + 1) % 100 == 0:
+            stage.say(f"{stage.name} {step + 1:4d}/{flags.steps}  "
+                      f"loss {stage.mean('loss', 100):.4f}  "
+                      f"accuracy {stage.mean('accuracy', 100):.3f}")
+        stage.checkpoint(step + 1)
 
 
 def standardize(model, scores):
-    """Scale and shift the model so that these scores, which it gave, would have mean 0 and standard
+    """Scale and shift the model so that these scores of its own would have mean 0 and standard
     deviation 1. The scale goes into the head, the shift is kept as `center`: PPO's beta then means
     the same for every reward model. (Ziegler et al. 2019, arXiv 1909.08593, section 2.)"""
     raw = torch.as_tensor(scores, dtype=torch.float64) + model.center
     std = float(raw.std())
     if not std > 1e-6:
-        raise BadInput("the reward model gives every sample the same score: its decisions were too few, or its --lr too high; "
-                       "delete its folder and train it otherwise")
+        raise BadInput("the reward model gives every sample the same score: its decisions were too "
+                       "few, or its --lr too high; delete its folder and train it with others")
     with torch.no_grad():
         model.score.weight /= std
     model.center = float(raw.mean()) / std
@@ -261,56 +299,63 @@ def sample_texts(lm, codec, cvs, n, seed, stage, device, batch_size=128):
     prompts, rows = [codec.prompt(cvs[i]) for i in order], []
     for k in range(0, len(prompts), batch_size):
         part = prompts[k:k + batch_size]
+        draw = generator(seed, stage.name, "samples", k, device=device)
         with autocast(device):
-            out = generate(lm, part, codec.max_jd, generator=generator(seed, stage.name, "samples", k, device=device))
-        rows += [p + o for p, o in zip(part, out)]
+            responses = generate(lm, part, codec.max_jd, generator=draw)
+        rows += [prompt + response for prompt, response in zip(part, responses)]
     return rows
 
 
-# -------------------------------------------------------------------------------------------------- the whole stage
+# ------------------------------------------------------------------------------ the whole stage
 def new_reward_model(lm, pretrained, seed):
-    """A language model's body, as stage 2 takes it up, and a random head."""
+    """A reward model with the body of a language model and a random head."""
     torch.manual_seed(seed)
     if pretrained:
-        # Its end-of-text state says what was read: no averaging block. With adapters, body and generator share the frozen base.
-        return RewardModel(lm.config, body=twin(lm.model))
+        # Its end-of-text state summarizes the text already: no averaging block. With adapters the
+        # two models share the frozen base.
+        return RewardModel(lm.config, body=copy_trainable(lm.model))
     model = RewardModel(lm.config)
     model.model.load_state_dict(lm.model.state_dict())
     add_averaging_block(model)
     with torch.no_grad():
-        # The logits of stage 1 need large final states; the head's first scores and its rate are meant for states of size 1.
+        # The logits of stage 1 need large final states; the new head expects states of size 1.
         model.model.norm.weight /= model.model.norm.weight.mean()
     return model
 
 
 def run(stage, folder, data, flags, seed, device):
-    """Stage 2, or the judge: another seed, and the decisions on the other half of the CVs. (Both start from stage 1's
+    """Stage 2: load the decisions on half A and stage 1's model, train, standardize, save. The
+    judge is trained in the same way, with another seed, on half B. (Both start from stage 1's
     weights, and the jobs are the same.)"""
-    name, part = stage.name, "B" if stage.name == "judge" else "A"
-    generator_model = load_model(need(folder, "sft"), LanguageModel, device)
-    codec = load_codec(folder / "sft", generator_model.config)
-    probes = ["probes.jsonl"] if (data / "probes.jsonl").exists() else []
-    records, init_seed = read_half(data, part, "train.jsonl", *probes), generator(seed, name, "init").initial_seed()
+    name, half = stage.name, "B" if stage.name == "judge" else "A"
+    lm = load_model(need(folder, "sft"), LanguageModel, device)
+    codec = load_codec(folder / "sft", lm.config)
+    files = [f for f in ("train.jsonl", "probes.jsonl") if (data / f).exists()]
+    records, init_seed = read_half(data, half, *files), generator(seed, name, "init").initial_seed()
+    start = lm
     if flags.init:
-        if not same_tokenizer(codec, Codec(load_tokenizer(flags.init), codec.max_cv, codec.max_jd, codec.eos)):
-            raise BadInput(f"{flags.init}: its tokenizer is not the one of {folder / 'sft'}; the reward model reads what that model "
-                           "writes")
+        other = Codec(load_tokenizer(flags.init), codec.max_cv, codec.max_jd, codec.eos)
+        if not same_tokenizer(codec, other):
+            raise BadInput(f"{flags.init}: its tokenizer is not the one of {folder / 'sft'}; the "
+                           "reward model must read what that model writes")
         start = load_pretrained(flags, codec, init_seed, device)
-    else:
-        start = generator_model
-    start.config.keep_contacts = keeps_contacts(data)         # an earlier version of stage 1 did not note it
+    start.config.keep_contacts = keeps_contacts(data)   # an earlier stage 1 did not note it
     model = new_reward_model(start, bool(flags.init or init_of(folder)), init_seed).to(device)
     train(model, codec, records, flags, seed, stage, device)
+
     cvs = sorted({r.cv for r in records})
-    samples = sample_texts(generator_model, codec, cvs, flags.samples, seed, stage, device)
+    samples = sample_texts(lm, codec, cvs, flags.samples, seed, stage, device)
     if not any(row[-1] == codec.eos for row in samples):
-        stage.say(f"{name}: none of {len(samples)} samples of stage 1 ended within {codec.max_jd} tokens, so the score is standardized "
-                  "on truncated JDs; train stage 1 longer, or raise its --max-jd")
+        stage.say(f"{name}: none of {len(samples)} samples of stage 1 ended within {codec.max_jd} "
+                  "tokens, so the score is standardized on truncated JDs; train stage 1 longer, or "
+                  "raise its --max-jd")
     standardize(model, score_rows(model, samples))
     valid = read_records(data / "valid.jsonl")
     metrics = pair_metrics(valid, score_texts(model, codec, [(r.cv, r.jd) for r in valid]))
-    stage.say(f"{name}: valid " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+    shown = [f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()]
+    stage.say(f"{name}: valid " + ", ".join(shown))
     stage.check_lock()
     save_model(stage.folder, model)
     save_tokenizer(stage.folder, codec)
-    stage.finish(**metrics, center=model.center, cut_cvs=len(codec.cut_cvs), cut_jds=len(codec.cut_jds))
+    stage.finish(**metrics, center=model.center, cut_cvs=len(codec.cut_cvs),
+                 cut_jds=len(codec.cut_jds))

@@ -1,17 +1,21 @@
-"""Stage 1, SFT: the generator G learns to write the JD J of a job that the person behind the CV C was accepted for.
+"""Stage 1, SFT: the generator G learns to write the JD J of a job that the person with the CV C was
+accepted for.
 
     python girl.py sft --run RUN
 
-    L = -(1/|J|) sum_i log P(v_i | v_<i, C, T; G)    over the tokens v of the JD J and its end-of-text, where the CV C
-                                                     stands in the prompt template T; a batch is weighed by token
+    L = -(1/|J|) sum_i log P(v_i | v_<i, C, T; G)       over the tokens v of the JD J and its
+                                                        end-of-text; the CV C is in the prompt
+                                                        template T; a batch is averaged by token
 
 (Zheng et al. 2023, arXiv 2307.02157.) Algorithm:
-1. Train the tokenizer on half A of the train split, and start a small model from random weights. Or take both from `--init`.
-2. Epochs over the accepted pairs: L + `--reading` times the loss of reading, because a small model is slow to find out that
-   the two texts have to do with each other: a second head says for each token of the JD whether the CV holds it too, and at
-   the last one which share of the others it holds.
+1. Train the tokenizer on half A of the train split, and start a small model from random weights.
+   Or take both from `--init`.
+2. Epochs over the accepted pairs: L + `--reading` times the reading loss. A small model is slow to
+   relate the two texts. So a second head predicts for each token of the JD whether the CV holds it,
+   too, and at the last token the share of the earlier ones that the CV holds.
 
-Left out: packing several pairs into one row (rows are bucketed by length instead), weight decay, dropout.
+Left out: packing several pairs into one row (rows are sorted into batches by length instead),
+weight decay, dropout.
 
 Shapes: B rows, T tokens, C hidden size, V vocabulary.
 """
@@ -23,13 +27,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Codec, bucketed, pad_right, read_half, read_records, train_tokenizer
-from plumbing.records import check_splits, keeps_contacts
-from plumbing.tokenizer import load_tokenizer, save_tokenizer
-from model import Config, LanguageModel, generate, logits_size, rows_that_fit
 from aids import Optimizer, reading_loss, start_small
+from data import Codec, bucketed, pad_right, read_half, read_records, train_tokenizer
+from model import Config, LanguageModel, generate, logits_size, rows_that_fit
 from plumbing.files import BadInput
+from plumbing.records import check_splits, keeps_contacts
 from plumbing.stage import autocast, flag, generator
+from plumbing.tokenizer import load_tokenizer, save_tokenizer
 from plumbing.weights import StartFlags, load_pretrained, read_config, save_model
 
 
@@ -37,45 +41,49 @@ from plumbing.weights import StartFlags, load_pretrained, read_config, save_mode
 class SFTFlags(StartFlags):
     epochs: float = flag(1.4, "passes over the accepted pairs of half A", least=0.01)
     batch: int = flag(16, "pairs in an optimizer step")
-    accumulate: int = flag(1, "micro-batches that a batch is cut into, to save memory")
+    accumulate: int = flag(1, "micro-batches that a batch is split into, to save memory")
     lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
     matrix_lr: float = flag(0.006, "peak learning rate of Muon, for the layers' matrices")
     warmup: int = flag(100, "steps of linear warm-up", least=0)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
-    reading: float = flag(0.5, "weight of the loss of reading: which tokens of the JD does the CV hold?")
+    reading: float = flag(0.5, "weight of the reading loss: does the CV hold this token of the JD?")
     hidden: int = flag(96, "C, the hidden size")
     layers: int = flag(3, "transformer blocks", most=256)
     heads: int = flag(3, "H, query heads")
     kv_heads: int = flag(3, "K, key-value heads; H must be a multiple of K")
     vocab: int = flag(3072, "largest size of the tokenizer's vocabulary", most=2 ** 20)
-    max_cv: int = flag(512, "longest CV in tokens; what is longer is cut, and counted")
+    max_cv: int = flag(512, "longest CV in tokens; longer ones are truncated, and counted")
     max_jd: int = flag(512, "longest JD in tokens")
 
 
-# -------------------------------------------------------------------------------------------------------- the loss
+# ------------------------------------------------------------------------------------- the loss
 class Example(NamedTuple):
-    """A pair that was accepted, as token rows."""
+    """An accepted pair, as token rows."""
     prompt: list
     jd: list            # with end-of-text
 
 
 def sft_loss(model, reader, examples, device):
-    """Sum of -log P over the JDs' tokens (with end-of-text), their number, and the mean loss of reading (0 without a reader)."""
-    ids, lengths = (x.to(device) for x in pad_right([e.prompt + e.jd for e in examples]))    # [B, T], [B]
-    starts = torch.tensor([len(e.prompt) for e in examples], device=device)[:, None]         # [B, 1]
-    at = torch.arange(ids.shape[1], device=device)[None, :]                                  # [1, T]
-    in_jd = (at >= starts) & (at < lengths[:, None])                                         # [B, T]
-    # Position t predicts token t + 1: what stands one place before a JD token is asked for it.
-    to_write = in_jd[:, 1:]                                                                  # [B, T-1]
-    before_it = F.pad(to_write, (0, 1))                                                      # [B, T]
-    # The head is the most expensive layer of a small model: it is applied only where there is something to learn, and so is
-    # most of the last block.
-    asked = before_it | in_jd                                                                # [B, T]
+    """The sum of -log P over the JDs' tokens (with end-of-text), their number, and the mean reading
+    loss (0 without a reader)."""
+    ids, lengths = pad_right([e.prompt + e.jd for e in examples])                   # [B, T], [B]
+    ids, lengths = ids.to(device), lengths.to(device)
+    starts = torch.tensor([len(e.prompt) for e in examples], device=device)         # [B]
+    at = torch.arange(ids.shape[1], device=device)                                  # [T]
+    in_jd = (at >= starts[:, None]) & (at < lengths[:, None])                       # [B, T]
+    # The state before a token predicts it.
+    to_write = in_jd[:, 1:]                                                         # [B, T-1]
+    before_it = F.pad(to_write, (0, 1))                                             # [B, T]
+    # The head is the most expensive layer of a small model. It is applied only at tokens that
+    # something is learned from, and so is most of the last block.
+    asked = before_it | in_jd                                                       # [B, T]
     with autocast(device):
-        hidden = model.model(ids, asked=asked)                                               # [asked, C]
-        logits = model.lm_head(hidden[before_it[asked]]).float()                             # [tokens, V]
+        hidden = model.model(ids, asked=asked)                                      # [asked, C]
+        logits = model.lm_head(hidden[before_it[asked]]).float()                    # [tokens, V]
         loss = F.cross_entropy(logits, ids[:, 1:][to_write], reduction="sum")
-        reading = reading_loss(reader, hidden[in_jd[asked]], examples) if reader else torch.zeros(())
+        reading = torch.zeros(())
+        if reader:
+            reading = reading_loss(reader, hidden[in_jd[asked]], examples)
     return loss, int(to_write.sum()), reading
 
 
@@ -90,78 +98,86 @@ def mean_nll(model, pairs, codec, device):
     return total / count
 
 
-# ------------------------------------------------------------------------------------------------------ training
-def train(model, reader, codec, pairs, valid, flags, seed, stage, device):
-    """Stage 1 on these Examples: epochs, and after each validation and one sample to look at. `valid`: (cv, jd) texts. Returns
-    the last valid NLL."""
-    model.model.checkpointing = flags.checkpointing
-    epoch_steps = math.ceil(len(pairs) / flags.batch)
-    steps = max(1, round(flags.epochs * epoch_steps))
-    optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(steps))
-    stage.resume({"model": model, "reader": reader}, [part for part, _ in optimizer.parts])
-    batches = schedule([len(e.prompt) + len(e.jd) for e in pairs], flags.batch, steps, seed)
-    for step in range(stage.step, steps):
-        batch = [pairs[i] for i in batches[step]]
-        loss, reading = sft_step(model, reader, batch, flags, device)
-        if not math.isfinite(loss + reading + optimizer.clip()):
-            stage.not_finite(step + 1, [codec.cv(e.prompt) for e in batch], "lower --lr and --matrix-lr")
-        optimizer.step(step)
-        stage.log(step=step + 1, loss=loss, reading=reading)
-        stage.checkpoint(step + 1)
-        if (step + 1) % epoch_steps == 0 and step + 1 < steps:
-            look(model, codec, valid, step // epoch_steps, step + 1, seed, stage, device)
-    return look(model, codec, valid, (steps - 1) // epoch_steps, steps, seed, stage, device)
+# ------------------------------------------------------------------------------------- training
+def sft_step(model, reader, batch, flags, device):
+    """Gradients of the objective. Returns the mean loss of a token, and the reading loss."""
+    tokens, total, total_reading = sum(len(e.jd) for e in batch), 0.0, 0.0
+    for k in range(min(flags.accumulate, len(batch))):
+        part = batch[k::flags.accumulate]
+        share = len(part) / len(batch)
+        loss, _, reading = sft_loss(model, reader if flags.reading else None, part, device)
+        # Divided by all tokens, and by all rows: micro-batches add up to the gradient of the batch.
+        (loss / tokens + flags.reading * share * reading).backward()
+        total += float(loss.detach())
+        total_reading += share * float(reading.detach())
+    return total / tokens, total_reading
 
 
 def schedule(lengths, batch, steps, seed):
-    """The examples of each step, as lists of indices: one epoch after the other, each in an order of its own."""
+    """The examples of each step, as lists of indices: one epoch after the other, each in an order
+    of its own."""
     batches = []
     while len(batches) < steps:
         batches += bucketed(lengths, batch, generator(seed, "sft", len(batches)))
     return batches[:steps]
 
 
-def look(model, codec, valid, epoch, step, seed, stage, device):
-    """Validation, and one sample to look at. Returns the NLL."""
+def train(model, reader, codec, pairs, valid, flags, seed, stage, device):
+    """Stage 1 on these Examples: epochs, and after each validation and one sample to look at.
+    `valid`: (cv, jd) texts. Returns the last valid NLL."""
+    model.model.checkpointing = flags.checkpointing
+    steps_per_epoch = math.ceil(len(pairs) / flags.batch)
+    steps = max(1, round(flags.epochs * steps_per_epoch))
+    optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(steps))
+    stage.resume({"model": model, "reader": reader}, optimizer.parts)
+    batches = schedule([len(e.prompt) + len(e.jd) for e in pairs], flags.batch, steps, seed)
+    for step in range(stage.step, steps):
+        batch = [pairs[i] for i in batches[step]]
+        loss, reading = sft_step(model, reader, batch, flags, device)
+        if not math.isfinite(loss + reading + optimizer.clip()):
+            cvs = [codec.cv(e.prompt) for e in batch]
+            stage.not_finite(step + 1, cvs, "lower --lr and --matrix-lr")
+        optimizer.step(step)
+        stage.log(step=step + 1, loss=loss, reading=reading)
+        stage.checkpoint(step + 1)
+        epoch, rest = divmod(step + 1, steps_per_epoch)
+        if not rest and step + 1 < steps:
+            validate(model, codec, valid, epoch, step + 1, seed, stage, device)
+    epochs = math.ceil(steps / steps_per_epoch)
+    return validate(model, codec, valid, epochs, steps, seed, stage, device)
+
+
+def validate(model, codec, valid, epoch, step, seed, stage, device):
+    """Valid NLL, and one sample to look at. Returns the NLL."""
     nll = mean_nll(model, valid, codec, device)
-    if not nll < 700:                       # its perplexity would be NaN, or overflow
+    if not nll < 700:                       # its perplexity would be NaN or overflow
         stage.not_finite(step, [cv for cv, _ in valid], "lower --lr and --matrix-lr")
-    cv = valid[0][0]
+    cv, draw = valid[0][0], generator(seed, "sft-look", epoch - 1, device=device)
     with torch.no_grad(), autocast(device):
-        sample, = generate(model, [codec.prompt(cv)], codec.max_jd, generator=generator(seed, "sft-look", epoch, device=device))
-    stage.say(f"sft epoch {epoch + 1}: train loss {stage.mean('loss', 100):.4f}, valid NLL {nll:.4f}, "
-              f"perplexity {math.exp(nll):.3f}\n--- a sample\n{cv}\n->\n{codec.text(sample)}\n---")
+        sample, = generate(model, [codec.prompt(cv)], codec.max_jd, generator=draw)
+    stage.say(f"sft epoch {epoch}: train loss {stage.mean('loss', 100):.4f}, valid NLL {nll:.4f}, "
+              f"perplexity {math.exp(nll):.3f}\n"
+              f"--- a sample\n{cv}\n->\n{codec.text(sample)}\n---")
     if codec.eos not in sample:
         stage.say(f"sft: this sample did not end within {codec.max_jd} tokens")
     return nll
 
 
-def sft_step(model, reader, batch, flags, device):
-    """Gradients of the objective; returns the loss of a token, on average, and the loss of reading."""
-    tokens, total, total_reading = sum(len(e.jd) for e in batch), 0.0, 0.0
-    for k in range(min(flags.accumulate, len(batch))):
-        if part := batch[k::flags.accumulate]:
-            loss, _, reading = sft_loss(model, reader if flags.reading else None, part, device)
-            share = len(part) / len(batch)
-            # by token, and by row: micro-batches add up to the gradient of the whole batch
-            (loss / tokens + flags.reading * share * reading).backward()
-            total, total_reading = total + float(loss.detach()), total_reading + share * float(reading.detach())
-    return total / tokens, total_reading
-
-
-# -------------------------------------------------------------------------------------------------- the whole stage
+# ------------------------------------------------------------------------------ the whole stage
 def new_codec(records, flags):
-    """The pretrained model's tokenizer, or one that is learned from these records."""
+    """The pretrained model's tokenizer, or one that is trained on these records."""
     if not flags.init:
         texts = sorted({t for r in records for t in (r.cv, r.jd)})
         return Codec(train_tokenizer(texts, flags.vocab), flags.max_cv, flags.max_jd)
     config, _ = read_config(flags.init)
     codec = Codec(load_tokenizer(flags.init), flags.max_cv, flags.max_jd, config.eos_token_id)
     if codec.eos is None:
-        raise BadInput(f"{flags.init}: nothing says which token ends a text; name it as eos_token_id in its config.json")
+        raise BadInput(f"{flags.init}: nothing says which token ends a text; name it as "
+                       "eos_token_id in its config.json")
     if codec.pad is None:
-        raise BadInput(f"{flags.init}: its tokenizer has no special token that is free to fill rows up; add one, such as <|pad|>, to the "
-                       "added_tokens of its tokenizer.json")
+        raise BadInput(f"{flags.init}: its tokenizer has no special token that is free for "
+                       "padding; add one, such as <|pad|>, to the added_tokens of its "
+                       "tokenizer.json")
     return codec
 
 
@@ -169,17 +185,23 @@ def new_model(codec, examples, flags, seed):
     """A generator with random weights, large enough for these token rows."""
     torch.manual_seed(seed)
     model = LanguageModel(Config(
-        vocab_size=codec.tokenizer.get_vocab_size(), hidden_size=flags.hidden, num_hidden_layers=flags.layers,
-        intermediate_size=8 * round(flags.hidden * 8 / 3 / 8), num_attention_heads=flags.heads,
-        num_key_value_heads=flags.kv_heads, max_position_embeddings=codec.context(),
-        # 1/sqrt(C) instead of the usual 0.02: from so small a start a small model takes long until it copies anything.
-        initializer_range=flags.hidden ** -0.5, max_cv_tokens=codec.max_cv, max_jd_tokens=codec.max_jd))
+        vocab_size=codec.tokenizer.get_vocab_size(),
+        hidden_size=flags.hidden,
+        intermediate_size=8 * round(flags.hidden * 8 / 3 / 8),
+        num_hidden_layers=flags.layers,
+        num_attention_heads=flags.heads,
+        num_key_value_heads=flags.kv_heads,
+        max_position_embeddings=codec.context(),
+        # 1/sqrt(C) instead of the usual 0.02: with 0.02 a small model takes long to copy anything.
+        initializer_range=flags.hidden ** -0.5,
+        max_cv_tokens=codec.max_cv,
+        max_jd_tokens=codec.max_jd))
     start_small(model, {t for e in examples for t in e.prompt + e.jd})
     return model
 
 
 def run(stage, folder, data, flags, seed, device):
-    """Load the data, make a tokenizer and a model, or take both from --init; train, and save."""
+    """Load the data, make a tokenizer and a model, or take both from --init; train, save."""
     check_splits(data)
     records = read_half(data, "A")
     valid = [(r.cv, r.jd) for r in read_records(data / "valid.jsonl") if r.accepted]
@@ -189,14 +211,15 @@ def run(stage, folder, data, flags, seed, device):
     codec = new_codec(records, flags)
     pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd)) for r in records if r.accepted]
     tokens = sum(len(e.prompt) + len(e.jd) for e in pairs)
-    stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; cut: {len(codec.cut_cvs)} CVs at "
-              f"{codec.max_cv} tokens, {len(codec.cut_jds)} JDs at {codec.max_jd}")
+    stage.say(f"sft: {len(pairs)} accepted pairs, {tokens / len(pairs):.0f} tokens each; "
+              f"truncated: {len(codec.cut_cvs)} CVs at {codec.max_cv} tokens, "
+              f"{len(codec.cut_jds)} JDs at {codec.max_jd}")
     codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
-    init_seed, before = generator(seed, "sft-init").initial_seed(), {}
+    init_seed, untrained = generator(seed, "sft-init").initial_seed(), {}
     if flags.init:
         model = load_pretrained(flags, codec, init_seed, device)
-        before = {"valid_nll_before": mean_nll(model, valid, codec, device)}
-        stage.say(f"sft: valid NLL of the pretrained model {before['valid_nll_before']:.4f}")
+        untrained = {"valid_nll_before": mean_nll(model, valid, codec, device)}
+        stage.say(f"sft: valid NLL of the pretrained model {untrained['valid_nll_before']:.4f}")
     else:
         model = new_model(codec, pairs, flags, init_seed).to(device)
     model.config.keep_contacts = keeps_contacts(data)
@@ -205,4 +228,5 @@ def run(stage, folder, data, flags, seed, device):
     stage.check_lock()
     save_model(stage.folder, model)
     save_tokenizer(stage.folder, codec)
-    stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=len(stage.rows), **before)
+    stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=len(stage.rows),
+                 **untrained)

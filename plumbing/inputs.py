@@ -1,4 +1,4 @@
-"""What a stage learns from: its data, the stages before it, the pretrained model, and the code. All by their checksums."""
+"""The inputs of a stage, by checksum: data, earlier stages, pretrained model and code."""
 from pathlib import Path
 
 from plumbing.files import BadInput, checksums, read_json, sha256
@@ -7,40 +7,48 @@ from plumbing.weights import check_links, read_lora
 
 HOME = Path(__file__).parents[1]
 MARKET = HOME / "market.py"
-BEFORE = {"sft": (), "reward": ("sft",), "judge": ("sft",), "ppo": ("sft", "reward"), "recommend": ("sft", "reward", "ppo"),
-          "evaluate": ("sft", "reward", "judge", "ppo")}
+BEFORE = {"sft": (), "reward": ("sft",), "judge": ("sft",), "ppo": ("sft", "reward"),
+          "recommend": ("sft", "reward", "ppo"), "evaluate": ("sft", "reward", "judge", "ppo")}
 DATA = ("train.jsonl", "valid.jsonl", "probes.jsonl", "market.json", "import.json")
 
 
 def need(run, stage):
-    """The folder of a finished stage, which learned from the stages that stand before it in this run."""
+    """The folder of a finished stage. Refused if this run's earlier stages are not those that it
+    was trained with."""
     if not finished(run, stage):
         command = "reward --judge" if stage == "judge" else stage
-        raise BadInput(f"{run / stage}: stage {stage} is not finished; run  python girl.py {command} --run {run}  first")
+        raise BadInput(f"{run / stage}: stage {stage} is not finished; "
+                       f"run  python girl.py {command} --run {run}  first")
     inputs = read_summary(run / stage)["inputs"]
     for name, digest in models_before(run, stage).items():
         if inputs.get(name) != digest:
-            raise BadInput(f"{run / stage}: learned from another model than the one that is here, {name} is not the same; delete "
-                           f"{run / stage} and run the stage again")
+            raise BadInput(f"{run / stage}: was trained with a different {name}; "
+                           f"delete {run / stage} and run the stage again")
     return run / stage
 
 
 def init_of(run):
-    """The folder of the pretrained model that a run began with, or nothing."""
+    """The folder of the pretrained model that a run began with, or an empty text."""
     return read_summary(Path(run) / "sft")["asked"]["init"] if finished(run, "sft") else ""
 
 
 def models_before(run, name):
     """Checksums of the files of the stages before this one."""
-    return {f"{stage}/{f}": digest for stage in BEFORE[name] if finished(run, stage)
-            for f, digest in read_summary(run / stage)["sha256"].items() if f != "metrics.csv"}
+    digests = {}
+    for stage in BEFORE[name]:
+        if finished(run, stage):
+            for file, digest in read_summary(run / stage)["sha256"].items():
+                if file != "metrics.csv":
+                    digests[f"{stage}/{file}"] = digest
+    return digests
 
 
 def what_it_learns_from(run, folder, name, init=""):
-    """Checksums of a stage's data, of the stages before it, and of the pretrained models that it and they began with."""
+    """Checksums of a stage's inputs: the data, the stages before it, and the pretrained models that
+    it and they began with."""
     check_folder(folder)
     check_rules(folder)
-    found = {f: sha256(folder / f) for f in DATA if (folder / f).exists()}
+    inputs = {file: sha256(folder / file) for file in DATA if (folder / file).exists()}
     bases = {"--init": init} if init else {}
     for stage in BEFORE[name]:
         if adapters := read_lora(need(run, stage)):
@@ -49,28 +57,40 @@ def what_it_learns_from(run, folder, name, init=""):
     for base in set(bases.values()):
         check_links(base)
         digests[base] = checksums(path for path in Path(base).glob("*")
-                                  if path.suffix == ".safetensors" or path.name in ("config.json", "tokenizer.json"))
-    found |= {f"{file} that {of} began with": digest for of, base in bases.items() for file, digest in digests[base].items()}
-    return found | models_before(run, name)
+                                  if path.suffix == ".safetensors"
+                                  or path.name in ("config.json", "tokenizer.json"))
+    for owner, base in bases.items():
+        for file, digest in digests[base].items():
+            inputs[f"{file} that {owner} began with"] = digest
+    return inputs | models_before(run, name)
+
+
+# market.py as it is -> the version before it, which imported other modules: the same rules.
+SAME_RULES = {"cdc44ef5767a507a4ff985cbc15f64c9121e2b05a6dd5b5d9690d3cb6a1b9759":
+              "6e0ff1db6bc481c52fdec62f56aa79cbf4559ac9763fb0229aee7b5d6d80235b"}
 
 
 def check_rules(folder):
-    """Refuse simulated data that were made by other rules than market.py has now: their true match would be another."""
+    """Refuse simulated data that were made by other rules than those that market.py has now."""
     path, rules = Path(folder) / "market.json", code_checksum(MARKET)
-    if path.exists() and read_json(path).get("rules", rules) != rules:      # an earlier version noted none
-        raise BadInput(f"{path}: market.py changed since these data were made, so their true match would differ; restore the old "
-                       "market.py, or make new data in a new run:  bash train.sh --out DIR")
+    # Earlier versions recorded no rules.
+    if path.exists() and read_json(path).get("rules") not in (None, rules, SAME_RULES.get(rules)):
+        raise BadInput(f"{path}: market.py changed since these data were made, so their true match "
+                       "would differ; restore the old market.py, or make new data in a new run:  "
+                       "bash train.sh --out DIR")
 
 
 def code_of(name):
-    """Checksums of the files whose code the result of a stage or a measurement depends on. (Of the market's rules see check_rules.)"""
-    measures = ["sft.py", "ppo.py", "measure/evaluate.py"]
-    own = {"sft": ["sft.py"], "ppo": ["ppo.py"], "evaluate": measures, "recommend": [*measures, "measure/recommend.py"]}
-    files = ["girl.py", "data.py", "model.py", "reward.py", "aids.py", "plumbing/files.py", "plumbing/stage.py",
-             "plumbing/texts.py", "plumbing/weights.py", *own.get(name, [])]
+    """Checksums of the files whose code the result of a stage or measurement depends on. (For the
+    rules of the market see check_rules.)"""
+    measured = ["sft.py", "ppo.py", "measure/evaluate.py"]
+    own = {"sft": ["sft.py"], "ppo": ["ppo.py"], "evaluate": measured,
+           "recommend": [*measured, "measure/recommend.py"]}
+    files = ["girl.py", "data.py", "model.py", "reward.py", "aids.py", "plumbing/files.py",
+             "plumbing/stage.py", "plumbing/texts.py", "plumbing/weights.py", *own.get(name, [])]
     return {file: code_checksum(HOME / file) for file in files}
 
 
-for each in ("sft", "ppo", "recommend"):
-    code_of(each)                       # now, while the files are the code that was imported
+for name in ("sft", "ppo", "recommend"):
+    code_of(name)                       # at import, while the files are the code that runs
 code_checksum(MARKET)

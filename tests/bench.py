@@ -51,7 +51,7 @@ import ppo
 import reward
 import sft
 from data import bucketed
-from model import Config, LanguageModel, RewardModel, generate, twin
+from model import Config, LanguageModel, RewardModel, copy_trainable, generate
 from aids import Optimizer
 from plumbing.stage import Stage, generator, peak_rss_mb, pick_device
 from plumbing.weights import load_model, load_pretrained
@@ -187,7 +187,7 @@ def ppo_figures(model, rows, args):
     new, ends, flags = args.new or 64, [], ppo.PPOFlags(
         iterations=1 + args.steps * args.repeats, episodes=64, minibatch=16, ppo_epochs=4, lr=1e-6)
     model.config = model.model.config = replace(model.config, max_cv_tokens=120, max_jd_tokens=new)
-    judge = RewardModel(model.config, body=twin(model.model))
+    judge = RewardModel(model.config, body=copy_trainable(model.model))
     codec = SimpleNamespace(max_jd=new, eos=-1, prompt=lambda i: rows[i][0], text=str)
     ppo.train(model, judge, codec, list(range(len(rows))), flags, 0,
               no_stage(lambda **row: ends.append(time.perf_counter())), pick_device())
@@ -295,7 +295,7 @@ def iterations(args):
     flags = ppo.PPOFlags(iterations=2, episodes=args.episodes, minibatch=args.minibatch,
                          accumulate=args.accumulate, ppo_epochs=1, checkpointing=args.checkpointing)
     # The reward model: a body of its own, or adapters of its own on the same base.
-    judge = RewardModel(model.config, body=twin(model.model))
+    judge = RewardModel(model.config, body=copy_trainable(model.model))
     stage = no_stage(lambda **row: None)
     start = time.time()
     ppo.train(model, judge, codec, list(range(100)), flags, 0, stage, pick_device())

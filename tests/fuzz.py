@@ -118,7 +118,7 @@ def fuzz(run, n, seed, folder):
                 code, out, err = call(*argv)
                 assert code == (0 if text else 2), f"exit code {code}: {err}"
                 if text:
-                    assert out and all("was cut at" in line or "did not end within" in line for line in err.splitlines()), err
+                    assert out and all("was truncated to" in line or "did not end within" in line for line in err.splitlines()), err
                 else:
                     assert err.count("\n") == 1 and str(folder / "cv") in err, err
             for codec, exact in kinds if text else ():

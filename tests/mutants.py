@@ -36,12 +36,12 @@ MUTANTS = {
         (3, "model.py", "(causal & mask[:, None, None, :]) | itself", "causal | itself",
          "pads on the left are looked at")],
     "test_reward.py::test_03_more_padding_changes_no_reward_score": [
-        (3, "model.py", "device=ids.device) == lengths[:, None] - 1",
-         "device=ids.device) == lengths[:, None].clamp(min=ids.shape[1]) - 1",
+        (3, "model.py", "asked=at == lengths[:, None] - 1",
+         "asked=at == lengths[:, None].clamp(min=ids.shape[1]) - 1",
          "the score is read at a pad")],
     "test_reward.py::test_04_score_is_read_at_the_last_real_token": [
-        (4, "model.py", "device=ids.device) == lengths[:, None] - 1",
-         "device=ids.device) == ids.ne(0).cumsum(1).argmax(1)[:, None]",
+        (4, "model.py", "asked=at == lengths[:, None] - 1",
+         "asked=at == ids.ne(0).cumsum(1).argmax(1)[:, None]",
          "the last token that is no pad id is taken for the last real one")],
     "test_reward.py::test_04_scores_come_back_in_the_order_of_the_rows": [
         (4, "reward.py", "scores[part] = model(", "scores[sorted(part)] = model(",
@@ -53,8 +53,10 @@ MUTANTS = {
         (5, "reward.py", "(scores[better] > scores[worse])", "(scores[better] >= scores[worse])",
          "a model that says the same of everything is right everywhere")],
     "test_reward.py::test_05_the_gradient_is_that_of_the_objective_by_hand": [
-        (5, "reward.py", "(loss / pairs).backward()", "(loss / len(groups)).backward()",
-         "comparisons are averaged over groups")],
+        (5, "reward.py", "((loss + pooled_loss) / n)", "((loss + pooled_loss) / len(groups))",
+         "comparisons are averaged over groups"),
+        (5, "reward.py", "(loss + pooled_loss)", "(loss + pooled_loss.detach())",
+         "the pooled loss is computed, and not learned from")],
     "test_reward.py::test_06_head_starts_with_std_one_over_sqrt_d_plus_1_and_no_bias": [
         (6, "model.py", "math.sqrt(c.hidden_size + 1)", "math.sqrt(c.hidden_size)", "1/sqrt(d)"),
         (6, "model.py", "self.score = nn.Linear(c.hidden_size, 1, bias=False)",
@@ -64,7 +66,7 @@ MUTANTS = {
         (7, "reward.py", "float(raw.mean()) / std", "float(raw.mean())",
          "the centre is in units of the old scale")],
     "test_reward.py::test_08_pairs_identical_after_truncation_are_dropped_and_counted": [
-        (8, "reward.py", "or rows[k] not in accepted]", "or rows[k]]", "identical pairs are kept")],
+        (8, "reward.py", "accepted[k] or row not in chosen]", "accepted[k] or row]", "identical pairs are kept")],
     # ------------------------------------------------------------------------------------ rollout
     "test_ppo.py::test_09_no_dropout_anywhere": [
         (9, "model.py", "return x + self.mlp(self.post_attention_layernorm(x))",
@@ -81,20 +83,19 @@ MUTANTS = {
     "test_ppo.py::test_12_logits_and_values_stand_one_position_before_each_response_token": [
         (12, "ppo.py", "rollout.prompt_lengths[:, None] + 1 ", "rollout.prompt_lengths[:, None] ",
          "logits are read where the token itself can be seen"),
-        (12, "ppo.py", "in_rows(hidden[before_each_token(rollout)].float(), rollout)",
-         "in_rows(hidden.roll(-1, 1)[before_each_token(rollout)].float(), rollout)",
+        (12, "ppo.py", "states = hidden[before_each_token(rollout)].float()",
+         "states = hidden.roll(-1, 1)[before_each_token(rollout)].float()",
          "values are read where the token itself can be seen"),
-        (12, "ppo.py", "in_rows(hidden[before_each_token(rollout)].float(), rollout)",
-         "in_rows(hidden[before_each_token(rollout)].float(), rollout).roll(-1, 1)",
+        (12, "ppo.py", "in_rows(states, rollout).cumsum(1)", "in_rows(states, rollout).roll(-1, 1).cumsum(1)",
          "a value knows the token that it is the baseline for"),
-        (12, "ppo.py", "codec.eos, flags.cut_off_score)))",
-         "codec.eos, flags.cut_off_score)[:2], in_rows(response_states(policy.model, part), part)))",
+        (12, "ppo.py", "parts.append((logp, ref_logp, *scores))",
+         "parts.append((logp, ref_logp, *scores[:2], in_rows(response_states(policy.model, part), part)))",
          "the critic reads the policy's states, which move")],
     "test_ppo.py::test_12_a_value_depends_on_no_later_token": [
-        (12, "ppo.py", "in_rows(hidden[before_each_token(rollout)].float(), rollout)",
-         "in_rows((hidden + hidden.mean(1, keepdim=True))[before_each_token(rollout)].float(), rollout)",
+        (12, "ppo.py", "states = hidden[before_each_token(rollout)].float()",
+         "states = (hidden + hidden.mean(1, keepdim=True))[before_each_token(rollout)].float()",
          "a value knows the whole text"),
-        (12, "ppo.py", ".float(), rollout).cumsum(1)", ".float(), rollout).flip(1).cumsum(1).flip(1)",
+        (12, "ppo.py", "in_rows(states, rollout).cumsum(1)", "in_rows(states, rollout).flip(1).cumsum(1).flip(1)",
          "a value knows the tokens that come")],
     "test_ppo.py::test_13_after_the_first_end_of_text_all_is_pad_and_masked": [
         (13, "ppo.py", "torch.arange(tokens.shape[1]) < lengths[:, None]",
@@ -107,7 +108,7 @@ MUTANTS = {
     "test_ppo.py::test_14_the_penalty_is_the_one_that_the_flags_name": [
         (14, "ppo.py", "codec.eos, flags.cut_off_score)", "codec.eos, -3.0)", "a fixed penalty")],
     "test_ppo.py::test_15_reference_and_reward_model_are_bit_identical_before_and_after": [
-        (15, "ppo.py", "reference = twin(policy).eval().requires_grad_(False)",
+        (15, "ppo.py", "reference = copy_trainable(policy).eval().requires_grad_(False)",
          "reference = policy", "the reference moves with the policy")],
     # --------------------------------------------------------------------- rewards and advantages
     "test_ppo.py::test_16_token_rewards_add_up_to_score_minus_beta_kl": [
@@ -129,10 +130,10 @@ MUTANTS = {
          "a small negative KL is never reported"),
         (19, "ppo.py", "mean < -2 * error", "mean < 0", "noise is reported")],
     "test_ppo.py::test_19_kl_error_is_the_standard_error_of_the_mean_of_the_texts": [
-        (19, "ppo.py", "unbiased=False) / math.sqrt(len(prompts)))", "unbiased=False))",
+        (19, "ppo.py", "unbiased=False) / math.sqrt(len(prompts))", "unbiased=False)",
          "the spread of the texts is taken for the error of their mean")],
     "test_ppo.py::test_20_gae_equals_brute_force_double_sum": [
-        (20, "ppo.py", "gamma * lam * following", "gamma * following", "lambda is left out"),
+        (20, "ppo.py", "gamma * lam * next_advantage", "gamma * next_advantage", "lambda is left out"),
         (20, "ppo.py", "torch.zeros_like(rewards), 0.0, 0.0",
          "torch.zeros_like(rewards), 0.0, values[:, -1]", "a value after the end")],
     "test_ppo.py::test_20_the_rollout_discounts_as_the_flags_say": [
@@ -200,8 +201,8 @@ MUTANTS = {
     "test_ppo.py::test_27_the_reward_model_may_be_of_another_size": [
         (27, "ppo.py", "Critic(reward_model.config", "Critic(policy.config", "the policy's size")],
     "test_weights.py::test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_policy_s": [
-        (27, "ppo.py", "codec.eos, flags.cut_off_score)))",
-         "codec.eos, flags.cut_off_score)[:2], in_rows(response_states(policy.model, part), part)))",
+        (27, "ppo.py", "parts.append((logp, ref_logp, *scores))",
+         "parts.append((logp, ref_logp, *scores[:2], in_rows(response_states(policy.model, part), part)))",
          "the policy's adapters for the critic")],
     "test_resume.py::test_an_iteration_of_ppo_that_was_cut_short_is_done_again_from_the_state_before_it": [
         (27, "ppo.py", '{"policy": policy, "critic": critic}', '{"policy": policy, "critic": Critic(critic.xx.shape[0] - 1)}',
@@ -257,7 +258,7 @@ MUTANTS = {
         (0, "measure/recommend.py", 'labels.double(), reduction="sum")', "labels.double())",
          "the start counts as much with many labels as with few")],
     "test_recommend.py::test_the_gate_is_learned_from_labels_kept_apart": [
-        (0, "measure/recommend.py", "logistic(both[kept], labels[kept],", "logistic(both, labels,",
+        (0, "measure/recommend.py", "logistic(both[val], labels[val],", "logistic(both, labels,",
          "labels that were fitted decide the gate")],
     "test_recommend.py::test_the_gate_follows_what_the_written_jd_is_worth": [
         (0, "measure/recommend.py", "(0.1, 3.0, 3.0))", "(0.1, 3.0, 3000.0))", "the gate cannot fall")],
@@ -271,8 +272,8 @@ MUTANTS = {
     "test_recommend.py::test_features_that_carry_the_label_help_and_noise_does_not": [
         (0, "measure/recommend.py", "a * on_test + g * similar[mode] + b", "a * on_test - g * similar[mode] + b",
          "the gate is turned around"),
-        (0, "measure/recommend.py", "similarity(encoded, some, *mode), labels, kept)",
-         "similarity(encoded, some, *mode), labels.flip(0), kept)", "the gate learns from other labels")],
+        (0, "measure/recommend.py", "similarity(encoded, sample, *mode), labels, val)",
+         "similarity(encoded, sample, *mode), labels.flip(0), val)", "the gate learns from other labels")],
 }
 
 
@@ -306,7 +307,8 @@ def main():
               if not asked or mutant[0] in asked]
     killed = 0
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(HERE / "tests", f"{folder}/tests", ignore=shutil.ignore_patterns("__*"))
+        for part in ("tests", "measure", "plumbing"):
+            shutil.copytree(HERE / part, f"{folder}/{part}", ignore=shutil.ignore_patterns("__*"))
         for path in HERE.glob("*.py"):
             shutil.copy(path, folder)
         code, said = pytest(folder, *{test for test, *_ in chosen})
@@ -320,7 +322,7 @@ def main():
             path.write_text(whole)
             verdict = {0: f"SURVIVED {test}", 1: "killed"}.get(code, f"DOES NOT RUN {test}")
             killed += code == 1
-            print(f"{statement:2d}  {file:9s}  {fault}: {verdict}", flush=True)
+            print(f"{statement:2d}  {file:20s}  {fault}: {verdict}", flush=True)
     print(f"killed {killed} of {len(chosen)}")
     sys.exit(killed < len(chosen))
 

@@ -35,7 +35,7 @@ def test_line_ends_blanks_and_letters_in_pieces_make_no_other_text(tmp_path):
     assert read_records(tmp_path / "train.jsonl") == [Record("café\ncook", "café\nx@y.org  b", True)]
     for split, text in (("train", "caf\u00e9 cook"), ("valid", "x"), ("test", " cafe\u0301\u00a0cook\r\n")):
         write_records(tmp_path / f"{split}.jsonl", [Record(f"cv {split}", text, True)])
-    with pytest.raises(BadInput, match="test.jsonl:1: its JD stands in train.jsonl too"):
+    with pytest.raises(BadInput, match="test.jsonl:1: its JD is in train.jsonl too"):
         check_splits(tmp_path)
 
 

@@ -87,7 +87,7 @@ def test_a_demonstration_at_work_is_not_removed_by_another(tmp_path):
 def test_the_demonstration_takes_no_data_and_no_model_of_others(tmp_path, capsys):
     for more in (["--data", str(tmp_path)], ["--init", str(tmp_path)]):
         assert girl.main(["train", "--demo", "--out", str(tmp_path / "run"), *more]) == 2
-        assert "leave --data and --init out" in capsys.readouterr().err
+        assert "leave out --data and --init" in capsys.readouterr().err
 
 
 def test_the_models_are_not_taken_while_runs_of_other_models_lie_in_the_way(tmp_path, monkeypatch, capsys):
@@ -95,7 +95,7 @@ def test_the_models_are_not_taken_while_runs_of_other_models_lie_in_the_way(tmp_
     monkeypatch.setattr("sys.argv", ["demo.py", "--run", str(tmp_path / "none"), "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         demo.main()
-    assert f"{tmp_path}: is there already; delete it, or choose another --out" in capsys.readouterr().err
+    assert f"{tmp_path}: exists already; delete it, or choose another --out" in capsys.readouterr().err
     assert not (tmp_path / "home").exists()
 
 

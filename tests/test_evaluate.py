@@ -212,7 +212,7 @@ def test_time_of_stages_side_by_side_counts_once():
 
 
 # ----------------------------------------------------------------------------------------------- answers without generating
-def test_alike_is_the_cosine_of_tfidf_vectors():
+def test_tfidf_cosine_is_the_cosine_of_tfidf_vectors():
     draw = np.random.default_rng(0)
     queries, documents = ([draw.integers(0, 12, size=draw.integers(1, 9)).tolist() for _ in range(n)] for n in (5, 30))
     df = Counter(t for row in documents for t in set(row))
@@ -221,7 +221,7 @@ def test_alike_is_the_cosine_of_tfidf_vectors():
     def vector(row):
         return np.array([row.count(t) * idf[t] for t in range(12)])
     expected = [[vector(q) @ vector(d) / np.linalg.norm(vector(q)) / np.linalg.norm(vector(d)) for d in documents] for q in queries]
-    assert evaluate.alike(queries, documents, 12).numpy() == pytest.approx(np.array(expected), abs=1e-5)
+    assert evaluate.tfidf_cosine(queries, documents, 12).numpy() == pytest.approx(np.array(expected), abs=1e-5)
 
 
 def test_nearest_is_the_jd_of_the_most_similar_candidate(codec):

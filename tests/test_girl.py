@@ -270,7 +270,7 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
     def written():
         return {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
     before = written()
-    assert len([p for p in before if p.suffix in (".safetensors", ".jsonl")]) == 6 + 4
+    assert len([p for p in before if p.suffix in (".safetensors", ".jsonl")]) == 5 + 4
     assert girl.main(command) == 0
     assert before == written()
     said = capsys.readouterr().out
@@ -477,7 +477,7 @@ def test_train_says_which_stages_failed_and_which_file_is_broken(smoke, tmp_path
     done = run("train", "--smoke", "--run", tmp_path / "run", "--data", tmp_path / "data")
     lines = sorted(line for line in done.stderr.splitlines() if line.startswith("girl.py: "))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert len(lines) == 3 and "reward or judge failed; what went wrong stands above" in lines[0], lines
+    assert len(lines) == 3 and "reward or judge failed; see the error above" in lines[0], lines
     assert all(f"{name}: no CV and no JD with both" in line for name, line in zip(("judge", "reward"), lines[1:])), lines
     (tmp_path / "run" / "sft" / "model.safetensors").write_bytes(b"broken")
     done = run("train", "--smoke", "--run", tmp_path / "run", "--data", tmp_path / "data")

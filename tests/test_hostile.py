@@ -45,7 +45,7 @@ BAD_LINES = {
     "a text": (b'"a cook"', "found str"),
     "a missing key": (line(jd=None), "found ['accepted', 'cv']"),
     "an extra key": (line(salary=5), "salary"),
-    "a key twice": (line()[:-1] + b', "accepted": false}', "stands twice"),
+    "a key twice": (line()[:-1] + b', "accepted": false}', "appears twice"),
     "a cv that is a number": (line(cv=7), "cv must be a text, found int"),
     "a cv that is a list": (line(cv=["a cook"]), "cv must be a text, found list"),
     "a jd that is an object": (line(jd={"title": "cook"}), "jd must be a text, found dict"),
@@ -120,9 +120,9 @@ BAD_SETS = {
     "nobody was accepted": (lambda d: (d / "train.jsonl").write_bytes(line(accepted=False)), "there is none in half A of train.jsonl"),
     "nobody was accepted in valid": (lambda d: (d / "valid.jsonl").write_bytes(line(accepted=False)), "there is none in valid.jsonl"),
     "a CV in train and test": (lambda d: (d / "test.jsonl").open("a").write(line(cv=texts_of(d, "train", "cv", 3), jd="x").decode()),
-                               "its CV stands in train.jsonl too"),
+                               "its CV is in train.jsonl too"),
     "a JD in valid and test": (lambda d: (d / "test.jsonl").open("a").write(line(jd=texts_of(d, "valid", "jd"), cv="x").decode()),
-                               "its JD stands in valid.jsonl too"),
+                               "its JD is in valid.jsonl too"),
     "probes that are none": (lambda d: (d / "probes.jsonl").write_bytes(b"[]"), "probes.jsonl:1: "),
     "the data set is a file": (lambda d: shutil.rmtree(d) or d.write_text("x"), "train.jsonl: no such file"),
 }
@@ -157,7 +157,7 @@ def test_odd_texts_are_texts(whole, data, tmp_path, capsys, name):
     (tmp_path / "cv.txt").write_text(text, encoding="utf-8")
     capsys.readouterr()
     assert girl.main(["generate", "--model", str(whole / "run" / "ppo"), "--cv", str(tmp_path / "cv.txt")]) == 0
-    assert ("the CV was cut at " in capsys.readouterr().err) == (len(text) >= 10 ** 6 or name in ("combining", "emoji"))
+    assert ("the CV was truncated to " in capsys.readouterr().err) == (len(text) >= 10 ** 6 or name in ("combining", "emoji"))
     assert girl.main(["score", "--reward", str(whole / "run" / "reward"), "--cv", str(tmp_path / "cv.txt"), "--jd", str(tmp_path / "cv.txt")]) == 0
     assert abs(float(capsys.readouterr().out)) < 100
 
@@ -193,10 +193,10 @@ BAD_CALLS = {
     "epochs inf": (SFT + ["--epochs", "inf"], None, "--epochs inf: must be"),
     "seed -1": (SFT + ["--seed=-1"], None, "'-1' is not a whole number of at least 0"),
     "save-seconds nan": (SFT + ["--save-seconds", "nan"], None, "--save-seconds: 'nan' is not a number of at least 0"),
-    "heads that do not divide": (SFT + ["--heads", "3"], None, "must be a multiple of num_attention_heads 3"),
+    "heads that do not divide": (SFT + ["--heads", "3"], None, "num_attention_heads 3 must divide hidden_size"),
     "a head of odd size": (SFT + ["--hidden", "12", "--heads", "4"], None, "must be even"),
     "more memory than there is": (SFT + ["--hidden", str(3 * 10 ** 8)], None, "out of memory"),
-    "LoRA on random weights": (SFT + ["--lora-rank", "4"], None, "--lora-rank goes with --init"),
+    "LoRA on random weights": (SFT + ["--lora-rank", "4"], None, "--lora-rank needs --init"),
     "gamma 2": (PPO + ["--gamma", "2"], None, "--gamma 2.0: must be at least 0 and at most 1"),
     "iterations 0": (PPO + ["--iterations", "0"], None, "--iterations 0: must be at least 1"),
     "one sample": (["reward", *SFT[1:], "--samples", "1"], None, "--samples 1: must be at least 2"),
@@ -224,11 +224,11 @@ BAD_CALLS = {
     "a run that is a file": (["sft", "--run", "{file}", "--data", "{data}"], writes(b"x"), "cannot be made"),
     "data into a file": (["data", "--smoke", "--out", "{file}"], writes(b"x"), "cannot be made"),
     "a table into its own folder": (["data", "--from", "{tmp}/data.csv", "--cv", "cv", "--jd", "jd", "--out", "{tmp}"],
-                                    lambda path: (path.parent / "data.csv").write_bytes(b"cv,jd\n" + b"a,b\n" * 9), "lies in the folder that is to be written anew"),
+                                    lambda path: (path.parent / "data.csv").write_bytes(b"cv,jd\n" + b"a,b\n" * 9), "lies in the folder that would be overwritten"),
     "one column for CV and JD": (["data", "--from", "{file}.csv", "--cv", "cv", "--jd", "cv"], None, "must name different columns"),
-    "a column twice": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b"cv,jd,cv\na,b,c\n"), "file.csv:1: the column 'cv' stands twice"),
+    "a column twice": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b"cv,jd,cv\na,b,c\n"), "file.csv:1: the column 'cv' appears twice"),
     "a key twice in a row": (["data", "--from", "{file}.jsonl", *TABLE[3:]], lambda path: path.with_suffix(".jsonl").write_bytes(b'{"cv": "a", "jd": "b", "cv": "c"}'),
-                             "file.jsonl:1: not JSON (a key stands twice"),
+                             "file.jsonl:1: not JSON (a key appears twice"),
     "a table of tabs with commas": (TABLE, lambda path: path.with_suffix(".csv").write_bytes(b"cv\tjd, or so\nx\ty\n"), "no column 'jd'; there are 'cv', 'jd, or so'"),
     "no run": (["evaluate", "--run", ""], None, "--run must name something, found ''"),
     "a path with NUL": (["sft", "--run", "{tmp}/new", "--data", "a\0b"], None, "--data must name something, found 'a\\x00b'"),
@@ -429,8 +429,8 @@ def test_a_tokenizer_that_is_garbage(model, capsys, change):
     assert len(refused(capsys, try_it(model), "tokenizer.json: ")) < 600
 
 
-@pytest.mark.parametrize("value, says", [(float("nan"), "norm.weight holds what is no finite number"), (float("-inf"), "norm.weight holds"),
-                                         (3e38, "are not finite: its training went astray")])
+@pytest.mark.parametrize("value, says", [(float("nan"), "norm.weight contains NaN or infinity"), (float("-inf"), "norm.weight contains"),
+                                         (3e38, "are not finite: its training diverged")])
 def test_weights_that_are_no_numbers(whole, model, capsys, value, says):
     """Or numbers of which none come: an overflow."""
     for stage, kind in (("sft", girl.LanguageModel), ("reward", girl.RewardModel)):

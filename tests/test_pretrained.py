@@ -248,7 +248,7 @@ def test_train_hands_the_start_on_to_its_stages(tmp_path, capsys):
     assert all(config[stage]["checkpointing"] for stage in ("sft", "reward", "judge", "ppo"))
     capsys.readouterr()
     assert girl.main(["sft", "--lora-rank", "2", "--run", str(tmp_path / "new"), "--data", str(tmp_path / "data")]) == 2
-    assert "--lora-rank goes with --init" in capsys.readouterr().err
+    assert "--lora-rank needs --init" in capsys.readouterr().err
 
 
 def test_a_failed_start_leaves_no_recipe_behind(tmp_path):

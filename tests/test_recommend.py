@@ -223,7 +223,7 @@ def test_few_labels_are_few(stage):
 def test_no_cv_jd_or_occupation_is_on_both_sides(setting, tmp_path):
     market.write_market(tmp_path, 300, 150, 800, 6, 0)
     labels, held_out = (read_records(tmp_path / f"{s}.jsonl") for s in ("train", "test"))
-    learn, test = recommend.sides(labels, held_out, setting, market.titles)
+    learn, test = recommend.train_test_split(labels, held_out, setting, market.titles)
     assert len(learn) > 500 and len(test) > 50
 
     def column(records, key):
@@ -240,7 +240,7 @@ def test_no_text_of_the_test_has_a_part_in_what_features_are_scaled_by(monkeypat
         return [Record(cv, jd, zlib.crc32((cv + jd).encode()) % 2 == 0) for cv in cvs for jd in jds]
     train = records([f"cv {i}" for i in range(12)], [f"jd {i}" for i in range(12)])
     held_out = records(["cv 12", "cv 13"], ["jd 12", "jd 13"])
-    tested = recommend.sides(train, held_out, setting, None)[1]
+    tested = recommend.train_test_split(train, held_out, setting, None)[1]
     moved = {r.jd for r in tested} | ({r.cv for r in tested} if setting == "cvs" else set())
     assert moved and len(tested) < len(train) / 2
 

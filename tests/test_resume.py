@@ -21,7 +21,7 @@ import plumbing.inputs
 import plumbing.stage
 from plumbing import files
 from conftest import STAGES, argv, refused
-from plumbing.files import read_json
+from plumbing.files import BadInput, read_json
 from plumbing.stage import Stage
 from soak import soak
 
@@ -112,7 +112,7 @@ def test_ctrl_c_stops_ppo_at_once(whole, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as m:
         m.setattr(girl.ppo, "minibatch_loss", interrupted)
         assert girl.main(command) == 130
-    assert len(calls) == 9 and "ppo: stopped; the same command will go on after step 1 of 2" in capsys.readouterr().out
+    assert len(calls) == 9 and "ppo: stopped; the same command will resume after step 1 of 2" in capsys.readouterr().out
     assert girl.main(command) == 0
     assert results(folder) == results(whole / "run" / "ppo")
 
@@ -129,7 +129,7 @@ def test_a_ppo_state_of_an_earlier_version_is_refused_in_one_line(whole, tmp_pat
     for name in ("value_clip", "value_coef"):
         del state["asked"][name]
     files.write_json(folder / "state.json", files.with_checksum(state | {"sha256": files.sha256(tensors)}))
-    refused(capsys, command, f"{tensors}: of another model or version, critic.xx is not what it was; delete {folder} to begin")
+    refused(capsys, command, f"{tensors}: of another model or version, critic.xx is missing or has another shape; delete {folder} to start")
 
 
 def test_a_stage_cut_while_it_saves_goes_on_from_the_state_before(whole, tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_signal_ends_the_stage_at_its_next_safe_point_with_a_state(whole, tmp_
     assert read_json(folder / "state.json")["step"] == 4
     assert [row["step"] for row in csv.DictReader((folder / "metrics.csv").open())] == ["1", "2", "3", "4"]   # to be looked at meanwhile
     said = capsys.readouterr()
-    assert "sft: stopped; the same command will go on after step 4 of " in said.out and "interrupted" in said.err and "Traceback" not in said.err
+    assert "sft: stopped; the same command will resume after step 4 of " in said.out and "interrupted" in said.err and "Traceback" not in said.err
     assert girl.main(command) == 0
     assert results(folder) == results(whole / "run" / "sft")
 
@@ -223,7 +223,7 @@ def test_a_signal_after_the_last_step_ends_the_stage_at_once(whole, tmp_path, mo
         m.setattr(girl.reward, "sample_texts", lambda *args: os.kill(os.getpid(), number) or time.sleep(5))
         assert girl.main(command) == 130
     assert read_json(folder / "state.json")["step"] == 10 and not (folder / "summary.json").exists()
-    assert "go on after step 10 of 10" in capsys.readouterr().out
+    assert "resume after step 10 of 10" in capsys.readouterr().out
     monkeypatch.setattr(girl.reward, "reward_step", None)        # no step is done twice
     assert girl.main(command) == 0
     assert results(folder) == results(whole / "run" / "reward")
@@ -330,7 +330,7 @@ def test_another_number_of_threads_is_named(whole, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(plumbing.stage.torch, "get_num_threads", lambda: threads + 3)
     capsys.readouterr()
     assert girl.main(command) == 0
-    assert f"reward: began with threads {threads}, goes on with {threads + 3}" in capsys.readouterr().out
+    assert f"reward: began with threads {threads}, resumes with {threads + 3}" in capsys.readouterr().out
 
 
 def changed_code(monkeypatch, **changes):
@@ -346,7 +346,7 @@ def test_code_that_changed_since_a_stage_was_stopped_is_named(whole, tmp_path, m
     with monkeypatch.context() as patch:
         changed_code(patch, ppo="other", model="other", sft="not asked for")
         assert girl.main(command) == 0
-        says = f"ppo: model.py, ppo.py changed since this stage began; to begin it anew with the present code, delete {folder}"
+        says = f"ppo: model.py, ppo.py changed since this stage began; to start it over with the present code, delete {folder}"
         assert says in capsys.readouterr().out
         assert girl.main(command) == 0          # finished, and still said: its first steps came from other code
         assert f"ppo: model.py, ppo.py changed since this stage began; to run it with the present code, delete {folder}" in capsys.readouterr().out
@@ -374,8 +374,8 @@ def test_states_and_summaries_of_an_earlier_version_name_no_code(tmp_path, capsy
                 stage.resume({}, [])
     said = capsys.readouterr().out
     assert "resumed at step 1" in said and "finished already" in said
-    for remedy in ("to begin it anew", "to run it"):
-        assert f"sft: the code, which was not noted, may have changed since this stage began; {remedy} with the present code, delete" in said
+    for remedy in ("to start it over", "to run it"):
+        assert f"sft: the code, which was not recorded, may have changed since this stage began; {remedy} with the present code, delete" in said
 
 
 @pytest.mark.parametrize("old, new", [("0.95 *", "0.9 *"), ("** -spare", "** (-2 * spare)"), ('"Exeter": 1', '"Exeter": 2'),
@@ -401,6 +401,18 @@ def test_a_market_of_an_earlier_version_which_noted_no_rules_is_used(whole, tmp_
     path = tmp_path / "data" / "market.json"
     path.write_text(json.dumps({k: v for k, v in read_json(path).items() if k != "rules"}))
     girl.check_rules(tmp_path / "data")
+
+
+def test_a_market_of_the_version_before_this_one_is_used_while_the_rules_are_the_same(whole, tmp_path, monkeypatch):
+    shutil.copytree(whole / "data", tmp_path / "data")
+    path = tmp_path / "data" / "market.json"
+    before, = plumbing.inputs.SAME_RULES.values()
+    path.write_text(json.dumps(read_json(path) | {"rules": before}))
+    girl.check_rules(tmp_path / "data")
+    (tmp_path / "market.py").write_text(plumbing.inputs.MARKET.read_text().replace("0.95 *", "0.9 *"))
+    monkeypatch.setattr(plumbing.inputs, "MARKET", tmp_path / "market.py")
+    with pytest.raises(BadInput, match="market.py changed since"):
+        girl.check_rules(tmp_path / "data")
 
 
 def test_other_data_and_another_model_before_it_are_refused_and_named(whole, tmp_path, monkeypatch, capsys):
@@ -441,12 +453,12 @@ def test_models_that_do_not_belong_together_are_not_used_together(whole, tmp_pat
     assert girl.main(argv("sft", tmp_path / "run", whole / "data", "--seed", "7")) == 0
     for command in (argv("ppo", tmp_path / "run", whole / "data"), *([name, "--smoke", "--run", str(tmp_path / "run"), "--data", str(whole / "data")]
                                                                     for name in ("evaluate", "recommend"))):
-        refused(capsys, command, "run/reward: learned from another model than the one that is here, sft/model.safetensors")
+        refused(capsys, command, "run/reward: was trained with a different sft/model.safetensors")
     shutil.rmtree(tmp_path / "run" / "sft")
     shutil.copytree(whole / "run" / "sft", tmp_path / "run" / "sft")
     shutil.rmtree(tmp_path / "run" / "reward")
     assert girl.main(argv("reward", tmp_path / "run", whole / "data", "--seed", "7")) == 0
-    refused(capsys, ["recommend", *command[1:]], "run/ppo: learned from another model than the one that is here, reward/")
+    refused(capsys, ["recommend", *command[1:]], "run/ppo: was trained with a different reward/")
 
 
 def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(whole, tmp_path, capsys):
@@ -525,12 +537,12 @@ def test_a_stage_whose_folder_was_taken_away_does_not_write_into_another(whole, 
             folder.mkdir()
     with monkeypatch.context() as m:
         m.setattr(Stage, "log", log)
-        refused(capsys, command, "run/reward: was deleted or moved while reward was at work on it")
+        refused(capsys, command, "run/reward: was deleted or moved while reward was running")
     assert not list(folder.iterdir())
     with monkeypatch.context() as m:            # also after the last step, while samples are scored
         m.setattr(girl.reward, "sample_texts", lambda *args: shutil.rmtree(folder) or folder.mkdir() or [])
         m.setattr(girl.reward, "standardize", lambda *args: None)
-        refused(capsys, command, "run/reward: was deleted or moved while reward was at work on it")
+        refused(capsys, command, "run/reward: was deleted or moved while reward was running")
     assert not list(folder.iterdir())
 
 
@@ -699,7 +711,7 @@ def test_long_texts_are_cut_and_counted_and_nothing_left_to_compare_is_named(who
     """Cut to two tokens each, an accepted row and a rejected one are the same. A text that comes twice is counted once."""
     run, data = tmp_path / "run", whole / "data"
     assert girl.main(argv("sft", run, data, "--max-cv", "2", "--max-jd", "2")) == 0
-    said = re.search(r"(\d+) accepted pairs.* cut: (\d+) CVs at 2 tokens, (\d+) JDs at 2", capsys.readouterr().out)
+    said = re.search(r"(\d+) accepted pairs.* truncated: (\d+) CVs at 2 tokens, (\d+) JDs at 2", capsys.readouterr().out)
     pairs = [r for r in girl.read_half(data, "A") if r.accepted]
     assert [int(n) for n in said.groups()] == [len(pairs), len({r.cv for r in pairs}), len({r.jd for r in pairs})] and len(pairs) > 10
     (data_2 := tmp_path / "data").mkdir()
@@ -715,4 +727,4 @@ def test_a_reward_model_of_another_vocabulary_is_refused(whole, tmp_path, capsys
     assert girl.main(argv("sft", other, whole / "data", "--vocab", "500")) == girl.main(argv("reward", other, whole / "data")) == 0
     shutil.rmtree(folder / "reward")
     shutil.copytree(other / "reward", folder / "reward")
-    refused(capsys, argv("ppo", folder, whole / "data"), f"{folder}/reward: learned from another model than the one that is here, sft/config.json ")
+    refused(capsys, argv("ppo", folder, whole / "data"), f"{folder}/reward: was trained with a different sft/config.json; ")

@@ -90,7 +90,7 @@ def test_05_ranking_loss_of_a_huge_difference_is_finite():
 def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
     rows = [(row[:2], row[2:]) for row in ROWS]
     groups = [reward.Group(rows[:3], [True, False, False]), reward.Group([rows[3], rows[0]], [False, True])]
-    loss, right = reward.batch_loss(reward_model, groups, CPU)
+    loss, pooled_loss, right = reward.batch_loss(reward_model, groups, CPU)
 
     def by_hand(s):
         return [s[0] - s[1], s[0] - s[2], s[0] - s[3]]
@@ -99,6 +99,11 @@ def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
         return sum(math.log(1 + math.exp(-d)) for d in by_hand(s))
 
     last = [score_alone(reward_model, row) for row in ROWS]
+    # The mean states are those before the last block, here one row at a time and without pads.
+    shorter = copy.deepcopy(reward_model.model)
+    del shorter.layers[-1]
+    means = [reward_model.head(shorter(torch.tensor([row]))[0, 2:].mean(0)).item() for row in ROWS]
+    assert pooled_loss.item() == pytest.approx(loss_by_hand(means), abs=1e-5)
     assert loss.item() == pytest.approx(loss_by_hand(last), abs=1e-5)
     assert right == sum(d > 0 for d in by_hand(last))
 
@@ -107,26 +112,32 @@ def test_05_equal_scores_are_not_right(reward_model):
     """A head of zeros knows nothing: it must not look as if it were right everywhere."""
     torch.nn.init.zeros_(reward_model.score.weight)
     groups = [reward.Group([(row[:2], row[2:]) for row in ROWS], [True, False, True, False])]
-    loss, right = reward.batch_loss(reward_model, groups, CPU)
+    loss, _, right = reward.batch_loss(reward_model, groups, CPU)
     assert right == 0 and loss.item() == pytest.approx(4 * math.log(2))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_05_the_gradient_is_that_of_the_objective_by_hand(reward_model, accumulate):
-    """The mean over 3 comparisons; each row alone, without pads or shared prompts."""
+    """The mean over 3 comparisons of the ranking by the last states and by the mean ones; each row alone, without pads or
+    shared prompts."""
     rows = [(row[:2], row[2:]) for row in ROWS]
     groups = [reward.Group(rows[:3], [True, False, False]),
               reward.Group([rows[3], rows[0]], [False, True])]
-    last = [reward_model.score(reward_model.model(torch.tensor([row]))[0, -1]) for row in ROWS]
-    ranking = sum(torch.log1p(torch.exp(last[no] - last[0])) for no in (1, 2, 3)) / 3
-    ranking.backward()
+    body, shorter = reward_model.model, copy.copy(reward_model.model)       # the same parameters,
+    shorter._modules = {**body._modules, "layers": body.layers[:-1]}        # one block less
+    last = [reward_model.score(body(torch.tensor([row]))[0, -1]) for row in ROWS]
+    mean = [reward_model.score(shorter(torch.tensor([row]))[0, 2:].mean(0)) for row in ROWS]
+
+    def ranking(s):
+        return sum(torch.log1p(torch.exp(s[no] - s[0])) for no in (1, 2, 3)) / 3
+    (ranking(last) + ranking(mean)).backward()
     by_hand = [p.grad.clone() for p in reward_model.parameters()]
     reward_model.zero_grad()
 
     loss, right = reward.reward_step(reward_model, groups, reward.RewardFlags(accumulate=accumulate), CPU)
     for p, gradient in zip(reward_model.parameters(), by_hand):
         torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
-    assert loss == pytest.approx(ranking.item(), abs=1e-5)
+    assert loss == pytest.approx(ranking(last).item(), abs=1e-5)
     assert right == pytest.approx(sum(last[0].item() > last[no].item() for no in (1, 2, 3)) / 3)
 
 
@@ -135,10 +146,15 @@ def test_a_prompt_is_read_once_and_its_jds_get_the_states_of_whole_rows(reward_m
     rows = [([2, 3, 5], [4, 3, 8, EOS]), ([6, 9], [7, EOS]), ([2, 3, 5], [9, EOS]), ([5, 5, 6, 7, 8], [3, 4, 3, 3, EOS])]
     read = []
     body = reward_model.model
-    last = aids.jd_states(noting(body, read), rows, CPU)
+    last, earlier, in_jd = aids.jd_states(noting(body, read), rows, CPU)
+    shorter = copy.deepcopy(body)
+    del shorter.layers[-1]
     assert read == [3, 4]                                       # three prompts, then four JDs
     for b, (prompt, jd) in enumerate(rows):
-        torch.testing.assert_close(last[b], body(torch.tensor([prompt + jd]))[0, -1], atol=1e-5, rtol=0)
+        row, n = torch.tensor([prompt + jd]), len(jd)
+        assert in_jd[b].tolist() == [True] * n + [False] * (in_jd.shape[1] - n)
+        torch.testing.assert_close(last[b], body(row)[0, -1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(earlier[b, :n], shorter(row)[0, len(prompt):], atol=1e-5, rtol=0)
 
 
 def test_gradients_pass_through_a_shared_prompt(reward_model):
@@ -147,10 +163,14 @@ def test_gradients_pass_through_a_shared_prompt(reward_model):
 
     def alone():
         for p, jd in rows:
-            yield body(torch.tensor([p + jd]))[0, -1].square()
+            inputs = []
+            hook = body.layers[-1].register_forward_pre_hook(lambda block, args: inputs.append(body.norm(args[0])))
+            yield body(torch.tensor([p + jd]))[0, -1].square() + inputs[0][0, len(p):].square().sum(0)
+            hook.remove()
 
     def together():
-        yield aids.jd_states(body, rows, CPU).square().sum(0)
+        last, earlier, in_jd = aids.jd_states(body, rows, CPU)
+        yield last.square().sum(0) + earlier[in_jd].square().sum(0)
     for states in (alone, together):
         body.zero_grad()
         (sum(states()) * torch.linspace(-1, 1, body.config.hidden_size)).sum().backward()
@@ -164,7 +184,7 @@ def noting(body, read):
     def call(ids, *rest, **named):
         read.append(len(ids))
         return body(ids, *rest, **named)
-    call.layers = body.layers
+    call.layers, call.norm = body.layers, body.norm
     return call
 
 
@@ -177,7 +197,7 @@ def test_gradients_of_a_shared_prompt_are_the_same_bit_for_bit_with_several_thre
 
     def gradient():
         body.zero_grad()
-        aids.jd_states(body, rows, CPU).square().sum().backward()
+        sum(x.square().sum() for x in aids.jd_states(body, rows, CPU)[:2]).backward()
         return torch.cat([p.grad.flatten() for p in body.parameters()])
     try:
         torch.set_num_threads(4)
@@ -225,7 +245,7 @@ def test_05_training_logs_loss_and_accuracy_and_learns(reward_model, codec, stag
 
     # The first row is that of the untrained model: all six groups, of three CVs and three JDs, in one step.
     groups = make_groups(RECORDS, codec)[0]
-    loss, right = reward.batch_loss(before, groups, CPU)
+    loss, _, right = reward.batch_loss(before, groups, CPU)
     assert sum(len(reward.comparisons(g.accepted)) for g in groups) == 12
     assert stage.rows[0]["loss"] == pytest.approx(loss.item() / 12, abs=1e-5)
     assert stage.rows[0]["accuracy"] == pytest.approx(right / 12)
@@ -286,13 +306,13 @@ def test_matrices_of_layers_have_their_own_rate_and_all_rates_follow_the_schedul
     optimizer, rates = Optimizer(both, flags, 10), []
     for step in range(10):
         optimizer.step(step)
-        rates.append([part.param_groups[0]["lr"] for part, _ in optimizer.parts])
+        rates.append([part.param_groups[0]["lr"] for part in optimizer.parts])
     factors = [cosine(step, 10, 4) for step in range(10)]
     assert rates == [pytest.approx([0.03 * factor, 0.5 * factor]) for factor in factors]
 
     def parameters(part):
-        return {id(p) for p in part[0].param_groups[0]["params"]}
-    assert all(part.param_groups[0]["weight_decay"] == 0 for part, _ in optimizer.parts)
+        return {id(p) for p in part.param_groups[0]["params"]}
+    assert all(part.param_groups[0]["weight_decay"] == 0 for part in optimizer.parts)
     matrices, rest = map(parameters, optimizer.parts)
     assert matrices == {id(p) for n, p in both.named_parameters() if n.endswith("proj.weight")}
     assert matrices | rest == {id(p) for p in both.parameters()} and not matrices & rest

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import girl
-import reward
+import aids
 import sft
 from conftest import tiny
 from data import Record, load_codec
@@ -41,7 +41,7 @@ def test_sft_loss_reads_every_jd_where_there_is_a_reader():
     loss, _, reading = sft.sft_loss(lm, reader, [sft.Example(*row) for row in rows], CPU)
     without = sft.sft_loss(lm, None, [sft.Example(*row) for row in rows], CPU)
     states = torch.cat([lm.model(torch.tensor([p + j]))[0, len(p):] for p, j in rows])
-    assert reading.item() == pytest.approx(reward.reading_loss(reader, states, rows).item(), rel=1e-5)
+    assert reading.item() == pytest.approx(aids.reading_loss(reader, states, rows).item(), rel=1e-5)
     assert loss.item() == without[0].item() and without[2].item() == 0
 
 
@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_the_objective_by_hand(accumulate):
         written = written + nll[start:].sum()
     written = written / sum(len(jd) for _, jd in rows)
     states = torch.cat([lm.model(torch.tensor([p + jd]))[0, len(p):] for p, jd in rows])
-    reading = reward.reading_loss(reader, states, rows)
+    reading = aids.reading_loss(reader, states, rows)
     (written + 0.3 * reading).backward()
     parameters = [*lm.parameters(), *reader.parameters()]
     by_hand = [p.grad.clone() for p in parameters]

@@ -59,7 +59,7 @@ def test_a_state_keeps_the_time_and_refuses_another_model(tmp_path):
     with Stage(tmp_path, "sft", 0) as stage:
         assert stage.begin({}, {})
         for other in (torch.nn.Linear(2, 4), torch.nn.Bilinear(2, 2, 2)):
-            with pytest.raises(BadInput, match="state-1.safetensors: of another model or version, model.weight is not what it was"):
+            with pytest.raises(BadInput, match="state-1.safetensors: of another model or version, model.weight is missing or has another shape"):
                 stage.resume({"model": other}, [])
         stage.resume({"model": torch.nn.Linear(2, 3)}, [])
         assert 100 <= stage.seconds() < 110
@@ -146,7 +146,7 @@ def test_only_files_are_written_over(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     for name in ("pipe", "folder", "link"):
-        with pytest.raises(BadInput, match=f"{name}: is there, and is not a file; choose another"):
+        with pytest.raises(BadInput, match=f"{name}: exists, and is not a file; choose another"):
             write_bytes(tmp_path / name, b"x")
     assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode) and (tmp_path / "link").is_symlink()
     assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe"]

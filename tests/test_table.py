@@ -13,7 +13,7 @@ from plumbing import table
 from plumbing.texts import hide_contacts
 from conftest import refused
 from data import Record, read_half, read_records
-from plumbing.records import check_splits, connected, half
+from plumbing.records import check_splits, connected_components, half
 
 
 def people(n):
@@ -98,7 +98,7 @@ def test_no_text_is_on_two_sides_and_groups_are_whole(tmp_path):
 
 def test_connected_by_hand():
     records = [Record(*x, True) for x in (("a", "1"), ("b", "2"), ("a", "2"), ("c", "3"), ("1", "a"), ("d", "3"))]
-    assert sorted(map(sorted, connected(records))) == [[0, 1, 2], [3, 5], [4]]
+    assert sorted(map(sorted, connected_components(records))) == [[0, 1, 2], [3, 5], [4]]
 
 
 def test_the_halves_of_an_imported_table_keep_groups_together(tmp_path):
@@ -139,7 +139,7 @@ def test_a_data_set_that_was_not_made_here_is_not_written_over(tmp_path, capsys)
         for name in files:
             (mine / name).write_text("mine")
         for command in (["data", "--smoke", "--out", str(mine)], ["data", "--from", str(path), "--cv", "cv", "--jd", "jd", "--out", str(mine)]):
-            refused(capsys, command, f"{mine}/{files[0]}: was not made by `data`, and is not written over; choose another --out")
+            refused(capsys, command, f"{mine}/{files[0]}: was not made by `data`, and is not overwritten; choose another --out")
         assert {p.name: p.read_text() for p in mine.iterdir()} == dict.fromkeys(files, "mine")
 
 
@@ -242,12 +242,12 @@ BAD = [
     (CSV + b"cook,pan,maybe\n", ["--cv", "cv", "--jd", "jd", "--accepted", "hired"], "t.csv:22: hired must be yes or no"),
     (b"", ["--cv", "cv", "--jd", "jd"], "no accepted pair of a CV and a JD in 0 rows"),
     (b"cv,jd\n,\n", ["--cv", "cv", "--jd", "jd"], "in 1 rows (1 with an empty cell)"),
-    (b"cv,jd\na,1\na,2\nb,2\nb,3\nc,3\n", ["--cv", "cv", "--jd", "jd"], "hang together in 1 groups that share a CV or a JD; that is too few to have an accepted "
-     "pair in train, valid and test and no text in two of them; give --split-by cv,"),
-    (b"cv,jd\na,1\nb,2\nc,3\n", ["--cv", "cv", "--jd", "jd"], "in 3 groups that share a CV or a JD; that is too few to have an accepted pair in train, valid and "
-     "test and no text in two of them; give more rows"),
+    (b"cv,jd\na,1\na,2\nb,2\nb,3\nc,3\n", ["--cv", "cv", "--jd", "jd"], "form 1 groups connected by shared CVs or JDs; that is too few for an accepted "
+     "pair in each of train, valid and test and no text in two of them; give --split-by cv,"),
+    (b"cv,jd\na,1\nb,2\nc,3\n", ["--cv", "cv", "--jd", "jd"], "form 3 groups connected by shared CVs or JDs; that is too few for an accepted pair in each of "
+     "train, valid and test and no text in two of them; give more rows"),
     *((b"cv,jd,ok\n" + b"".join(b"%s,%s,%s\n" % (cv or b"cook %d" % i, jd or b"kitchen %d" % i, ok[i]) for i in range(40)),
-       ["--cv", "cv", "--jd", "jd", "--accepted", "ok", "--split-by", by], f"different {kind} that were accepted: {n}; that is too few")
+       ["--cv", "cv", "--jd", "jd", "--accepted", "ok", "--split-by", by], f"too few different {kind} were accepted ({n})")
       for by in ("group", "cv") for cv, jd, ok, kind, n in (
           (b"", b"pots", [b"yes"] * 40, "JDs", 1), (b"Ann", b"", [b"yes"] * 40, "CVs", 1), (b"", b"", [b"yes"] * 2 + [b"no"] * 38, "CVs", 2))),
     (CSV.replace(b"yes", b"no"), ["--cv", "cv", "--jd", "jd", "--accepted", "hired"], "t.csv: the column 'hired' never says yes"),
@@ -270,7 +270,7 @@ def test_a_table_that_cannot_be_used_is_refused(content, flags, says, tmp_path, 
     ("t.jsonl", b'{"cv": "a", "jd": 3}\n', "t.jsonl:1: jd must be a text, found int"), ("t.jsonl", b"[1]\n", "t.jsonl:1: expected an object"),
     ("t.jsonl", b'[\n{"cv": "a"},', "t.jsonl:1: not JSON (Expecting value: line 1 column 2 (char 1)); write one object a line"),
     ("t.jsonl", b'[{"cv": "a"}]', "t.jsonl:1: expected an object with a key for each column, found list; write one object a line"),
-    ("t.jsonl", b'{"cv": "a", "cv ": "b", "jd": "c"}\n', "t.jsonl:1: the column 'cv' stands twice"),
+    ("t.jsonl", b'{"cv": "a", "cv ": "b", "jd": "c"}\n', "t.jsonl:1: the column 'cv' appears twice"),
     ("t.jsonl", b'{"cv": "a"}\n{"cv": "a"}', "t.jsonl:1: no column 'jd'; there are 'cv'"), ("t.jsonl", b'{}\n{"cv', "t.jsonl:2: not JSON"),
     ("t.xlsx", b"PK", "give a .csv, .tsv or .jsonl file"), ("none.csv", None, "No such file")])
 def test_other_files_are_refused(name, content, says, tmp_path, capsys):
@@ -307,19 +307,19 @@ STRAY = GERMAN.encode().replace("Köchin 7 für".encode(), "Köchin 7".encode() 
 
 @pytest.mark.parametrize("content, line, says", [
     (STRAY, 9, "byte 92 is not UTF-8, and 160 other characters are"), (STRAY.replace(b"\r\n", b"\n"), 9, "byte 92"),
-    (STRAY.replace(b"\r\n", b"\r"), 9, "byte 92"), (b"\xef\xbb\xbf" + STRAY, 9, "byte 92 is no utf-8-sig text"),
+    (STRAY.replace(b"\r\n", b"\r"), 9, "byte 92"), (b"\xef\xbb\xbf" + STRAY, 9, "byte 92 is not utf-8-sig text"),
     (b"\xef\xbb\xbfcv,jd\n\x92,b\n", 2, "byte 92"),
     (GERMAN.encode() + "Köln,Bär\r\n".encode("cp1252") * 3, 42, "byte f6 is not UTF-8, and 160"),
-    ("Köln,Bär\r\n".encode("cp1252") * 99 + GERMAN.encode(), 1, "cannot be told"),
-    ("Köln,Bär\r\n".encode("cp1252") * 400 + "Köln,Bär\r\n".encode(), 1, "cannot be told"), (CHINESE.encode("gbk"), 2, "cannot be told"), (CHINESE.encode("big5", "replace"), 2, "byte"), (JAPANESE.encode("shift_jis"), 2, "cannot be told"),
-    (JAPANESE.encode("euc_jp"), 2, "cannot be told"), (RUSSIAN.encode("cp1251"), 2, "cannot be told"), (RUSSIAN.encode("koi8-r"), 2, "cannot be told"),
-    (POLISH.encode("cp1250"), 2, "cannot be told"), (GERMAN.encode("mac_roman"), 2, "cannot be told"), (GERMAN.encode("cp850"), 2, "cannot be told"),
+    ("Köln,Bär\r\n".encode("cp1252") * 99 + GERMAN.encode(), 1, "cannot be guessed"),
+    ("Köln,Bär\r\n".encode("cp1252") * 400 + "Köln,Bär\r\n".encode(), 1, "cannot be guessed"), (CHINESE.encode("gbk"), 2, "cannot be guessed"), (CHINESE.encode("big5", "replace"), 2, "byte"), (JAPANESE.encode("shift_jis"), 2, "cannot be guessed"),
+    (JAPANESE.encode("euc_jp"), 2, "cannot be guessed"), (RUSSIAN.encode("cp1251"), 2, "cannot be guessed"), (RUSSIAN.encode("koi8-r"), 2, "cannot be guessed"),
+    (POLISH.encode("cp1250"), 2, "cannot be guessed"), (GERMAN.encode("mac_roman"), 2, "cannot be guessed"), (GERMAN.encode("cp850"), 2, "cannot be guessed"),
     (GERMAN.encode("utf-32-le"), 1, "as in UTF-32"), (CHINESE.encode("utf-32-be"), 1, "(utf-32-le, utf-32-be)"),
-    (GERMAN.encode("utf-16-le"), 1, "every other byte is 0, or more, as in UTF-16"), (GERMAN.encode("utf-16-be"), 1, "every other byte is 0"),
+    (GERMAN.encode("utf-16-le"), 1, "at least every other byte is 0, as in UTF-16"), (GERMAN.encode("utf-16-be"), 1, "every other byte is 0"),
     ((GERMAN + "a\0b,c\r\n").encode(), 42, "a NUL character"),
     (JAPANESE.encode("iso2022_jp"), 2, "an escape character, as in a file of another encoding (iso2022_jp"),
     (GERMAN.encode() + b"\x1b$)C,d", 42, "an escape character"),
-    (GERMAN.encode("utf-16")[:-1], 42, "is no utf-16 text"),
+    (GERMAN.encode("utf-16")[:-1], 42, "is not utf-16 text"),
     (("cv,jd\n" + "don’t cook,x\n" * 40).encode("cp1252") + b"\x81,b\n", 42, "byte 81 is neither UTF-8 nor cp1252")])
 def test_a_file_in_another_encoding_is_refused_with_its_line(content, line, says, tmp_path, capsys):
     """A guess would change rows that are right."""
@@ -425,7 +425,7 @@ def test_a_delimiter_can_be_named(name, delimiter, tmp_path):
     ("t.tsv", [], lines("cv\tjd\n", "{cv}\t{jd}") + 'Cook\t"Big" pan\n', "expected after '\"'); correct its quotes (double a quote within a cell), or"),
     ("t.tsv", [], lines("cv\tjd\n", "{cv}\t{jd}", "\n") + 'Cook\t"Big pan\nCook\tknife of 5"\n', "t.tsv:42: a quote makes these 2 lines one row"),
     ("t.tsv", [], lines("cv\tjd\n", "{cv}\t{jd}", "\n") + '"Cook\tpan\nCook\tpan\nknife of 5"\tpan\n', "t.tsv:42: a quote makes these 3 lines one row"),
-    ("t.csv", [], 2 * lines("cv,jd\n", "{cv},{jd}"), "t.csv:42: the header again, as where two files were put together"),
+    ("t.csv", [], 2 * lines("cv,jd\n", "{cv},{jd}"), "t.csv:42: the header again, as if two files were joined"),
     ("t.csv", [], lines("cv,jd\n", "{cv},{jd}") + "jd , cv\na,b\n", "t.csv:42: the header again"),
     ("t.csv", [], lines("id;cv;jd\n", "1;{cv};{jd}") + "number;cv;jd\n", "t.csv:42: the header again")])
 def test_a_table_that_can_be_read_in_two_ways_is_refused(name, flags, text, says, tmp_path, capsys):
@@ -523,7 +523,7 @@ def dense(tmp_path, cvs=640, jds=280, decisions=6240):
 
 def test_a_dense_table_is_split_by_cv_and_the_decisions_between_are_counted(tmp_path, capsys):
     path, rows = dense(tmp_path)
-    refused(capsys, data_command(path, tmp_path / "no", "--accepted", "fit"), "hang together in 1 groups", "give --split-by cv")
+    refused(capsys, data_command(path, tmp_path / "no", "--accepted", "fit"), "form 1 groups", "give --split-by cv")
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         assert run(path, tmp_path / name, "--accepted", "fit", "--split-by", "cv", "--seed", seed) == 0
     splits, report = result(tmp_path / "a")

@@ -18,7 +18,7 @@ import ppo
 from aids import jd_states
 from data import Codec, train_tokenizer
 from plumbing.tokenizer import plain_text_only, save_tokenizer
-from model import Config, LanguageModel, LoRA, RewardModel, add_lora, generate, is_target, merge_lora, twin
+from model import Config, LanguageModel, LoRA, RewardModel, add_lora, copy_trainable, generate, is_target, merge_lora
 from conftest import NotedCritic
 from plumbing.files import BadInput
 from plumbing.weights import is_reward, load_model, read_config, save_model
@@ -115,7 +115,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     first, *_, last = sorted(tmp_path.glob("*.safetensors"))
     name, tensor = next(iter(load_file(first).items()))
     save_file(load_file(last) | {name: tensor + 1}, last)
-    with pytest.raises(BadInput, match=f"{last.name}: {name} stands in another shard too"):
+    with pytest.raises(BadInput, match=f"{last.name}: {name} is in another shard too"):
         load_model(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_a_missing_shard_is_named(tmp_path):
     ({"eos_token_id": [-1]}, "eos_token_id cannot be -1"), ({"tie_word_embeddings": 1}, "tie_word_embeddings cannot be 1"),
     ({"model_type": "mistral", "sliding_window": "x"}, "whole numbers"), ({"max_position_embeddings": "x"}, "whole numbers"),
     ({"vocab_size": 0}, "vocab_size cannot be 0"), ({"num_hidden_layers": True}, "num_hidden_layers cannot be True"),
-    ({"num_attention_heads": 5}, "must be a multiple"), ({"hidden_size": "32"}, "config.json: "), ({"head_dim": 7}, "must be even")])
+    ({"num_attention_heads": 5}, "5 must divide hidden_size"), ({"hidden_size": "32"}, "config.json: "), ({"head_dim": 7}, "must be even")])
 def test_what_this_transformer_cannot_be_is_refused(change, says, tmp_path):
     other("Llama, shared heads, tied").save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -429,7 +429,7 @@ def test_a_config_beside_adapters_does_not_overrule_that_of_their_base(name, val
     (tmp_path / "adapters" / "girl.json").unlink()
     raw = json.loads((tmp_path / "base" / "config.json").read_text()) | {name: value, "qk_norm": name == "model_type"}
     (tmp_path / "adapters" / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(BadInput, match="adapters/config.json: (qk_norm|rope_theta|rms_norm_eps) is .*, and .* in its base"):
+    with pytest.raises(BadInput, match="adapters/config.json: (qk_norm|rope_theta|rms_norm_eps) is .*, but .* in its base"):
         load_model(tmp_path / "adapters")
 
 
@@ -501,8 +501,8 @@ def test_policy_reference_and_reward_model_share_one_base_and_train_apart(tmp_pa
     save_model(tmp_path / "sft", with_adapters(tmp_path))
     save_model(tmp_path / "reward", with_adapters(tmp_path, RewardModel, ["k_proj"], seed=2))
     policy = load_model(tmp_path / "sft")
-    judge = load_model(tmp_path / "reward", RewardModel, beside=policy)
-    reference = twin(policy)
+    judge = load_model(tmp_path / "reward", RewardModel, share_base_with=policy)
+    reference = copy_trainable(policy)
     base = load_file(tmp_path / "base" / "model.safetensors")
     assert len(frozen_tensors(policy)) == len(base)
     assert frozen_tensors(reference) == frozen_tensors(policy) >= frozen_tensors(judge) and len(frozen_tensors(judge)) == len(base)
@@ -524,8 +524,8 @@ def test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_p
     save_model(tmp_path / "sft", with_adapters(tmp_path))
     save_model(tmp_path / "reward", with_adapters(tmp_path, RewardModel, ["k_proj"], seed=2))
     policy = load_model(tmp_path / "sft")
-    judge = load_model(tmp_path / "reward", RewardModel, beside=policy)
-    alone, reference, prompts = load_model(tmp_path / "reward", RewardModel), twin(policy), random_ids(6, 5).tolist()
+    judge = load_model(tmp_path / "reward", RewardModel, share_base_with=policy)
+    alone, reference, prompts = load_model(tmp_path / "reward", RewardModel), copy_trainable(policy), random_ids(6, 5).tolist()
     codec = SimpleNamespace(max_jd=4, eos=policy.config.eos_token_id)
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=0.1)
     for seed in range(2):                       # before a step of the policy's adapters, and after it
@@ -542,15 +542,15 @@ def test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_p
 
 @pytest.mark.parametrize("change, says", [
     ({"r": 0}, "r must be a whole number of at least 1, found 0"), ({"target_modules": ["c_attn"]}, "some of q_proj,k_proj"), ({"target_modules": []}, "LoRA of rank"),
-    ({"r": "3"}, "not the config of LoRA adapters"), ({"r": 4}, "expected"), ({"use_dora": True}, "use_dora True is not supported"),
+    ({"r": "3"}, "not a valid LoRA config"), ({"r": 4}, "expected"), ({"use_dora": True}, "use_dora True is not supported"),
     ({"bias": "all"}, "bias 'all'"), ({"peft_type": "IA3"}, "peft_type 'IA3'"), ({"target_modules": ["q_proj"]}, "unexpected"),
-    ({"target_modules": ["layers.9.self_attn.q_proj", "v_proj"]}, "the layers some of"), ({"target_modules": ".*c_attn"}, "beside .*c_attn"),
-    ({"target_modules": "(" }, "not the config of LoRA adapters"), ({"target_modules": None}, "found None"), ({"target_modules": ["lm_head"]}, "['lm_head']"),
+    ({"target_modules": ["layers.9.self_attn.q_proj", "v_proj"]}, "the layers some of"), ({"target_modules": ".*c_attn"}, "on .*c_attn"),
+    ({"target_modules": "(" }, "not a valid LoRA config"), ({"target_modules": None}, "found None"), ({"target_modules": ["lm_head"]}, "['lm_head']"),
     ({"exclude_modules": ["q_proj"]}, "exclude_modules ['q_proj'] is not supported"), ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
     ({"alora_invocation_tokens": [0, 0]}, "alora_invocation_tokens [0, 0] is not supported"), ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']"),
     ({"modules_to_save": "score"}, "modules_to_save 'score'"), ({"modules_to_save": 5}, "modules_to_save 5"), ({"base_model_name_or_path": None}, "must name the folder of its base model"),
     ({"lora_alpha": "8"}, "lora_alpha must be a number above 0, found '8'"), ({"r": ...}, "it has no r"),
-    ({"base_model_name_or_path": "/nowhere"}, "its base model /nowhere is not there"), ({"base_model_name_or_path": "{self}"}, "or no whole model"), ({"lora_alpha": None}, "not the config")])
+    ({"base_model_name_or_path": "/nowhere"}, "its base model /nowhere is missing"), ({"base_model_name_or_path": "{self}"}, "or not a whole model"), ({"lora_alpha": None}, "not a valid LoRA config")])
 def test_adapters_that_cannot_be_ours_are_refused(change, says, tmp_path):
     save_model(tmp_path / "adapters", with_adapters(tmp_path))
     path = tmp_path / "adapters" / "adapter_config.json"
@@ -590,7 +590,8 @@ def test_checkpointing_knows_shared_prompts():
     model, rows = tiny(RewardModel, initializer_range=0.1), [([5, 6, 7], [8, 9]), ([5, 6, 7], [10]), ([11, 12], [13, 14, 15])]
 
     def shared(model):
-        return model.head(jd_states(model.model, rows, torch.device("cpu"))).square().sum()
+        last, earlier, in_jd = jd_states(model.model, rows, torch.device("cpu"))
+        return model.head(last).square().sum() + (earlier * in_jd[..., None]).square().sum()
     found = [gradients(model, shared) for model.model.checkpointing in (False, True)]
     torch.testing.assert_close(found[0], found[1])
 

@@ -293,13 +293,13 @@ def roll_out(policy, reference, reward_model, critic, prompts, codec, flags, bet
              device):
     """Write, score, and value; then the critic learns from the returns. Returns the Rollout and a
     log."""
+    size = math.ceil(flags.minibatch / flags.accumulate)
     with autocast(device):
         responses = generate(policy, prompts, codec.max_jd, flags.temperature, generator=generator)
     rollout = make_rollout(prompts, responses, device)
     mask, parts = rollout.mask, []
     # Without the cache, exactly as the update computes it: so the first ratio is 1. In parts of an
     # update's size: they fit into memory, and take two thirds of the time of one large part.
-    size = math.ceil(flags.minibatch / flags.accumulate)
     for part in map(rollout.rows, torch.arange(len(prompts)).split(size)):
         with torch.no_grad(), autocast(device):
             logp, _ = evaluate_policy(policy, part, flags.temperature)

@@ -1,11 +1,12 @@
-"""What the paper does not have and a small model needs. RESULTS.md shows what each of these buys.
+"""What the paper does not have: what a small model needs, and one saving of time. RESULTS.md shows
+what each of these buys.
 
     Optimizer               stages 1 and 2: Muon for the matrices of the blocks
     start_small             stage 1: the weights that a small model starts with
     reading_loss            stage 1: does the CV hold this token of the JD, too?
     add_averaging_block     stage 2: one more block for the reward model
     mean_states             stage 2: what the pooled loss scores
-    jd_states               stage 2 reads each prompt once: a step takes 0.85 of the time
+    jd_states               stage 2 reads each prompt once: a step takes 0.85 times as long
 
 Two more are where they work: merges across spaces in data.train_tokenizer, and hard negatives, JDs
 that nobody would post, in market.spoil.
@@ -31,7 +32,8 @@ class Optimizer:
 
     Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes each update of a matrix orthogonal,
     so that all its directions are learned at the same pace. Three Newton-Schulz steps instead of
-    the usual five: 5% faster, and a valid NLL of 0.383 instead of 0.379 (one short run each)."""
+    the usual five: 5% faster, at the cost of a valid NLL of 0.383 instead of 0.379 (one short run
+    each)."""
 
     def __init__(self, model, flags, steps):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -74,10 +76,10 @@ def start_small(model, used):
     """Set the weights from which a small language model soon learns to copy. `used`: the tokens
     that occur in its texts."""
     c = model.config
-    # Impossible tokens need far lower logits, or they get sampled now and then. The largest logit
-    # is |final state| |embedding|. Norm gains grow slowly, so they start large. Embeddings grow
-    # fast, so they start small: otherwise the first logits would be large, and the first two
-    # hundred steps would only make them smaller.
+    # A logit is at most |final state| |embedding|, and impossible tokens need far lower ones, or
+    # they get sampled now and then. The final norm's gain learns slowly, so it starts large.
+    # Embeddings learn fast, so they start small: otherwise the first logits would be large, and the
+    # first two hundred steps would only make them smaller.
     model.model.norm.weight *= 8
     nn.init.normal_(model.model.embed_tokens.weight, std=0.02)
     # Tokens that no text has (mostly halves of merges) start at zero: random ones would be sampled
@@ -85,9 +87,9 @@ def start_small(model, used):
     unused = torch.ones(c.vocab_size, dtype=torch.bool)
     unused[sorted(used)] = False
     model.model.embed_tokens.weight[unused] = 0
-    # Up to half of the heads start with equal queries and keys: a token then attends to tokens like
-    # itself, which is how one text is found in another (Trockman and Kolter 2023, arXiv
-    # 2305.09828).
+    # Half of the key heads (at least one) start equal to the first query head of their group: a
+    # token then attends to tokens like itself, which is how one text is found in another (Trockman
+    # and Kolter 2023, arXiv 2305.09828).
     for attention in (layer.self_attn for layer in model.model.layers):
         rows = max(1, attention.K // 2) * attention.D
         queries = attention.q_proj.weight.view(attention.K, -1, attention.D, c.hidden_size)
@@ -96,9 +98,9 @@ def start_small(model, used):
 
 
 def reading_loss(reader, states, rows):
-    """Cross-entropy of "the CV holds this token, too", averaged over the JD tokens of a row, then
-    over the rows. The last of a JD's n tokens has another target, with weight 1 + 1/n: the share of
-    the earlier tokens that the CV holds.
+    """Cross-entropy of "the prompt holds this token, too" (the CV and a few template tokens),
+    averaged over the JD tokens of a row, then over the rows. The last of a JD's n tokens has
+    another target, with weight 1 + 1/n: the share of the earlier tokens that the prompt holds.
 
     states [tokens, C]: the hidden states of all JD tokens, row after row."""
     held = [torch.isin(torch.tensor(jd), torch.tensor(prompt)).float() for prompt, jd in rows]
@@ -116,8 +118,9 @@ def reading_loss(reader, states, rows):
 # -------------------------------------------------------------------------------------- stage 2
 @torch.no_grad()
 def add_averaging_block(model, gain=10.0):
-    """Add a block to a reward model whose body is a language model's. The language model predicts
-    almost nothing from end-of-text, so its state there summarizes the text poorly.
+    """Add a block to a reward model whose body is a language model's. The language model is
+    never trained to predict a token from end-of-text, so its state there summarizes the text
+    poorly.
 
     The block starts as an average, and training improves it. Zero queries attend to all tokens
     equally, orthogonal values and their transposed outputs pass the states on unchanged, and `gain`
@@ -168,14 +171,14 @@ class BranchCache:
 
 
 def jd_states(body, rows, device):
-    """(prompt, JD) rows -> the hidden state of each JD's last token [B, C], the states of all its
-    tokens before the last block [B, R, C], and which of these are real tokens [B, R].
+    """(prompt, JD) rows -> the final state of each JD's last token [B, C]; for all JD tokens the
+    normed state that enters the last block [B, R, C]; and which of these are real tokens [B, R].
 
     Each different prompt is read once, however many JDs follow it."""
-    numbers = {}
-    owner = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt, _ in rows]
+    index_of = {}
+    owner = [index_of.setdefault(tuple(prompt), len(index_of)) for prompt, _ in rows]
     owner = torch.tensor(owner, device=device)                                      # [B]
-    prompts, prompt_lengths = (x.to(device) for x in pad_right(list(numbers)))      # [N, P], [N]
+    prompts, prompt_lengths = (x.to(device) for x in pad_right(list(index_of)))     # [N, P], [N]
     jds, jd_lengths = (x.to(device) for x in pad_right([jd for _, jd in rows]))     # [B, R], [B]
     at_prompt = torch.arange(prompts.shape[1], device=device)                       # [P]
     at_jd = torch.arange(jds.shape[1], device=device)                               # [R]
@@ -183,12 +186,12 @@ def jd_states(body, rows, device):
     in_jd = at_jd < jd_lengths[:, None]                                             # [B, R]
 
     prompt_caches = [PromptCache() for _ in body.layers]
-    # No state of a prompt is needed: its last block computes keys and values only.
+    # No state of a prompt is needed, only keys and values: the last block skips its MLP.
     body(prompts, caches=prompt_caches, asked=torch.zeros_like(in_prompt))
     caches = [BranchCache(cache, owner) for cache in prompt_caches]
-    inputs = []
-    hook = body.layers[-1].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
-    visible = torch.cat((in_prompt[owner], in_jd), dim=1)                           # [B, P + R]
-    last = body(jds, visible, caches, asked=at_jd == jd_lengths[:, None] - 1)       # [B, C]
+    caught = []                             # the states that enter the last block
+    hook = body.layers[-1].register_forward_pre_hook(lambda block, args: caught.append(args[0]))
+    mask = torch.cat((in_prompt[owner], in_jd), dim=1)                              # [B, P + R]
+    last = body(jds, mask, caches, asked=at_jd == jd_lengths[:, None] - 1)       # [B, C]
     hook.remove()
-    return last, body.norm(inputs[0]), in_jd
+    return last, body.norm(caught[0]), in_jd

@@ -5,8 +5,8 @@ recruiter:
 
     {"cv": "...", "jd": "...", "accepted": true}
 
-Everything else is derived from these. Text from users is data: `<|endoftext|>` in a CV is encoded
-as plain characters.
+Everything else is derived from these (a `probes.jsonl` may add hard negatives for stage 2). Text
+from users is data: `<|endoftext|>` in a CV is encoded as plain characters.
 """
 import math
 from pathlib import Path
@@ -33,8 +33,8 @@ def read_records(path):
 
 
 def read_half(folder, part, *files):
-    """The decisions on half A or B of the train CVs. Generator and reward model learn from A, the
-    judge and the recommender from B: so nothing is measured on the data that it learned from."""
+    """The decisions on half A or B of the train CVs. Generator and reward model learn from A; the
+    judge and the recommender learn from B, so that they measure on people that A does not have."""
     records = []
     for name in files or ("train.jsonl",):
         records += read_records(Path(folder) / name)
@@ -44,9 +44,9 @@ def read_half(folder, part, *files):
 
 
 def halves(records, split_by):
-    """CV -> half. By "cv" a hash of the CV alone decides: in the market, and in a table whose CVs
-    were each judged for many JDs, which "group" would put into one half. A JD can then be in both
-    halves."""
+    """CV -> half. "group", for most imported tables: CVs linked by accepted JDs share a half. "cv",
+    for the market, and for tables whose decisions are all linked: a hash of the CV decides, and a
+    JD can be in both halves."""
     if split_by == "group":
         return halves_by_group(records)
     return {r.cv: half(r.cv) for r in records}
@@ -73,7 +73,8 @@ def train_tokenizer(texts, vocab_size):
     return plain_text_only(tokenizer)
 
 
-# T, the prompt template: the text before a CV and after it. Then comes the JD, then end-of-text.
+# T, the prompt template: pieces before the CV and pieces after it, each encoded by itself. Then
+# comes the JD, then end-of-text.
 PROMPT = ["CV:"], ["\nJD:"]
 # For a pretrained chat model, CV and JD are a user's turn and its answer.
 ASK = "Write the job description of a job that fits this CV."
@@ -107,6 +108,7 @@ class Codec:
     def encode(self, text):
         if text not in self.ids:
             ids = encode(self.tokenizer, self.space + text)
+            # Some tokenizers find special tokens even in plain text.
             self.ids[text] = [t for t in ids if t not in self.control]
         return self.ids[text]
 

@@ -6,8 +6,8 @@ rotary positions, grouped-query attention, SwiGLU, tied or untied embeddings. Th
 so other tools read our folders, and we read theirs.
 
 Shapes: B rows of a batch, T tokens, S tokens with those of the cache before them, P tokens of the
-longest prompt, C hidden size, H query heads, K key-value heads, D size of a head, F feed-forward
-size, V vocabulary.
+longest prompt, N tokens whose states are asked for, C hidden size, H query heads, K key-value
+heads, D size of a head, F feed-forward size, V vocabulary.
 
 Left out: dropout (PPO compares log-probabilities of two passes, which must agree), sliding windows
 (a Mistral with a window is used within it), mixtures of experts, quantised weights.
@@ -46,7 +46,7 @@ class Config:
     initializer_range: float = 0.02
     pad_token_id: int = 0
     eos_token_id: int | None = 1        # None: a pretrained model whose config names none
-    max_cv_tokens: int = 96             # ours: the budgets of data.Codec fill the context
+    max_cv_tokens: int = 96             # ours: the longest CV and JD in tokens, see data.Codec
     max_jd_tokens: int = 96
     keep_contacts: bool = False         # ours: True if contacts were left in its training texts
 
@@ -98,7 +98,7 @@ def rotary_table(positions, D, theta, scaling=None):
 
 
 def rotate(x, cos, sin):
-    """Turn each coordinate pair of x [B, H, T, D] by its angle."""
+    """Turn each coordinate pair of x [B, H, T, D] by its angle; cos, sin [T, D] or [B, 1, T, D]."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
@@ -129,7 +129,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None,
                                                enable_gqa=self.H != self.K)         # [B, H, T, D]
         y = y.transpose(1, 2).reshape(B, T, self.H * self.D)                        # [B, T, H D]
-        return self.o_proj(y if asked is None else y[asked])                        # [B, T, C]
+        return self.o_proj(y if asked is None else y[asked])            # [B, T, C], asked: [N, C]
 
 
 def attend_once(q, k, v, visible):
@@ -194,15 +194,18 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=std)
 
     def forward(self, ids, mask=None, caches=None, asked=None):
-        """ids [B, T] -> hidden states [B, T, C].
+        """ids [B, T] -> hidden states [B, T, C], or [N, C] with `asked`.
 
         mask [B, T], True at real tokens: needed if rows are padded on the left, or if caches hold
-        tokens before these (then [B, S]). Without it rows may be padded on the right only: a causal
-        model never sees later tokens.
+        tokens before these (then [B, S]). Without it rows may be padded on the right only: real
+        tokens come before the pads, so they never see them.
+
+        caches: one for each block; `append(k, v)` takes the keys and values of these tokens and
+        returns those of all tokens so far (Cache; PromptCache and BranchCache in aids.py).
 
         asked [B, T], True at the N tokens whose states are needed. They come as [N, C], row after
-        row; for the others the last block computes only keys and values. (With 6 blocks, stage 1 is
-        1.08 times as fast, stage 2 1.09.)"""
+        row; for the others the last block stops after attention, without output projection and MLP.
+        (With 6 blocks, stage 1 is 1.08 times as fast, stage 2 1.09.)"""
         positions, visible = positions_and_visible(ids, mask)
         cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta,
                                 self.config.rope_scaling)
@@ -215,12 +218,12 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x = layer(*inputs)
-        return self.norm(x)                                                         # [B, T, C]
+        return self.norm(x)                                             # [B, T, C], asked: [N, C]
 
 
 def positions_and_visible(ids, mask):
     """The position of each token, and the tokens that it sees: [B, 1, T] and [B, 1, T, S]; without
-    a mask [T] and None, which means all tokens before it. See Transformer.forward."""
+    a mask [T] and None, which means itself and all before it. See Transformer.forward."""
     T = ids.shape[1]
     if mask is None:
         return torch.arange(T, device=ids.device), None

@@ -6,17 +6,19 @@ One iteration (Schulman et al. 2017, arXiv 1707.06347; for language models Ziegl
 arXiv 1909.08593, and Stiennon et al. 2020, arXiv 2009.01325):
 1. Rollout: the policy writes a JD for each of some CVs, sampled from its full distribution.
 2. Score: U scores each finished JD; a truncated one gets a fixed penalty. Each token costs
-   beta * (log pi - log pi_ref), so that the sum is score - beta * KL(G || G_SFT).
+   beta * (log pi - log pi_ref), where pi is the policy G and pi_ref the SFT model G_SFT. So a
+   text's rewards add up, on average, to score - beta * KL(G || G_SFT).
 3. Advantages: GAE (Schulman et al. 2015, arXiv 1506.02438) from the critic's values, whitened over
    the rollout.
 4. Update: a few epochs over the rollout in minibatches, with the clipped ratio.
 
-The critic is a linear head on the sum of the frozen reward model's states so far. The pass that
-scores a text computes them anyway, and the model is causal: a state knows only the text so far.
-(Stiennon et al. 2020 and Ouyang et al. 2022 start their critic from the reward model, too.) The sum
-knows more than the last state, because each token leaves in it what it adds. This table shows the
-variance of the returns of 1,024 samples that a head explains, fitted to 2,048 others. In brackets:
-of advantages + values, as it is logged. One run, seed 0, CVs of half A:
+The critic is a linear head on the sum of the frozen reward model's states so far, from the prompt's
+last token on. The pass that scores a text computes them anyway, and the model is causal: a state
+knows only the text so far. (Stiennon et al. 2020 and Ouyang et al. 2022 start their critic from the
+reward model, too.) The sum holds more than the last state: the contribution of each token stays in
+it. The table shows which share of the variance of the returns a head explains, fitted to 2,048
+samples and measured on 1,024 others. In brackets: the share for advantages + values, which the log
+shows. One run, seed 0, CVs of half A:
 
     value from                              SFT's samples   PPO's samples
     the policy's last state                  0.05 (0.06)     0.18 (0.22)
@@ -25,18 +27,19 @@ of advantages + values, as it is logged. One run, seed 0, CVs of half A:
     the sum of the reward model's states     0.46 (0.68)     0.56 (0.75)
 
 Least squares fits the head: the solution is exact, and there is no learning rate to choose. Before
-iteration 1 the SFT model writes one rollout that only the critic sees. After that the critic takes
-in every rollout, once its values for it have been used: no value knows the returns that it is
-compared with.
+iteration 1 the SFT model writes one rollout that only the critic sees. After that the critic learns
+from each rollout only when its values for that rollout have been used: no value knows the returns
+that it is compared with.
 
 Left out: reward whitening (it did harm: each rollout's own spread would set the scale of the score,
 and beta would mean something else every time), a critic trained by gradients, an entropy bonus,
-early stopping by KL within an iteration, advantages without a critic (RLOO, GRPO). Under bf16
-autocast (CUDA) the logits are rounded to bf16 before the log-softmax in float32, so the first ratio
-is 1 only to that precision.
+early stopping by KL within an iteration, advantages without a critic (RLOO, GRPO).
 
-Shapes: B episodes, R response tokens (padded), T prompt + response (padded), C hidden size, V
-vocabulary.
+On CUDA (bf16 autocast) the logits are rounded to bf16 before the log-softmax in float32, so the
+first ratio is 1 only to that precision.
+
+Shapes: B episodes, R response tokens (padded), T prompt + response (padded), "tokens" the real
+response tokens of all rows, C hidden size, V vocabulary.
 """
 import math
 from collections import defaultdict
@@ -59,7 +62,7 @@ from plumbing.weights import load_model, save_model
 
 @dataclass
 class PPOFlags:
-    iterations: int = flag(24, "rollout + update")
+    iterations: int = flag(24, "iterations, each one rollout and its update")
     episodes: int = flag(256, "JDs written in a rollout")
     ppo_epochs: int = flag(2, "passes over a rollout")
     minibatch: int = flag(64, "episodes in an optimizer step")
@@ -149,13 +152,13 @@ def policy_loss(log_ratio, advantages, clip):
     return torch.max(-advantages * ratio, -advantages * clipped)
 
 
-def explained_variance(values, returns, mask):
-    """1 - var(returns - values) / var(returns): 1 for a perfect critic, 0 for one that knows only
-    the mean. As usual, `returns` are GAE's advantages + values: they contain later values, so they
-    are less noisy than the returns themselves."""
+def explained_variance(values, targets, mask):
+    """1 - var(targets - values) / var(targets): 1 for a perfect critic, 0 for one that knows only
+    the mean. As usual, `targets` are GAE's advantages + values: they contain later values, so they
+    are less noisy than the returns."""
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
+    return 1 - variance(targets - values) / variance(targets).clamp(min=1e-8)
 
 
 class KLController:
@@ -177,8 +180,8 @@ class Critic(nn.Module):
     regression fits it to the returns of all rollouts so far.
 
     KEPT: each rollout counts 0.7 of the next one, because the policy moves.
-    RIDGE: relative to the mean square of the sums. It shrinks the weights, because the texts of a
-    small rollout have fewer independent returns than the head has weights."""
+    RIDGE: relative to the mean diagonal entry of X'X. It shrinks the weights, because the texts of
+    a small rollout have fewer independent returns than the head has weights."""
 
     KEPT, RIDGE = 0.7, 1e-2
 
@@ -190,8 +193,8 @@ class Critic(nn.Module):
     def weight(self):
         """The solution w of (X'X + ridge) w = X'y [C + 1]. The last number is the bias, which is
         not shrunk."""
-        size = self.RIDGE * self.xx.diagonal()[:-1].mean()
-        ridge = size * torch.ones(len(self.xx), dtype=torch.float64)                # [C + 1]
+        strength = self.RIDGE * self.xx.diagonal()[:-1].mean()
+        ridge = strength * torch.ones(len(self.xx), dtype=torch.float64)                # [C + 1]
         ridge[-1] = 0
         return torch.linalg.solve(self.xx + (ridge + 1e-9).diag(), self.xy).float()
 
@@ -209,7 +212,7 @@ class Critic(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """The JDs that the policy wrote for some CVs, its episodes, and what the update needs of them.
+    """The episodes: JDs that the policy wrote for some CVs, and what the update needs to know.
 
     Rows are prompt + response, padded on the right. The responses are also kept apart, [B, R]."""
     ids: torch.Tensor                           # [B, T]
@@ -255,7 +258,7 @@ def response_states(body, rollout):
 
 def log_probs(lm, states, tokens, temperature):
     """log pi of the response tokens and the entropy of each prediction, both [tokens] and float32,
-    from the states before the tokens [tokens, C]. Pads are left out: the vocabulary costs most."""
+    from the states before the tokens [tokens, C]. Pads are left out: the logits cost the most."""
     logp = (lm.lm_head(states).float() / temperature).log_softmax(-1)               # [tokens, V]
     with torch.no_grad():       # it is only logged: a gradient would keep another [tokens, V]
         entropy = -(logp.exp() * logp).sum(-1)                                      # [tokens]
@@ -293,19 +296,20 @@ def roll_out(policy, reference, reward_model, critic, prompts, codec, flags, bet
              device):
     """Write, score, and value; then the critic learns from the returns. Returns the Rollout and a
     log."""
-    size = math.ceil(flags.minibatch / flags.accumulate)
+    micro_batch = math.ceil(flags.minibatch / flags.accumulate)
     with autocast(device):
         responses = generate(policy, prompts, codec.max_jd, flags.temperature, generator=generator)
     rollout = make_rollout(prompts, responses, device)
     mask, parts = rollout.mask, []
-    # Without the cache, exactly as the update computes it: so the first ratio is 1. In parts of an
-    # update's size: they fit into memory, and take two thirds of the time of one large part.
-    for part in map(rollout.rows, torch.arange(len(prompts)).split(size)):
+    # Without the cache, exactly as the update computes it: so the first ratio is 1. In parts as
+    # large as the update's micro-batches: these fit into memory, and take two thirds of the time
+    # that one large part takes.
+    for part in map(rollout.rows, torch.arange(len(prompts)).split(micro_batch)):
         with torch.no_grad(), autocast(device):
             logp, _ = evaluate_policy(policy, part, flags.temperature)
             ref_logp, _ = evaluate_policy(reference, part, flags.temperature)
-            scores = score_responses(reward_model, part, codec.eos, flags.cut_off_score)
-        parts.append((logp, ref_logp, *scores))
+            scored = score_responses(reward_model, part, codec.eos, flags.cut_off_score)
+        parts.append((logp, ref_logp, *scored))
     logp, ref_logp, scores, finished, sums = map(torch.cat, zip(*parts))
     if finished.sum() > 1 and not scores[finished].std() > 1e-6:
         raise BadInput(f"ppo: the reward model gives all {int(finished.sum())} finished JDs of a "
@@ -349,6 +353,7 @@ def minibatch_loss(policy, part, flags, tokens_in_step):
     divided by the tokens of the whole optimizer step, so that micro-batches add up to the gradient
     of the minibatch."""
     logp, entropy = evaluate_policy(policy, part, flags.temperature)                # [B, R] both
+    # Clamped, so that exp cannot overflow.
     log_ratio = ((logp - part.logp) * part.mask).clamp(-20, 20)                     # [B, R]
     loss = policy_loss(log_ratio, part.advantages, flags.clip) * part.mask          # [B, R]
     with torch.no_grad():
@@ -389,6 +394,38 @@ def update(policy, optimizer, rollout, flags, generator, device):
     return means
 
 
+# ------------------------------------------------------------------------------------ the log
+def kl_is_negative(rows):
+    """Is the mean KL of the last five iterations more than 2 standard errors below 0? The KL of one
+    rollout may be negative by chance, but a mean that low says that log-probabilities or masks are
+    wrong. (While the policy hardly moves and its KL is near 0, one window in forty is that low by
+    chance.)"""
+    last = rows[-5:]
+    mean = sum(row["kl"] for row in last) / 5
+    error = math.sqrt(sum(row["kl_error"] ** 2 for row in last)) / 5
+    return len(last) == 5 and mean < -2 * error
+
+
+def report(stage, i, flags, log, cvs, texts):
+    """One line per iteration, warnings; and a sample every 20 iterations and after the last."""
+    truth = "" if log["true_match"] is None else f"  true {log['true_match']:.3f}"
+    stage.say(f"ppo {i + 1:3d}/{flags.iterations}  reward {log['reward']:+.3f}  "
+              f"kl {log['kl']:6.3f}{truth}  len {log['length']:5.1f}  eos {log['eos_rate']:.2f}  "
+              f"clip {log['clip_frac']:.3f}  ent {log['entropy']:.3f}  "
+              f"ev {log['explained_variance']:+.2f}  beta {log['beta']:.3f}")
+    if log["length"] == 1:
+        stage.say("ppo: every JD of this rollout is empty: end-of-text came first")
+    if log["eos_rate"] == 0:
+        stage.say("ppo: no JD in this rollout ended, so all got the same penalty and PPO learns "
+                  "nothing; train stage 1 longer, raise its --max-jd, or begin with a model that "
+                  "ends its texts")
+    if log["kl_fault"]:
+        stage.say("ppo: FAULT: the mean KL of the last 5 iterations is negative; "
+                  "log-probabilities or masks disagree")
+    if i % 20 == 0 or i + 1 == flags.iterations:
+        stage.say(f"--- a sample\n{cvs[0]}\n->\n{texts[0]}\n---")
+
+
 # ---------------------------------------------------------------------------- the whole stage
 def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match=None):
     """Stage 3. `cvs`: the texts to write for. `true_match(cv, jd)`: a number that is logged and
@@ -415,6 +452,7 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
                         controller.beta, draw, device)
     if not saved:                           # samples of the SFT model, for the critic alone
         roll(draw_cvs(generator(seed, "ppo", "critic")), "critic")
+
     for i in range(stage.step, flags.iterations):
         draw = generator(seed, "ppo", i)
         chosen = draw_cvs(draw)
@@ -453,34 +491,3 @@ def run(stage, folder, data, flags, seed, device, true_match=None):
     save_tensors(stage.folder / "value_head.safetensors",
                  {"weight": weight[None, :-1].contiguous(), "bias": weight[-1:].contiguous()})
     stage.finish(**stage.rows[-1])
-
-
-def kl_is_negative(rows):
-    """Is the mean KL of the last five iterations more than 2 standard errors below 0? The KL of one
-    rollout may be negative by chance. Five in a row, however small, mean that log-probabilities or
-    masks are wrong. (While the policy hardly moves and its KL is near 0, one window in forty is
-    that low by chance.)"""
-    last = rows[-5:]
-    mean = sum(row["kl"] for row in last) / 5
-    error = math.sqrt(sum(row["kl_error"] ** 2 for row in last)) / 5
-    return len(last) == 5 and mean < -2 * error
-
-
-def report(stage, i, flags, log, cvs, texts):
-    """One line per iteration, warnings, and a sample every 20 iterations."""
-    truth = "" if log["true_match"] is None else f"  true {log['true_match']:.3f}"
-    stage.say(f"ppo {i + 1:3d}/{flags.iterations}  reward {log['reward']:+.3f}  "
-              f"kl {log['kl']:6.3f}{truth}  len {log['length']:5.1f}  eos {log['eos_rate']:.2f}  "
-              f"clip {log['clip_frac']:.3f}  ent {log['entropy']:.3f}  "
-              f"ev {log['explained_variance']:+.2f}  beta {log['beta']:.3f}")
-    if log["length"] == 1:
-        stage.say("ppo: every JD of this rollout is empty: end-of-text came first")
-    if log["eos_rate"] == 0:
-        stage.say("ppo: no JD in this rollout ended, so all got the same penalty and PPO learns "
-                  "nothing; train stage 1 longer, raise its --max-jd, or begin with a model that "
-                  "ends its texts")
-    if log["kl_fault"]:
-        stage.say("ppo: FAULT: the mean KL of the last 5 iterations is negative; "
-                  "log-probabilities or masks disagree")
-    if i % 20 == 0 or i + 1 == flags.iterations:
-        stage.say(f"--- a sample\n{cvs[0]}\n->\n{texts[0]}\n---")

@@ -7,20 +7,22 @@
                                               over an accepted and a rejected CV of one JD
 
 Algorithm:
-1. Take stage 1's body, add a block that starts as an average over all tokens, and a new scalar
-   head, read at the last token of  prompt(C) + J + end-of-text.
+1. Take stage 1's body (or that of `--init`) and a new scalar head, read at the last token of
+   prompt(C) + J + end-of-text. A small model also gets one more block, which starts as an average
+   over all tokens.
 2. Gather the decisions into groups: all decisions on one CV, all decisions on one JD. Each text of
    a group is scored once, and each (accepted, rejected) pair in the group is a comparison (as in
-   Ouyang et al. 2022, arXiv 2203.02155, section 3.5, all comparisons of one prompt belong into one
+   Ouyang et al. 2022, arXiv 2203.02155, section 3.5, all comparisons of one prompt belong in one
    batch; there each prompt counts the same, here each comparison does). Hard negatives may join
    the decisions: JDs that nobody would post, all rejected (`probes.jsonl`). If there are more
    groups than the steps can show, a random part is used. Of a large group each step draws
    `--max-group` decisions.
 3. Add the pooled loss: L again, on the mean state of each JD. See aids.py.
-4. The learning rate is low, because a comparison teaches one bit: at a matrix rate of 0.02 the
-   model forgot in 150 steps how to compare two texts.
-5. Fold the scale into the head: the scores of the generator's own samples get mean 0 and standard
+4. Fold the scale into the head: the scores of the generator's own samples get mean 0 and standard
    deviation 1.
+
+The learning rates are low because a comparison teaches only one bit: with `--matrix-lr` 0.02 the
+model had forgotten after 150 steps how to compare two texts.
 
 Left out: a margin in the loss, a loss on the absolute score, ensembles.
 
@@ -52,12 +54,14 @@ class RewardFlags(StartFlags):
                           "one JD")
     max_group: int = flag(8, "decisions of a group used in a step", least=2)
     accumulate: int = flag(1, "micro-batches that a step is split into, to save memory")
-    lr: float = flag(1e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
-    matrix_lr: float = flag(0.0015, "peak learning rate of Muon, for the layers' matrices")
+    lr: float = flag(1e-3, "peak learning rate of AdamW, for embeddings, norms and head (cosine to "
+                           "0)")
+    matrix_lr: float = flag(0.0015, "peak learning rate of Muon, for the matrices of the blocks; "
+                                    "0: AdamW for these, too")
     warmup: int = flag(50, "steps of linear warm-up", least=0)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
-    samples: int = flag(256, "samples of the generator that fix the score's mean 0 and standard "
-                             "deviation 1", least=2)
+    samples: int = flag(256, "samples of the SFT model, on which the score gets mean 0 and "
+                             "standard deviation 1", least=2)
 
 
 # ------------------------------------------------------------------------------ the mathematics
@@ -88,7 +92,8 @@ class Group(NamedTuple):
 
 
 def decision_groups(records):
-    """Indices of the records of each CV and of each JD that has an accepted and a rejected one."""
+    """For each CV, and for each JD, with an accepted and a rejected decision: the indices of its
+    records."""
     by_text = defaultdict(list)
     for i, r in enumerate(records):
         by_text["cv", r.cv].append(i)
@@ -130,6 +135,82 @@ def subsample(group, n, generator):
     return Group([group.rows[i] for i in keep], [group.accepted[i] for i in keep])
 
 
+# ------------------------------------------------------------------------------------- training
+def batch_loss(model, groups, device):
+    """Over all comparisons of these groups: the sum of -log sigmoid, the same sum for the mean
+    states, and how many comparisons came out right."""
+    rows, pairs = [], []
+    for group in groups:
+        pairs += [(len(rows) + i, len(rows) + j) for i, j in comparisons(group.accepted)]
+        rows += group.rows
+    better, worse = torch.tensor(pairs, device=device).unbind(1)                    # [M], [M]
+    with autocast(device):
+        last, inputs, in_jd = jd_states(model.model, rows, device)      # [B, C], [B, R, C], [B, R]
+        scores = model.head(last)                                                   # [B]
+        pooled = model.head(mean_states(inputs, in_jd))                             # [B]
+    loss = ranking_loss(scores[better], scores[worse]) * len(pairs)
+    pooled_loss = ranking_loss(pooled[better], pooled[worse]) * len(pairs)
+    return loss, pooled_loss, int((scores[better] > scores[worse]).sum())
+
+
+def reward_step(model, groups, flags, device):
+    """Gradients of L and the pooled loss over these groups. Returns L per comparison, and the share
+    of comparisons that came out right."""
+    n, total, correct = sum(len(comparisons(g.accepted)) for g in groups), 0.0, 0
+    for k in range(min(flags.accumulate, len(groups))):
+        loss, pooled_loss, right = batch_loss(model, groups[k::flags.accumulate], device)
+        # Divided by all comparisons: micro-batches add up to the gradient of the whole batch.
+        ((loss + pooled_loss) / n).backward()
+        total, correct = total + float(loss.detach()), correct + right
+    return total / n, correct / n
+
+
+def schedule(lengths, size, steps, seed, name):
+    """The groups of each step, as lists of indices: one epoch after the other, each in an order of
+    its own."""
+    batches, epoch = [], 0
+    while len(batches) < steps:
+        batches += reversed(bucketed(lengths, size, generator(seed, name, "epoch", epoch)))
+        epoch += 1
+    return batches[:steps]
+
+
+def train(model, codec, records, flags, seed, stage, device):
+    """Stage 2 on these decisions."""
+    # Tokenize only as many groups as the steps can use, each once.
+    all_groups = decision_groups(records)
+    order = torch.randperm(len(all_groups), generator=generator(seed, stage.name, "groups"))
+    used = [all_groups[i] for i in order[:flags.steps * flags.groups].tolist()]
+    groups, dropped = make_groups(records, used, codec)
+    if not groups:
+        raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected "
+                       f"decision, {dropped} rejected ones dropped: nothing to compare; give more "
+                       "decisions, or raise --max-cv and --max-jd of stage 1")
+    stage.say(f"{stage.name}: {len(records)} decisions in {len(all_groups)} groups, "
+              f"{len(groups)} of them used; {dropped} rejected ones dropped, identical to an "
+              f"accepted one after truncation; truncated: {len(codec.cut_cvs)} CVs, "
+              f"{len(codec.cut_jds)} JDs")
+    model.model.checkpointing = flags.checkpointing
+    optimizer = Optimizer(model, flags, stage.total(flags.steps))
+    stage.resume({"model": model}, optimizer.parts)
+    lengths = [max(len(prompt) + len(jd) for prompt, jd in group.rows) for group in groups]
+    batches = schedule(lengths, flags.groups, flags.steps, seed, stage.name)
+    for step in range(stage.step, flags.steps):
+        draw = generator(seed, stage.name, step)
+        batch = [subsample(groups[i], flags.max_group, draw) for i in batches[step]]
+        loss, accuracy = reward_step(model, batch, flags, device)
+        if not np.isfinite(loss + optimizer.clip()):
+            cvs = [codec.cv(group.rows[0][0]) for group in batch]
+            stage.not_finite(step + 1, cvs, "lower --lr and --matrix-lr")
+        optimizer.step(step)
+        stage.log(step=step + 1, loss=loss, accuracy=accuracy)
+        if (step + 1) % 100 == 0:
+            stage.say(f"{stage.name} {step + 1:4d}/{flags.steps}  "
+                      f"loss {stage.mean('loss', 100):.4f}  "
+                      f"accuracy {stage.mean('accuracy', 100):.3f}")
+        stage.checkpoint(step + 1)
+
+
 # -------------------------------------------------------------------------------------- scoring
 def rows_for_scores(model, most):
     """How many rows are scored at once. The MLP of one block takes the most memory."""
@@ -161,9 +242,9 @@ def check_finite(scores):
 
 @torch.no_grad()
 def score_pairs(model, prompts, jds, pairs, batch_size=128):
-    """Scores of (prompt, JD) pairs, given as indices: {pair: score}. For many JDs of each prompt:
-    it is read once for the JDs of a batch, and the JDs of a few prompts are sorted by length, so
-    that few pads are computed."""
+    """Scores of (prompt, JD) pairs, given as indices: {pair: score}. Fast if each prompt has many
+    JDs: a batch reads each of its prompts once. The JDs of four prompts at a time are sorted by
+    length, so that few pads are computed."""
     device, scores = model.score.weight.device, {}
     batch_size = rows_for_scores(model, batch_size)
     pairs = sorted(pairs, key=lambda pair: (pair[0] // 4, len(jds[pair[1]]), pair))
@@ -201,82 +282,6 @@ def pair_metrics(records, scores):
         right = (margins > 0).mean() + (margins == 0).mean() / 2
         metrics |= {"pair_accuracy": float(right), "margin": float(margins.mean())}
     return metrics
-
-
-# ------------------------------------------------------------------------------------- training
-def batch_loss(model, groups, device):
-    """Over all comparisons of these groups: the sum of -log sigmoid, the same sum for the mean
-    states, and how many comparisons came out right."""
-    rows, pairs = [], []
-    for group in groups:
-        pairs += [(len(rows) + i, len(rows) + j) for i, j in comparisons(group.accepted)]
-        rows += group.rows
-    better, worse = torch.tensor(pairs, device=device).unbind(1)                    # [M], [M]
-    with autocast(device):
-        last, earlier, in_jd = jd_states(model.model, rows, device)     # [B, C], [B, R, C], [B, R]
-        scores = model.head(last)                                                   # [B]
-        pooled = model.head(mean_states(earlier, in_jd))                            # [B]
-    loss = ranking_loss(scores[better], scores[worse]) * len(pairs)
-    pooled_loss = ranking_loss(pooled[better], pooled[worse]) * len(pairs)
-    return loss, pooled_loss, int((scores[better] > scores[worse]).sum())
-
-
-def reward_step(model, groups, flags, device):
-    """Gradients of L and the pooled loss over these groups. Returns L per comparison, and the share
-    of comparisons that came out right."""
-    n, total, correct = sum(len(comparisons(g.accepted)) for g in groups), 0.0, 0
-    for k in range(min(flags.accumulate, len(groups))):
-        loss, pooled_loss, right = batch_loss(model, groups[k::flags.accumulate], device)
-        # Divided by all comparisons: micro-batches add up to the gradient of the whole batch.
-        ((loss + pooled_loss) / n).backward()
-        total, correct = total + float(loss.detach()), correct + right
-    return total / n, correct / n
-
-
-def schedule(lengths, size, steps, seed, name):
-    """The groups of each step, as lists of indices: one epoch after the other, each in an order of
-    its own."""
-    batches, epoch = [], 0
-    while len(batches) < steps:
-        batches += reversed(bucketed(lengths, size, generator(seed, name, "epoch", epoch)))
-        epoch += 1
-    return batches[:steps]
-
-
-def train(model, codec, records, flags, seed, stage, device):
-    """Stage 2 on these decisions."""
-    # Only as many groups become token rows as the steps can show once.
-    groups_of_all = decision_groups(records)
-    order = torch.randperm(len(groups_of_all), generator=generator(seed, stage.name, "groups"))
-    used = [groups_of_all[i] for i in order[:flags.steps * flags.groups].tolist()]
-    groups, dropped = make_groups(records, used, codec)
-    if not groups:
-        raise BadInput(f"{stage.name}: no CV and no JD with both an accepted and a rejected "
-                       f"decision, {dropped} rejected ones dropped: nothing to compare; give more "
-                       "decisions, or raise --max-cv and --max-jd of stage 1")
-    stage.say(f"{stage.name}: {len(records)} decisions in {len(groups_of_all)} groups, "
-              f"{len(groups)} of them used; {dropped} rejected ones dropped, identical to an "
-              f"accepted one after truncation; truncated: {len(codec.cut_cvs)} CVs, "
-              f"{len(codec.cut_jds)} JDs")
-    model.model.checkpointing = flags.checkpointing
-    optimizer = Optimizer(model, flags, stage.total(flags.steps))
-    stage.resume({"model": model}, optimizer.parts)
-    lengths = [max(len(prompt) + len(jd) for prompt, jd in group.rows) for group in groups]
-    batches = schedule(lengths, flags.groups, flags.steps, seed, stage.name)
-    for step in range(stage.step, flags.steps):
-        draw = generator(seed, stage.name, step)
-        batch = [subsample(groups[i], flags.max_group, draw) for i in batches[step]]
-        loss, accuracy = reward_step(model, batch, flags, device)
-        if not np.isfinite(loss + optimizer.clip()):
-            cvs = [codec.cv(group.rows[0][0]) for group in batch]
-            stage.not_finite(step + 1, cvs, "lower --lr and --matrix-lr")
-        optimizer.step(step)
-        stage.log(step=step + 1, loss=loss, accuracy=accuracy)
-        if (step + 1) % 100 == 0:
-            stage.say(f"{stage.name} {step + 1:4d}/{flags.steps}  "
-                      f"loss {stage.mean('loss', 100):.4f}  "
-                      f"accuracy {stage.mean('accuracy', 100):.3f}")
-        stage.checkpoint(step + 1)
 
 
 def standardize(model, scores):
@@ -339,7 +344,7 @@ def run(stage, folder, data, flags, seed, device):
             raise BadInput(f"{flags.init}: its tokenizer is not the one of {folder / 'sft'}; the "
                            "reward model must read what that model writes")
         start = load_pretrained(flags, codec, init_seed, device)
-    start.config.keep_contacts = keeps_contacts(data)   # an earlier stage 1 did not note it
+    start.config.keep_contacts = keeps_contacts(data)   # an earlier version did not save it
     model = new_reward_model(start, bool(flags.init or init_of(folder)), init_seed).to(device)
     train(model, codec, records, flags, seed, stage, device)
 

@@ -5,19 +5,22 @@ accepted for.
 
     L = -(1/|J|) sum_i log P(v_i | v_<i, C, T; G)       over the tokens v of the JD J and its
                                                         end-of-text; the CV C is in the prompt
-                                                        template T; a batch is averaged by token
+                                                        template T; the mean is over all tokens
+                                                        of a batch, so long JDs weigh more
 
 (Zheng et al. 2023, arXiv 2307.02157.) Algorithm:
 1. Train the tokenizer on half A of the train split, and start a small model from random weights.
    Or take both from `--init`.
 2. Epochs over the accepted pairs: L + `--reading` times the reading loss. A small model is slow to
-   relate the two texts. So a second head predicts for each token of the JD whether the CV holds it,
-   too, and at the last token the share of the earlier ones that the CV holds.
+   learn to compare two texts, and the reward model starts from its weights. So a second head
+   predicts for each token of the JD whether the CV holds it, too, and at the last token which share
+   of the earlier ones it holds.
 
 Left out: packing several pairs into one row (rows are sorted into batches by length instead),
 weight decay, dropout.
 
-Shapes: B rows, T tokens, C hidden size, V vocabulary.
+Shapes: B rows, T tokens, "tokens" the JD tokens of all rows, N these and the last token of each
+prompt, C hidden size, V vocabulary.
 """
 import math
 from dataclasses import dataclass
@@ -39,11 +42,14 @@ from plumbing.weights import StartFlags, load_pretrained, read_config, save_mode
 
 @dataclass
 class SFTFlags(StartFlags):
-    epochs: float = flag(1.4, "passes over the accepted pairs of half A", least=0.01)
+    epochs: float = flag(1.4, "passes over the accepted pairs (of half A: the half of the train "
+                              "CVs that the generator learns from)", least=0.01)
     batch: int = flag(16, "pairs in an optimizer step")
     accumulate: int = flag(1, "micro-batches that a batch is split into, to save memory")
-    lr: float = flag(4e-3, "peak learning rate of AdamW, for all but the matrices (cosine to 0)")
-    matrix_lr: float = flag(0.006, "peak learning rate of Muon, for the layers' matrices")
+    lr: float = flag(4e-3, "peak learning rate of AdamW, for embeddings, norms and heads (cosine "
+                           "to 0)")
+    matrix_lr: float = flag(0.006, "peak learning rate of Muon, for the matrices of the blocks; 0: "
+                                   "AdamW for these, too")
     warmup: int = flag(100, "steps of linear warm-up", least=0)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
     reading: float = flag(0.5, "weight of the reading loss: does the CV hold this token of the JD?")
@@ -74,11 +80,12 @@ def sft_loss(model, reader, examples, device):
     # The state before a token predicts it.
     to_write = in_jd[:, 1:]                                                         # [B, T-1]
     before_it = F.pad(to_write, (0, 1))                                             # [B, T]
-    # The head is the most expensive layer of a small model. It is applied only at tokens that
-    # something is learned from, and so is most of the last block.
+    # The head is a small model's most expensive layer, so it is applied only at the states before
+    # JD tokens. The last block's output is computed only there, and at the JD tokens for the
+    # reader.
     asked = before_it | in_jd                                                       # [B, T]
     with autocast(device):
-        hidden = model.model(ids, asked=asked)                                      # [asked, C]
+        hidden = model.model(ids, asked=asked)                                      # [N, C]
         logits = model.lm_head(hidden[before_it[asked]]).float()                    # [tokens, V]
         loss = F.cross_entropy(logits, ids[:, 1:][to_write], reduction="sum")
         reading = torch.zeros(())
@@ -123,8 +130,8 @@ def schedule(lengths, batch, steps, seed):
 
 
 def train(model, reader, codec, pairs, valid, flags, seed, stage, device):
-    """Stage 1 on these Examples: epochs, and after each validation and one sample to look at.
-    `valid`: (cv, jd) texts. Returns the last valid NLL."""
+    """Train on these Examples. After each epoch: validate, and show one sample. `valid`: (cv, jd)
+    texts. Returns the last valid NLL."""
     model.model.checkpointing = flags.checkpointing
     steps_per_epoch = math.ceil(len(pairs) / flags.batch)
     steps = max(1, round(flags.epochs * steps_per_epoch))
@@ -182,7 +189,8 @@ def new_codec(records, flags):
 
 
 def new_model(codec, examples, flags, seed):
-    """A generator with random weights, large enough for these token rows."""
+    """A generator with random weights, whose context fits the codec's budgets. `examples` show
+    which tokens occur, see start_small."""
     torch.manual_seed(seed)
     model = LanguageModel(Config(
         vocab_size=codec.tokenizer.get_vocab_size(),
@@ -193,6 +201,7 @@ def new_model(codec, examples, flags, seed):
         num_key_value_heads=flags.kv_heads,
         max_position_embeddings=codec.context(),
         # 1/sqrt(C) instead of the usual 0.02: with 0.02 a small model takes long to copy anything.
+        # (start_small sets the embeddings.)
         initializer_range=flags.hidden ** -0.5,
         max_cv_tokens=codec.max_cv,
         max_jd_tokens=codec.max_jd))
@@ -206,7 +215,7 @@ def run(stage, folder, data, flags, seed, device):
     records = read_half(data, "A")
     valid = [(r.cv, r.jd) for r in read_records(data / "valid.jsonl") if r.accepted]
     if not valid or not any(r.accepted for r in records):
-        raise BadInput(f"{data}: stage 1 learns from accepted pairs, and there is none in "
+        raise BadInput(f"{data}: stage 1 learns from accepted pairs, and there are none in "
                        f"{'half A of train.jsonl' if valid else 'valid.jsonl'}")
     codec = new_codec(records, flags)
     pairs = [Example(codec.prompt(r.cv), codec.jd(r.jd)) for r in records if r.accepted]
@@ -215,11 +224,12 @@ def run(stage, folder, data, flags, seed, device):
               f"truncated: {len(codec.cut_cvs)} CVs at {codec.max_cv} tokens, "
               f"{len(codec.cut_jds)} JDs at {codec.max_jd}")
     codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
-    init_seed, untrained = generator(seed, "sft-init").initial_seed(), {}
+    init_seed = generator(seed, "sft-init").initial_seed()
+    nll_before = {}                         # of a pretrained model
     if flags.init:
         model = load_pretrained(flags, codec, init_seed, device)
-        untrained = {"valid_nll_before": mean_nll(model, valid, codec, device)}
-        stage.say(f"sft: valid NLL of the pretrained model {untrained['valid_nll_before']:.4f}")
+        nll_before = {"valid_nll_before": mean_nll(model, valid, codec, device)}
+        stage.say(f"sft: valid NLL of the pretrained model {nll_before['valid_nll_before']:.4f}")
     else:
         model = new_model(codec, pairs, flags, init_seed).to(device)
     model.config.keep_contacts = keeps_contacts(data)
@@ -229,4 +239,4 @@ def run(stage, folder, data, flags, seed, device):
     save_model(stage.folder, model)
     save_tokenizer(stage.folder, codec)
     stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=len(stage.rows),
-                 **untrained)
+                 **nll_before)

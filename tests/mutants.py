@@ -88,8 +88,8 @@ MUTANTS = {
          "values are read where the token itself can be seen"),
         (12, "ppo.py", "in_rows(states, rollout).cumsum(1)", "in_rows(states, rollout).roll(-1, 1).cumsum(1)",
          "a value knows the token that it is the baseline for"),
-        (12, "ppo.py", "parts.append((logp, ref_logp, *scores))",
-         "parts.append((logp, ref_logp, *scores[:2], in_rows(response_states(policy.model, part), part)))",
+        (12, "ppo.py", "parts.append((logp, ref_logp, *scored))",
+         "parts.append((logp, ref_logp, *scored[:2], in_rows(response_states(policy.model, part), part)))",
          "the critic reads the policy's states, which move")],
     "test_ppo.py::test_12_a_value_depends_on_no_later_token": [
         (12, "ppo.py", "states = hidden[before_each_token(rollout)].float()",
@@ -201,8 +201,8 @@ MUTANTS = {
     "test_ppo.py::test_27_the_reward_model_may_be_of_another_size": [
         (27, "ppo.py", "Critic(reward_model.config", "Critic(policy.config", "the policy's size")],
     "test_weights.py::test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_policy_s": [
-        (27, "ppo.py", "parts.append((logp, ref_logp, *scores))",
-         "parts.append((logp, ref_logp, *scores[:2], in_rows(response_states(policy.model, part), part)))",
+        (27, "ppo.py", "parts.append((logp, ref_logp, *scored))",
+         "parts.append((logp, ref_logp, *scored[:2], in_rows(response_states(policy.model, part), part)))",
          "the policy's adapters for the critic")],
     "test_resume.py::test_an_iteration_of_ppo_that_was_cut_short_is_done_again_from_the_state_before_it": [
         (27, "ppo.py", '{"policy": policy, "critic": critic}', '{"policy": policy, "critic": Critic(critic.xx.shape[0] - 1)}',
@@ -248,7 +248,7 @@ MUTANTS = {
     "test_ppo.py::test_33_means_of_the_update_are_those_of_the_real_tokens": [
         (33, "ppo.py", '(means["ratio_mean"] - 1) ** 2', "0", "the variance is around 1")],
     "test_ppo.py::test_33_means_of_the_rollout_are_those_of_the_texts": [
-        (33, "ppo.py", "variance(returns - values) /", "variance(values) /", "the critic's own variance")],
+        (33, "ppo.py", "variance(targets - values) /", "variance(values) /", "the critic's own variance")],
     "test_ppo.py::test_33_the_true_match_is_that_of_each_cv_and_its_own_jd": [
         (33, "ppo.py", "sum(map(true_match, chosen, texts))",
          "sum(map(true_match, sorted(chosen), texts))", "the JDs of other CVs are judged")],

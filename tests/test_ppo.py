@@ -631,8 +631,8 @@ def test_26_a_state_that_knows_the_score_explains_a_new_rollout(
 
 def test_27_the_code_says_how_the_critic_starts_how_it_is_fitted_and_why():
     said = " ".join(ppo.__doc__.split())
-    for statement in ("The critic is a linear head on the sum of the frozen reward model's states so far.",
-                      "The sum knows more than the last state, because each token leaves in it what it adds.",
+    for statement in ("The critic is a linear head on the sum of the frozen reward model's states so far,",
+                      "The sum holds more than the last state: the contribution of each token stays in it.",
                       "Least squares fits the head: the solution is exact, and there is no learning rate to choose.",
                       "Before iteration 1 the SFT model writes one rollout that only the critic sees.",
                       "no value knows the returns that it is compared with."):

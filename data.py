@@ -16,8 +16,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from plumbing.records import decisions, half, halves_by_group, made_of_table, read_import
-from plumbing.tokenizer import (END_OF_TURN, EOS, PAD, TURN, encode, find_specials, ids_of,
-                                plain_text_only, tokenizer_of)
+from plumbing.tokenizer import (END_OF_TURN, EOS, PAD, TURN, encode, find_specials,
+                                plain_text_only, template_ids, tokenizer_of)
 
 
 # ------------------------------------------------------------------------------------ decisions
@@ -89,21 +89,14 @@ class Codec:
 
     def __init__(self, tokenizer, max_cv, max_jd, eos=None):
         self.tokenizer, self.max_cv, self.max_jd = tokenizer, max_cv, max_jd
-        special = find_specials(tokenizer, PROMPT, eos)
+        special = find_specials(tokenizer, PROMPT, CHAT_PROMPT, eos)
         self.chatml, self.eos, self.pad, self.begin, self.space, self.control = special
         self.template = CHAT_PROMPT if self.chatml else PROMPT
         before, after = self.template
-        self.before = self.begin + self.template_ids(before)
-        self.after = self.template_ids(after)
+        self.before = self.begin + template_ids(tokenizer, before)
+        self.after = template_ids(tokenizer, after)
         self.cut_cvs, self.cut_jds = set(), set()       # truncated texts
         self.ids = {}                       # most texts occur many times: each is encoded once
-
-    def template_ids(self, pieces):
-        ids = []
-        for piece in pieces:
-            special = piece in (TURN, END_OF_TURN)
-            ids += [self.tokenizer.token_to_id(piece)] if special else ids_of(self.tokenizer, piece)
-        return ids
 
     def encode(self, text):
         if text not in self.ids:

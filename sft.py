@@ -146,10 +146,10 @@ def train(model, reader, codec, pairs, valid, flags, seed, stage, device):
             stage.not_finite(step + 1, cvs, "lower --lr and --matrix-lr")
         optimizer.step(step)
         stage.log(step=step + 1, loss=loss, reading=reading)
-        stage.checkpoint(step + 1)
         epoch, rest = divmod(step + 1, steps_per_epoch)
         if not rest and step + 1 < steps:
             validate(model, codec, valid, epoch, step + 1, seed, stage, device)
+        stage.checkpoint(step + 1)
     epochs = math.ceil(steps / steps_per_epoch)
     return validate(model, codec, valid, epochs, steps, seed, stage, device)
 

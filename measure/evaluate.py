@@ -362,7 +362,7 @@ def check_verdict(raw, where, n_cvs):
     if not isinstance(raw, dict) or not {"id", *ASPECTS} <= set(raw):
         raise BadInput(f"{where}: expected the keys id, {', '.join(ASPECTS)}")
     contrast, _, number = str(raw["id"]).partition("/")
-    is_index = number.isdecimal() and str(int(number)) == number
+    is_index = number.isdecimal() and len(number) < 10 and str(int(number)) == number
     if contrast not in CONTRASTS or not is_index or int(number) >= n_cvs:
         raise BadInput(f"{where}: this run has no pair {str(raw['id'])[:80]!r}")
     if bad := [raw[aspect] for aspect in ASPECTS if raw[aspect] not in ("A", "B", "tie")]:

@@ -87,7 +87,8 @@ def code_of(name):
     own = {"sft": ["sft.py"], "ppo": ["ppo.py"], "evaluate": measured,
            "recommend": [*measured, "measure/recommend.py"]}
     files = ["girl.py", "data.py", "model.py", "reward.py", "aids.py", "plumbing/files.py",
-             "plumbing/stage.py", "plumbing/texts.py", "plumbing/weights.py", *own.get(name, [])]
+             "plumbing/inputs.py", "plumbing/records.py", "plumbing/stage.py", "plumbing/texts.py",
+             "plumbing/tokenizer.py", "plumbing/weights.py", *own.get(name, [])]
     return {file: code_checksum(HOME / file) for file in files}
 
 

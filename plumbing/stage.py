@@ -318,8 +318,11 @@ def check_same(folder, how, was, asked, inputs):
     remedy = "use the same again, choose another folder, or delete this one"
     if flags := differences(was["asked"], asked):
         name, old, new = flags[0]
-        raise BadInput(f"{folder}: was {how} with --{name.replace('_', '-')} {old}, not {new}; "
-                       f"{remedy}")
+        flag_name = "--" + name.replace("_", "-")
+        if name not in asked:
+            raise BadInput(f"{folder}: was {how} by another version of GIRL, with {flag_name} "
+                           f"{old}; choose another folder, or delete this one")
+        raise BadInput(f"{folder}: was {how} with {flag_name} {old}, not {new}; {remedy}")
     if files := differences(was["inputs"], inputs):
         raise BadInput(f"{folder}: was {how} with another {files[0][0]}; {remedy}")
 

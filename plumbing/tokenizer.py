@@ -29,9 +29,18 @@ def ids_of(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def find_specials(tokenizer, template, eos=None):
-    """The Specials of a tokenizer. `eos`: the token that ends a JD. `template`: the pieces of the
-    prompt for a model without ChatML.
+def template_ids(tokenizer, pieces):
+    """Token ids of pieces of a prompt template, each of which may be one of ChatML's tokens."""
+    ids = []
+    for piece in pieces:
+        special = piece in (TURN, END_OF_TURN)
+        ids += [tokenizer.token_to_id(piece)] if special else ids_of(tokenizer, piece)
+    return ids
+
+
+def find_specials(tokenizer, template, chat_template, eos=None):
+    """The Specials of a tokenizer. `eos`: the token that ends a JD. The two templates: the pieces
+    of the prompt without ChatML, and with it.
 
     CV and JD become a user's turn and the answer if `eos` is ChatML's end of turn, or if no `eos`
     is given and the vocabulary has ChatML. A vocabulary may have ChatML's tokens though its model
@@ -41,15 +50,14 @@ def find_specials(tokenizer, template, eos=None):
     begin = list(takewhile(set(special.values()).__contains__, tokenizer.encode("a").ids))
     chatml = TURN in special and END_OF_TURN in special and eos in (None, special[END_OF_TURN])
     if chatml:
-        eos, space, used = special[END_OF_TURN], "", {special[TURN], *begin}
+        eos, space, template = special[END_OF_TURN], "", chat_template
     else:
         eos = tokenizer.token_to_id(EOS) if eos is None else eos
         # With a space before it, a first word has the same token as anywhere else. Some tokenizers
         # (SentencePiece's) put this space there themselves.
         first_token = tokenizer.id_to_token(ids_of(tokenizer, "a")[0]) or ""
         space = "" if first_token.startswith("\u2581") else " "
-        pieces = [piece for part in template for piece in part]
-        used = {*begin, *(i for piece in pieces for i in ids_of(tokenizer, piece))}
+    used = {*begin, *(i for part in template for i in template_ids(tokenizer, part))}
     # Pad with a token that no text contains. End-of-text would hide where a padded row ends.
     unknown = {"<unk>", getattr(tokenizer.model, "unk_token", None)} - {TURN, END_OF_TURN}
     spare = [i for t, i in special.items() if i not in {eos, *used} and t not in unknown]
@@ -156,8 +164,8 @@ def for_text(codec):
     if codec.chatml:
         boundary = codec.template[0][-1]
     else:
-        before += " "
         boundary = r"\A{}|{}\z".format(before, after.replace("\n", r"\n"))
+        before += " "                                   # belongs to the CV's first token
     plain, splitting = (Tokenizer.from_str(codec.tokenizer.to_str()) for _ in range(2))
     steps = [pre_tokenizers.Split(Regex(boundary), "isolated")]
     if plain.pre_tokenizer is not None:

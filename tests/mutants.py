@@ -308,7 +308,7 @@ def main():
     killed = 0
     with tempfile.TemporaryDirectory() as folder:
         for part in ("tests", "measure", "plumbing"):
-            shutil.copytree(HERE / part, f"{folder}/{part}", ignore=shutil.ignore_patterns("__*"))
+            shutil.copytree(HERE / part, f"{folder}/{part}", ignore=shutil.ignore_patterns("__pycache__"))
         for path in HERE.glob("*.py"):
             shutil.copy(path, folder)
         code, said = pytest(folder, *{test for test, *_ in chosen})

@@ -460,18 +460,6 @@ def test_a_loop_of_links_is_refused(model, capsys):
     refused(capsys, try_it(model), "not a model's folder")
 
 
-@pytest.mark.parametrize("change", [lambda t: t | {"more": torch.ones(1)}, lambda t: {"weight": t["weight"]}, lambda t: t | {"weight": torch.ones(1, 7)},
-                                    lambda t: t | {"bias": torch.ones(1, dtype=torch.int64)}])
-def test_a_head_that_does_not_fit_is_refused(whole, tmp_path, capsys, change):
-    shutil.copytree(whole / "run" / "sft", tmp_path / "run" / "sft")
-    path = tmp_path / "run" / "sft" / "reader.safetensors"
-    save_file(change(load_tensors(path)), path)
-    summary = {k: v for k, v in json.loads((path.parent / "summary.json").read_text()).items() if k != "checksum"}
-    summary["sha256"]["reader.safetensors"] = girl.sha256(path)
-    girl.write_json(path.parent / "summary.json", with_checksum(summary))
-    refused(capsys, argv("reward", tmp_path / "run", whole / "data"), "reader.safetensors: does not fit its config")
-
-
 def test_a_summary_does_not_make_us_read_elsewhere(whole, model, capsys):
     """Its checksum is right, and it names a file of another folder."""
     for summary in ({"sha256": {"../cv.txt": "0"}}, {"sha256": ["x"]}, {"asked": 3}):

@@ -420,6 +420,29 @@ def test_gpt_2s_cut_is_the_one_that_needs_help():
     assert for_text(codec)[0].encode(text, add_special_tokens=False).ids == codec.prompt("Cook")
 
 
+def test_a_tokenizer_that_would_join_the_cv_and_the_plain_template_is_made_to_split_them():
+    """A full stop and a line end are one token of Qwen's cut: here the CV's last character and the template's first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = CUTS["qwen"], decoders.ByteLevel()
+    tokenizer.train_from_iterator([f"CV: Cook, {n} years.\nJD: cook" for n in range(50)], trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|pad|>", EOS], show_progress=False))
+    codec = Codec(plain_text_only(tokenizer), 500, 500)
+    text = codec.tokenizer.decode(codec.prompt("Cook, 9 years."), skip_special_tokens=False)
+    assert tokenizer.encode(text, add_special_tokens=False).ids != codec.prompt("Cook, 9 years.")
+    splitting, template = for_text(codec)
+    assert template and splitting.encode(text, add_special_tokens=False).ids == codec.prompt("Cook, 9 years.")
+
+
+def test_no_token_of_the_chat_template_fills_rows_up():
+    """Of the special tokens the first that the template does not use."""
+    words = ["[UNK]", "user", "assistant", "<|spare|>", TURN, END_OF_TURN]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(words[1:])
+    codec = Codec(tokenizer, 9, 9)
+    assert codec.chatml and codec.pad == words.index("<|spare|>") and codec.pad not in codec.before + codec.after
+
+
 def test_a_tokenizer_that_cannot_write_the_prompt_as_text_gets_no_template(tmp_path):
     tokenizer = Tokenizer(models.BPE({"\u2581": 0, "a": 1, "<unk>": 2}, [], unk_token="<unk>"))
     tokenizer.add_special_tokens(["<unk>", EOS])

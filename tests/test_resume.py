@@ -123,13 +123,22 @@ def test_a_ppo_state_of_an_earlier_version_is_refused_in_one_line(whole, tmp_pat
     state = files.read_checked(folder / "state.json", "")
     state["asked"] |= {"value_clip": 0.2, "value_coef": 0.5}
     files.write_json(folder / "state.json", files.with_checksum(state))
-    refused(capsys, command, f"{folder}: was begun with --value-clip 0.2, not None; ", "delete this one")
+    refused(capsys, command, f"{folder}: was begun by another version of GIRL, with --value-clip 0.2; ", "delete this one")
     tensors = folder / state["tensors"]
     files.save_tensors(tensors, {name.replace("critic.", "more.critic."): t for name, t in load_file(tensors).items()})
     for name in ("value_clip", "value_coef"):
         del state["asked"][name]
     files.write_json(folder / "state.json", files.with_checksum(state | {"sha256": files.sha256(tensors)}))
     refused(capsys, command, f"{tensors}: of another model or version, critic.xx is missing or has another shape; delete {folder} to start")
+
+
+def test_code_that_changed_anywhere_but_in_a_later_stage_is_noted():
+    """Of a stage every file that it can depend on is noted."""
+    noted = set(plumbing.inputs.code_of("ppo")) | set(plumbing.inputs.code_of("recommend"))
+    root = plumbing.inputs.HOME
+    files = {str(path.relative_to(root)) for folder in (root, root / "plumbing", root / "measure") for path in folder.glob("*.py")}
+    others = {"market.py", "measure/demo.py", "plumbing/table.py", "plumbing/plan.py", "measure/__init__.py", "plumbing/__init__.py"}
+    assert noted == files - others
 
 
 def test_a_stage_cut_while_it_saves_goes_on_from_the_state_before(whole, tmp_path, monkeypatch):

@@ -278,5 +278,5 @@ def test_a_checkout_has_unix_line_ends_whatever_git_is_told(tmp_path):
     git("add", "-A")
     git("commit", "-qm", "all")
     git("clone", "-q", ".", "../two")
-    assert {"train.sh", "setup.sh", "test.sh", "requirements.txt", "run.py"} <= set(names)
+    assert {"train.sh", "setup.sh", "test.sh", "requirements.txt", "girl.py"} <= set(names)
     assert [name for name in names if b"\r" in (tmp_path / "two" / name).read_bytes()] == []

@@ -1,0 +1,1 @@
+"""What every stage needs around its mathematics: files, folders, weights, tokenizers, tables."""

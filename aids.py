@@ -43,10 +43,11 @@ class Optimizer:
         rest = [p for p in trained.values() if id(p) not in is_matrix]
         self.parameters, self.flags, self.steps = matrices + rest, flags, steps
         adamw = torch.optim.AdamW(rest, lr=flags.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        self.parts, self.peaks = [adamw], [flags.lr]
+        self.optimizers, self.peak_lrs = [adamw], [flags.lr]
         if matrices:
             muon = torch.optim.Muon(matrices, lr=flags.matrix_lr, weight_decay=0.0, ns_steps=3)
-            self.parts, self.peaks = [muon, adamw], [flags.matrix_lr, flags.lr]
+            self.optimizers = [muon, adamw]
+            self.peak_lrs = [flags.matrix_lr, flags.lr]
 
     def clip(self):
         """Scale the gradients down to the largest norm that the flags allow. Returns the norm that
@@ -55,14 +56,14 @@ class Optimizer:
 
     def step(self, step):
         """Set the learning rates of this step (0 to steps - 1), update, and clear the gradients."""
-        factor = cosine(step, self.steps, self.flags.warmup)
-        for part, peak in zip(self.parts, self.peaks):
-            part.param_groups[0]["lr"] = peak * factor
-            part.step()
-            part.zero_grad()
+        factor = lr_factor(step, self.steps, self.flags.warmup)
+        for optimizer, peak_lr in zip(self.optimizers, self.peak_lrs):
+            optimizer.param_groups[0]["lr"] = peak_lr * factor
+            optimizer.step()
+            optimizer.zero_grad()
 
 
-def cosine(step, steps, warmup):
+def lr_factor(step, steps, warmup):
     """Factor on the learning rate: linear warm-up, then half a cosine, which is 0 after the last
     step."""
     if step < warmup:

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from plumbing.records import decisions, half, halves_by_group, made_of_table, read_import
-from plumbing.tokenizer import (END_OF_TURN, EOS, PAD, TURN, encode, find_specials,
+from plumbing.tokenizer import (END_OF_TURN, EOS, PAD, TURN, checked_ids, find_specials,
                                 plain_text_only, template_ids, tokenizer_of)
 
 
@@ -96,14 +96,14 @@ class Codec:
         self.before = self.begin + template_ids(tokenizer, before)
         self.after = template_ids(tokenizer, after)
         self.cut_cvs, self.cut_jds = set(), set()       # truncated texts
-        self.ids = {}                       # most texts occur many times: each is encoded once
+        self.ids_of_text = {}               # most texts occur many times: each is encoded once
 
     def encode(self, text):
-        if text not in self.ids:
-            ids = encode(self.tokenizer, self.space + text)
+        if text not in self.ids_of_text:
+            ids = checked_ids(self.tokenizer, self.space + text)
             # Some tokenizers find special tokens even in plain text.
-            self.ids[text] = [t for t in ids if t not in self.control]
-        return self.ids[text]
+            self.ids_of_text[text] = [t for t in ids if t not in self.control]
+        return self.ids_of_text[text]
 
     def prompt(self, cv):
         ids = self.encode(cv)

@@ -84,14 +84,14 @@ def rotary_table(positions, D, theta, scaling=None):
     al. 2024, arXiv 2407.21783). Pairs that turn fewer than low_freq_factor times within the
     original context turn `factor` times slower. Pairs that turn more than high_freq_factor times
     stay as they are. Between the two there is a ramp."""
-    powers = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D    # [D/2]
-    frequencies = theta ** -powers                                                  # [D/2]
+    exponents = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D     # [D/2]
+    frequencies = theta ** -exponents                                               # [D/2]
     if scaling:
         context = scaling["original_max_position_embeddings"]
         turns = context * frequencies / (2 * math.pi)                               # [D/2]
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        stays = ((turns - low) / (high - low)).clamp(0, 1)                          # [D/2]
-        frequencies = frequencies * (stays + (1 - stays) / scaling["factor"])
+        kept = ((turns - low) / (high - low)).clamp(0, 1)                           # [D/2]
+        frequencies = frequencies * (kept + (1 - kept) / scaling["factor"])
     angles = positions[..., None].float() * frequencies                             # [..., D/2]
     angles = torch.cat((angles, angles), dim=-1)                                    # [..., D]
     return angles.cos(), angles.sin()
@@ -307,9 +307,9 @@ class Cache:
         self.k, self.v = self.k[rows], self.v[rows]
 
 
-def rows_that_fit(most, numbers):
-    """Rows per batch: from 1 to `most`, so that `numbers` float32 numbers each fit into 1 GiB."""
-    return max(1, min(most, 2 ** 28 // numbers))
+def rows_that_fit(most, floats_per_row):
+    """Rows per batch, from 1 to `most`, so that together they need at most 1 GiB."""
+    return max(1, min(most, 2 ** 28 // floats_per_row))
 
 
 def cache_size(c, T):
@@ -377,15 +377,15 @@ def generate(model, prompts, max_new, temperature=1.0, top_p=1.0, generator=None
         if not logits.max().isfinite():     # NaN is larger than any number
             raise NotFinite("the model's logits are not finite: its training diverged (lower its "
                             "--lr), or its weights are damaged")
-        for b, v in zip(alive.tolist(), token.tolist()):
-            outputs[b].append(v)
-        going = (token != c.eos_token_id).nonzero().squeeze(1)
-        if len(going) == 0:
+        for index, token_id in zip(alive.tolist(), token.tolist()):
+            outputs[index].append(token_id)
+        unfinished = (token != c.eos_token_id).nonzero().squeeze(1)
+        if len(unfinished) == 0:
             break
-        if len(going) < len(alive):
-            alive, token, mask = alive[going], token[going], mask[going]
+        if len(unfinished) < len(alive):
+            alive, token, mask = alive[unfinished], token[unfinished], mask[unfinished]
             for cache in caches:
-                cache.keep(going)
+                cache.keep(unfinished)
         ids = token[:, None]                                                        # [alive, 1]
     return outputs
 

@@ -243,7 +243,7 @@ def before_each_token(rollout):
     return (at >= 0) & (at < rollout.mask.sum(1)[:, None])
 
 
-def in_rows(x, rollout):
+def to_rows(x, rollout):
     """Put numbers of the real response tokens, [tokens, ...], into the rows of the responses,
     [B, R, ...]; pads are 0."""
     rows = x.new_zeros(*rollout.mask.shape, *x.shape[1:])                           # [B, R, ...]
@@ -269,7 +269,7 @@ def evaluate_policy(lm, rollout, temperature):
     """log pi and entropy of each response token: [B, R] both."""
     states, tokens = response_states(lm.model, rollout), rollout.tokens[rollout.mask]
     logp, entropy = log_probs(lm, states, tokens, temperature)                      # [tokens] both
-    return in_rows(logp, rollout), in_rows(entropy, rollout)
+    return to_rows(logp, rollout), to_rows(entropy, rollout)
 
 
 @torch.no_grad()
@@ -288,7 +288,7 @@ def score_responses(reward_model, rollout, eos, cut_off_score):
     finished = rollout.tokens[rows, lengths - 1] == eos                             # [B]
     scores = torch.where(finished, scores, torch.full_like(scores, cut_off_score))  # [B]
     states = hidden[before_each_token(rollout)].float()                             # [tokens, C]
-    return scores, finished, in_rows(states, rollout).cumsum(1)
+    return scores, finished, to_rows(states, rollout).cumsum(1)
 
 
 # ------------------------------------------------------------------------------- steps 1 to 3
@@ -442,24 +442,24 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
     saved = stage.resume({"policy": policy, "critic": critic}, [optimizer])
     controller = KLController(saved.get("beta", flags.kl_coef), flags.kl_target, flags.kl_horizon)
 
-    def draw_cvs(draw):
-        return [cvs[k] for k in torch.randperm(len(cvs), generator=draw)[:flags.episodes]]
+    def draw_cvs(rng):
+        return [cvs[k] for k in torch.randperm(len(cvs), generator=rng)[:flags.episodes]]
 
-    def roll(chosen, when):
+    def new_rollout(chosen, when):
         prompts = [codec.prompt(cv) for cv in chosen]
-        draw = generator(seed, "ppo-sample", when, device=device)
+        rng = generator(seed, "ppo-sample", when, device=device)
         return roll_out(policy, reference, reward_model, critic, prompts, codec, flags,
-                        controller.beta, draw, device)
+                        controller.beta, rng, device)
     if not saved:                           # samples of the SFT model, for the critic alone
-        roll(draw_cvs(generator(seed, "ppo", "critic")), "critic")
+        new_rollout(draw_cvs(generator(seed, "ppo", "critic")), "critic")
 
     for i in range(stage.step, flags.iterations):
-        draw = generator(seed, "ppo", i)
-        chosen = draw_cvs(draw)
+        rng = generator(seed, "ppo", i)
+        chosen = draw_cvs(rng)
         optimizer.param_groups[0]["lr"] = flags.lr * (1 - i / flags.iterations)
         try:
-            rollout, log = roll(chosen, i)
-            log |= update(policy, optimizer, rollout, flags, draw, device)
+            rollout, log = new_rollout(chosen, i)
+            log |= update(policy, optimizer, rollout, flags, rng, device)
         except NotFinite:
             stage.not_finite(i + 1, chosen, "lower --lr or raise --kl-coef")
         controller.update(log["kl"], len(chosen))

@@ -108,14 +108,14 @@ def comparisons(accepted):
     return [(i, j) for i in chosen for j in rejected]
 
 
-def make_groups(records, indices, codec):
+def make_groups(records, index_groups, codec):
     """Token rows of these groups (lists of indices of records), and how many rejected rows were
     dropped: after truncation they equal an accepted row of their group, and a comparison of equals
     teaches nothing."""
     groups, dropped = [], 0
-    for group in indices:
-        rows = [(codec.prompt(records[i].cv), codec.jd(records[i].jd)) for i in group]
-        accepted = [records[i].accepted for i in group]
+    for indices in index_groups:
+        rows = [(codec.prompt(records[i].cv), codec.jd(records[i].jd)) for i in indices]
+        accepted = [records[i].accepted for i in indices]
         chosen = [row for row, yes in zip(rows, accepted) if yes]
         keep = [k for k, row in enumerate(rows) if accepted[k] or row not in chosen]
         dropped += len(rows) - len(keep)
@@ -192,14 +192,15 @@ def train(model, codec, records, flags, seed, stage, device):
               f"{len(codec.cut_jds)} JDs")
     model.model.checkpointing = flags.checkpointing
     optimizer = Optimizer(model, flags, stage.total(flags.steps))
-    stage.resume({"model": model}, optimizer.parts)
+    stage.resume({"model": model}, optimizer.optimizers)
     lengths = [max(len(prompt) + len(jd) for prompt, jd in group.rows) for group in groups]
     batches = schedule(lengths, flags.groups, flags.steps, seed, stage.name)
     for step in range(stage.step, flags.steps):
-        draw = generator(seed, stage.name, step)
-        batch = [subsample(groups[i], flags.max_group, draw) for i in batches[step]]
+        rng = generator(seed, stage.name, step)
+        batch = [subsample(groups[i], flags.max_group, rng) for i in batches[step]]
         loss, accuracy = reward_step(model, batch, flags, device)
-        if not np.isfinite(loss + optimizer.clip()):
+        norm = optimizer.clip()
+        if not np.isfinite(loss + norm):
             cvs = [codec.cv(group.rows[0][0]) for group in batch]
             stage.not_finite(step + 1, cvs, "lower --lr and --matrix-lr")
         optimizer.step(step)
@@ -298,15 +299,15 @@ def standardize(model, scores):
     model.center = float(raw.mean()) / std
 
 
-def sample_texts(lm, codec, cvs, n, seed, stage, device, batch_size=128):
+def sample_rows(lm, codec, cvs, n, seed, stage, device, batch_size=128):
     """Token rows prompt + JD of one sample for each of n random CVs."""
     order = torch.randperm(len(cvs), generator=generator(seed, stage.name, "cvs"))[:n].tolist()
     prompts, rows = [codec.prompt(cvs[i]) for i in order], []
     for k in range(0, len(prompts), batch_size):
         part = prompts[k:k + batch_size]
-        draw = generator(seed, stage.name, "samples", k, device=device)
+        rng = generator(seed, stage.name, "samples", k, device=device)
         with autocast(device):
-            responses = generate(lm, part, codec.max_jd, generator=draw)
+            responses = generate(lm, part, codec.max_jd, generator=rng)
         rows += [prompt + response for prompt, response in zip(part, responses)]
     return rows
 
@@ -349,7 +350,7 @@ def run(stage, folder, data, flags, seed, device):
     train(model, codec, records, flags, seed, stage, device)
 
     cvs = sorted({r.cv for r in records})
-    samples = sample_texts(lm, codec, cvs, flags.samples, seed, stage, device)
+    samples = sample_rows(lm, codec, cvs, flags.samples, seed, stage, device)
     if not any(row[-1] == codec.eos for row in samples):
         stage.say(f"{name}: none of {len(samples)} samples of stage 1 ended within {codec.max_jd} "
                   "tokens, so the score is standardized on truncated JDs; train stage 1 longer, or "

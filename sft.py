@@ -78,20 +78,20 @@ def sft_loss(model, reader, examples, device):
     at = torch.arange(ids.shape[1], device=device)                                  # [T]
     in_jd = (at >= starts[:, None]) & (at < lengths[:, None])                       # [B, T]
     # The state before a token predicts it.
-    to_write = in_jd[:, 1:]                                                         # [B, T-1]
-    before_it = F.pad(to_write, (0, 1))                                             # [B, T]
+    is_target = in_jd[:, 1:]                                                        # [B, T-1]
+    before_target = F.pad(is_target, (0, 1))                                        # [B, T]
     # The head is a small model's most expensive layer, so it is applied only at the states before
     # JD tokens. The last block's output is computed only there, and at the JD tokens for the
     # reader.
-    asked = before_it | in_jd                                                       # [B, T]
+    asked = before_target | in_jd                                                   # [B, T]
     with autocast(device):
         hidden = model.model(ids, asked=asked)                                      # [N, C]
-        logits = model.lm_head(hidden[before_it[asked]]).float()                    # [tokens, V]
-        loss = F.cross_entropy(logits, ids[:, 1:][to_write], reduction="sum")
+        logits = model.lm_head(hidden[before_target[asked]]).float()                # [tokens, V]
+        loss = F.cross_entropy(logits, ids[:, 1:][is_target], reduction="sum")
         reading = torch.zeros(())
         if reader:
             reading = reading_loss(reader, hidden[in_jd[asked]], examples)
-    return loss, int(to_write.sum()), reading
+    return loss, int(is_target.sum()), reading
 
 
 @torch.no_grad()
@@ -136,12 +136,13 @@ def train(model, reader, codec, pairs, valid, flags, seed, stage, device):
     steps_per_epoch = math.ceil(len(pairs) / flags.batch)
     steps = max(1, round(flags.epochs * steps_per_epoch))
     optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(steps))
-    stage.resume({"model": model, "reader": reader}, optimizer.parts)
+    stage.resume({"model": model, "reader": reader}, optimizer.optimizers)
     batches = schedule([len(e.prompt) + len(e.jd) for e in pairs], flags.batch, steps, seed)
     for step in range(stage.step, steps):
         batch = [pairs[i] for i in batches[step]]
         loss, reading = sft_step(model, reader, batch, flags, device)
-        if not math.isfinite(loss + reading + optimizer.clip()):
+        norm = optimizer.clip()
+        if not math.isfinite(loss + reading + norm):
             cvs = [codec.cv(e.prompt) for e in batch]
             stage.not_finite(step + 1, cvs, "lower --lr and --matrix-lr")
         optimizer.step(step)
@@ -159,9 +160,9 @@ def validate(model, codec, valid, epoch, step, seed, stage, device):
     nll = mean_nll(model, valid, codec, device)
     if not nll < 700:                       # its perplexity would be NaN or overflow
         stage.not_finite(step, [cv for cv, _ in valid], "lower --lr and --matrix-lr")
-    cv, draw = valid[0][0], generator(seed, "sft-look", epoch - 1, device=device)
+    cv, rng = valid[0][0], generator(seed, "sft-look", epoch - 1, device=device)
     with torch.no_grad(), autocast(device):
-        sample, = generate(model, [codec.prompt(cv)], codec.max_jd, generator=draw)
+        sample, = generate(model, [codec.prompt(cv)], codec.max_jd, generator=rng)
     stage.say(f"sft epoch {epoch}: train loss {stage.mean('loss', 100):.4f}, valid NLL {nll:.4f}, "
               f"perplexity {math.exp(nll):.3f}\n"
               f"--- a sample\n{cv}\n->\n{codec.text(sample)}\n---")

@@ -68,7 +68,7 @@ def find_specials(tokenizer, template, chat_template, eos=None):
     return Specials(chatml, eos, pad, begin, space, control)
 
 
-def encode(tokenizer, text):
+def checked_ids(tokenizer, text):
     """Token ids of a text, without special tokens."""
     try:
         return ids_of(tokenizer, text)

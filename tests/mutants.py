@@ -86,16 +86,16 @@ MUTANTS = {
         (12, "ppo.py", "states = hidden[before_each_token(rollout)].float()",
          "states = hidden.roll(-1, 1)[before_each_token(rollout)].float()",
          "values are read where the token itself can be seen"),
-        (12, "ppo.py", "in_rows(states, rollout).cumsum(1)", "in_rows(states, rollout).roll(-1, 1).cumsum(1)",
+        (12, "ppo.py", "to_rows(states, rollout).cumsum(1)", "to_rows(states, rollout).roll(-1, 1).cumsum(1)",
          "a value knows the token that it is the baseline for"),
         (12, "ppo.py", "parts.append((logp, ref_logp, *scored))",
-         "parts.append((logp, ref_logp, *scored[:2], in_rows(response_states(policy.model, part), part)))",
+         "parts.append((logp, ref_logp, *scored[:2], to_rows(response_states(policy.model, part), part)))",
          "the critic reads the policy's states, which move")],
     "test_ppo.py::test_12_a_value_depends_on_no_later_token": [
         (12, "ppo.py", "states = hidden[before_each_token(rollout)].float()",
          "states = (hidden + hidden.mean(1, keepdim=True))[before_each_token(rollout)].float()",
          "a value knows the whole text"),
-        (12, "ppo.py", "in_rows(states, rollout).cumsum(1)", "in_rows(states, rollout).flip(1).cumsum(1).flip(1)",
+        (12, "ppo.py", "to_rows(states, rollout).cumsum(1)", "to_rows(states, rollout).flip(1).cumsum(1).flip(1)",
          "a value knows the tokens that come")],
     "test_ppo.py::test_13_after_the_first_end_of_text_all_is_pad_and_masked": [
         (13, "ppo.py", "torch.arange(tokens.shape[1]) < lengths[:, None]",
@@ -193,7 +193,7 @@ MUTANTS = {
          "explained_variance(critic.values(sums), advantages + values, mask)",
          "the variance that is explained is that of the fit's own data")],
     "test_ppo.py::test_27_before_iteration_1_the_critic_reads_a_rollout_of_the_sft_model_that_is_not_trained_on": [
-        (27, "ppo.py", 'roll(draw_cvs(generator(seed, "ppo", "critic")), "critic")', "pass",
+        (27, "ppo.py", 'new_rollout(draw_cvs(generator(seed, "ppo", "critic")), "critic")', "pass",
          "iteration 1 has no critic")],
     "test_ppo.py::test_27_the_critic_moves_no_state_and_no_weight_of_the_reward_model": [
         (27, "ppo.py", "reward_model.eval().requires_grad_(False)", "reward_model.eval()",
@@ -202,7 +202,7 @@ MUTANTS = {
         (27, "ppo.py", "Critic(reward_model.config", "Critic(policy.config", "the policy's size")],
     "test_weights.py::test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_policy_s": [
         (27, "ppo.py", "parts.append((logp, ref_logp, *scored))",
-         "parts.append((logp, ref_logp, *scored[:2], in_rows(response_states(policy.model, part), part)))",
+         "parts.append((logp, ref_logp, *scored[:2], to_rows(response_states(policy.model, part), part)))",
          "the policy's adapters for the critic")],
     "test_resume.py::test_an_iteration_of_ppo_that_was_cut_short_is_done_again_from_the_state_before_it": [
         (27, "ppo.py", '{"policy": policy, "critic": critic}', '{"policy": policy, "critic": Critic(critic.xx.shape[0] - 1)}',

@@ -154,7 +154,7 @@ def test_10_rollout_samples_the_full_distribution(policy, reference, reward_mode
     """Some tokens lie outside the nucleus that holds 80 % of the probability; about one in five should."""
     e, _, _ = roll(policy, reference, reward_model, prompts * 4, codec)
     with torch.no_grad():
-        probs = ppo.in_rows(policy.lm_head(ppo.response_states(policy.model, e)).softmax(-1), e)    # [B, R, V]
+        probs = ppo.to_rows(policy.lm_head(ppo.response_states(policy.model, e)).softmax(-1), e)    # [B, R, V]
     own = probs.gather(-1, e.tokens[..., None])                                              # [B, R, 1]
     more_likely = (probs * (probs > own)).sum(-1)           # probability of all tokens before this one
     outside = float(((more_likely >= 0.8) & e.mask).sum() / e.mask.sum())

@@ -229,7 +229,7 @@ def test_a_signal_after_the_last_step_ends_the_stage_at_once(whole, tmp_path, mo
     """The last step is saved always: nothing is lost, and `train` does not begin the next stage."""
     folder, command = begin(whole, tmp_path, "reward") / "reward", argv("reward", tmp_path / "run", whole / "data", "--save-seconds", "60")
     with monkeypatch.context() as m:
-        m.setattr(girl.reward, "sample_texts", lambda *args: os.kill(os.getpid(), number) or time.sleep(5))
+        m.setattr(girl.reward, "sample_rows", lambda *args: os.kill(os.getpid(), number) or time.sleep(5))
         assert girl.main(command) == 130
     assert read_json(folder / "state.json")["step"] == 10 and not (folder / "summary.json").exists()
     assert "resume after step 10 of 10" in capsys.readouterr().out
@@ -549,7 +549,7 @@ def test_a_stage_whose_folder_was_taken_away_does_not_write_into_another(whole, 
         refused(capsys, command, "run/reward: was deleted or moved while reward was running")
     assert not list(folder.iterdir())
     with monkeypatch.context() as m:            # also after the last step, while samples are scored
-        m.setattr(girl.reward, "sample_texts", lambda *args: shutil.rmtree(folder) or folder.mkdir() or [])
+        m.setattr(girl.reward, "sample_rows", lambda *args: shutil.rmtree(folder) or folder.mkdir() or [])
         m.setattr(girl.reward, "standardize", lambda *args: None)
         refused(capsys, command, "run/reward: was deleted or moved while reward was running")
     assert not list(folder.iterdir())

@@ -15,7 +15,7 @@ import reward
 from conftest import CVS
 from data import Record, pad_right
 from model import RewardModel
-from aids import add_averaging_block, Optimizer, cosine
+from aids import Optimizer, add_averaging_block, lr_factor
 from plumbing.stage import generator
 from plumbing.weights import load_model, save_model
 
@@ -306,17 +306,17 @@ def test_matrices_of_layers_have_their_own_rate_and_all_rates_follow_the_schedul
     optimizer, rates = Optimizer(both, flags, 10), []
     for step in range(10):
         optimizer.step(step)
-        rates.append([part.param_groups[0]["lr"] for part in optimizer.parts])
-    factors = [cosine(step, 10, 4) for step in range(10)]
+        rates.append([part.param_groups[0]["lr"] for part in optimizer.optimizers])
+    factors = [lr_factor(step, 10, 4) for step in range(10)]
     assert rates == [pytest.approx([0.03 * factor, 0.5 * factor]) for factor in factors]
 
     def parameters(part):
         return {id(p) for p in part.param_groups[0]["params"]}
-    assert all(part.param_groups[0]["weight_decay"] == 0 for part in optimizer.parts)
-    matrices, rest = map(parameters, optimizer.parts)
+    assert all(part.param_groups[0]["weight_decay"] == 0 for part in optimizer.optimizers)
+    matrices, rest = map(parameters, optimizer.optimizers)
     assert matrices == {id(p) for n, p in both.named_parameters() if n.endswith("proj.weight")}
     assert matrices | rest == {id(p) for p in both.parameters()} and not matrices & rest
-    [alone] = Optimizer(both, replace(flags, matrix_lr=0.0), 10).parts     # AdamW for all
+    [alone] = Optimizer(both, replace(flags, matrix_lr=0.0), 10).optimizers     # AdamW for all
     assert parameters(alone) == matrices | rest
 
 
@@ -438,11 +438,11 @@ def test_07_the_samples_are_of_different_cvs_drawn_from_the_full_distribution(
         asked.add((temperature, top_p))
         return sample(logits, temperature, top_p, draw)
     monkeypatch.setattr(model, "sample", noted)
-    rows = reward.sample_texts(policy, codec, CVS, 5, 0, stage, CPU, batch_size=2)
+    rows = reward.sample_rows(policy, codec, CVS, 5, 0, stage, CPU, batch_size=2)
     prompts = [codec.prompt(cv) for cv in CVS]
     found = {k for k, p in enumerate(prompts) for row in rows if row[:len(p)] == p and row[len(p):]}
     assert len(found) == len(rows) == 5 and asked == {(1.0, 1.0)}
-    same = reward.sample_texts(policy, codec, CVS[:1] * 6, 6, 0, stage, CPU, batch_size=2)
+    same = reward.sample_rows(policy, codec, CVS[:1] * 6, 6, 0, stage, CPU, batch_size=2)
     assert same[:2] != same[2:4] != same[4:]                # each part has draws of its own
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import girl
 import plumbing.stage
 from plumbing import files
-from aids import cosine
+from aids import lr_factor
 from plumbing.files import BadInput, read_json, save_tensors, write_bytes, write_json
 from plumbing.stage import Stage, code_checksum, finished, generator, pick_device, read_summary
 
@@ -267,7 +267,7 @@ def test_generators_of_many_steps_differ():
 # ------------------------------------------------------------------------------------------------ learning rate
 def test_cosine_schedule_by_hand():
     # 4 steps of warm-up, then 8 down: half-way at step 8.
-    factors = [cosine(step, 12, 4) for step in range(13)]
+    factors = [lr_factor(step, 12, 4) for step in range(13)]
     assert factors[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert factors[6] == pytest.approx((1 + 0.5 ** 0.5) / 2)
     assert factors[8] == pytest.approx(0.5)
@@ -276,11 +276,11 @@ def test_cosine_schedule_by_hand():
 
 
 def test_cosine_schedule_at_its_edges():
-    assert cosine(0, 10, 0) == 1                        # no warm-up
-    assert cosine(10, 10, 0) == pytest.approx(0)
-    assert cosine(2, 3, 5) == pytest.approx(0.6)        # a run shorter than its warm-up
-    assert cosine(3, 3, 3) == 1
-    assert all(0 <= cosine(step, 7, 2) <= 1 for step in range(8))
+    assert lr_factor(0, 10, 0) == 1                        # no warm-up
+    assert lr_factor(10, 10, 0) == pytest.approx(0)
+    assert lr_factor(2, 3, 5) == pytest.approx(0.6)        # a run shorter than its warm-up
+    assert lr_factor(3, 3, 3) == 1
+    assert all(0 <= lr_factor(step, 7, 2) <= 1 for step in range(8))
 
 
 # ---------------------------------------------------------------------------------------------------------- a stage

@@ -117,8 +117,8 @@ BAD_SETS = {
     "a folder for a file": (lambda d: (d / "test.jsonl").unlink() or (d / "test.jsonl").mkdir(), "test.jsonl: no such file"),
     "a pipe for a file": (lambda d: fifo(d / "train.jsonl"), "train.jsonl: no such file"),
     "a link to nothing": (lambda d: dangling(d / "train.jsonl"), "train.jsonl: no such file"),
-    "nobody was accepted": (lambda d: (d / "train.jsonl").write_bytes(line(accepted=False)), "there is none in half A of train.jsonl"),
-    "nobody was accepted in valid": (lambda d: (d / "valid.jsonl").write_bytes(line(accepted=False)), "there is none in valid.jsonl"),
+    "nobody was accepted": (lambda d: (d / "train.jsonl").write_bytes(line(accepted=False)), "there are none in half A of train.jsonl"),
+    "nobody was accepted in valid": (lambda d: (d / "valid.jsonl").write_bytes(line(accepted=False)), "there are none in valid.jsonl"),
     "a CV in train and test": (lambda d: (d / "test.jsonl").open("a").write(line(cv=texts_of(d, "train", "cv", 3), jd="x").decode()),
                                "its CV is in train.jsonl too"),
     "a JD in valid and test": (lambda d: (d / "test.jsonl").open("a").write(line(jd=texts_of(d, "valid", "jd"), cv="x").decode()),
@@ -490,7 +490,7 @@ def test_adapters_of_an_absurd_rank_are_refused_before_memory_is_taken(whole, tm
     config = json.loads(path.read_text())
     for name in ("num_hidden_layers", "vocab_size", "head_dim"):
         path.write_text(json.dumps(config | {name: config[name] + 2}))
-        refused(capsys, try_it(tmp_path / "model"), f"girl.json: {name} is {config[name] + 2}, and {config[name]} in its base")
+        refused(capsys, try_it(tmp_path / "model"), f"girl.json: {name} is {config[name] + 2}, but {config[name]} in its base")
 
 
 # -------------------------------------------------------------------------------------------------------- random bytes

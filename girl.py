@@ -38,8 +38,8 @@ from model import LINEAR, LanguageModel, RewardModel, generate, is_target, merge
 from plumbing import table
 from plumbing.files import (BadInput, checksum, checksums, locked, read_json, sha256, with_checksum,
                             write_json)
-from plumbing.inputs import (BEFORE, DATA, check_rules, code_of, init_of, models_before, need,
-                             what_it_learns_from)
+from plumbing.inputs import (BEFORE, DATA, check_rules, code_of, init_of, inputs_of, models_before,
+                             need)
 from plumbing.plan import print_plan
 from plumbing.records import SPLITS, files_of
 from plumbing.stage import (Stage, autocast, check_same, differences, finished, flag, generator,
@@ -97,7 +97,7 @@ def write_for(args, device):
         jds = generate(model, prompts, codec.max_jd, temperature, args.top_p,
                        generator(args.seed, "generate", device=device))
     texts = [codec.text(jd) for jd in jds]
-    say_what_was_cut(args, codec)
+    report_truncated(args, codec)
     if args.reward:
         reward_model = load_model(args.reward, RewardModel, device).eval()
         reward_codec = load_codec(args.reward, reward_model.config)
@@ -116,10 +116,10 @@ def score_one(args, device):
     codec = load_codec(args.reward, model.config)
     cv, jd = (as_trained(read_text(path), model) for path in (args.cv, args.jd))
     print(f"{reward.score_texts(model, codec, [(cv, jd)])[0]:.4f}")
-    say_what_was_cut(args, codec)
+    report_truncated(args, codec)
 
 
-def say_what_was_cut(args, codec):
+def report_truncated(args, codec):
     if codec.cut_cvs:
         print(f"{args.cv}: the CV was truncated to {codec.max_cv} tokens", file=sys.stderr)
     if codec.cut_jds:
@@ -219,7 +219,7 @@ def run_stage(args, device):
             raise BadInput(f"{folder / split}.jsonl: no such file; make a data set with  "
                            f"python girl.py data --out {folder}")
     asked = {"seed": args.seed, **vars(flags)}
-    inputs = what_it_learns_from(run, folder, name, getattr(flags, "init", ""))
+    inputs = inputs_of(run, folder, name, getattr(flags, "init", ""))
     # PPO's iterations are few and long: it saves after each one.
     with Stage(run, name, 0 if name == "ppo" else args.save_seconds) as stage:
         if stage.begin(asked, inputs, code_of(name)):
@@ -282,7 +282,7 @@ def run_all(args, device):
     # Remove results of other models: the recommender's would be added to them.
     with locked(run, wait=True):
         evaluate.forget_others(run, {"seed": evaluation.seed, "split": evaluation.split,
-                                     "measured": what_is_measured(evaluation)})
+                                     "measured": measured_checksums(evaluation)})
     measures = [name for name in evaluate.MEASURES if not (args.quick and name == "recommend")]
     run_apart(run, {name: [name] + common for name in measures}, device)
     if args.smoke:
@@ -358,13 +358,13 @@ def is_done(run, name, command, device):
     return finished(run, name)
 
 
-def what_is_measured(args):
+def measured_checksums(args):
     """Checksums of the models, of the data, of all flags and inputs of `evaluate` or `recommend`,
     and of its code. (Not of --full, which adds measurements but changes none.)"""
     run, folder, _ = folders(args)
     without_effect = ("run", "data", "export_pairs", "verdicts", "full")
     flags = {name: value for name, value in vars(args).items() if name not in without_effect}
-    inputs = what_it_learns_from(run, folder, args.command)
+    inputs = inputs_of(run, folder, args.command)
     inputs["split"] = sha256(folder / f"{args.split}.jsonl")
     return {"models": checksum(models_before(run, "evaluate")),
             "data": checksum({file: inputs[file] for file in (*DATA, "split") if file in inputs}),
@@ -376,7 +376,7 @@ def is_measured(run, args):
     """Does results.json hold this measurement, for these models and flags? Says so if it does, and
     which code changed since."""
     try:
-        noted, now = evaluate.read_results(run)["measured"], what_is_measured(args)
+        noted, now = evaluate.read_results(run)["measured"], measured_checksums(args)
     except BadInput:                    # missing or damaged: measure again
         return False
     code = now.pop(f"{args.command} code")
@@ -403,7 +403,7 @@ def evaluate_run(args, device):
             return evaluate.add_verdicts(run, args.verdicts)
     if args.export_pairs and Path(args.export_pairs).exists():
         raise BadInput(f"{args.export_pairs}: exists already; choose another file")
-    measured = what_is_measured(args)
+    measured = measured_checksums(args)
     with locked(run / "evaluate"):
         evaluate.evaluate(run, folder, args.split, args.cvs, args.seed, device, truth, init_of(run),
                           args.export_pairs, measured)
@@ -426,7 +426,7 @@ def recommend_run(args, device):
             print(f"{args.cv}: the CV was truncated to {models.codec.max_cv} tokens",
                   file=sys.stderr)
     else:
-        flags, measured = from_args(recommend.RecommendFlags, args), what_is_measured(args)
+        flags, measured = from_args(recommend.RecommendFlags, args), measured_checksums(args)
         labels, held_out = read_half(folder, "B"), read_records(folder / f"{args.split}.jsonl")
         recommend.measure(run, folder, models, train, labels, held_out, args.split, flags,
                           args.full, truth, measured)

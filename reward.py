@@ -170,6 +170,7 @@ def schedule(lengths, size, steps, seed, name):
     its own."""
     batches, epoch = [], 0
     while len(batches) < steps:
+        # In reverse, as the first version took them: a seed keeps its result.
         batches += reversed(bucketed(lengths, size, generator(seed, name, "epoch", epoch)))
         epoch += 1
     return batches[:steps]

@@ -43,7 +43,7 @@ def models_before(run, name):
     return digests
 
 
-def what_it_learns_from(run, folder, name, init=""):
+def inputs_of(run, folder, name, init=""):
     """Checksums of a stage's inputs: the data, the stages before it, and the pretrained models that
     it and they began with."""
     check_folder(folder)

@@ -350,7 +350,7 @@ def skeleton(node):
     return [type(node).__name__, *filled]
 
 
-def what_helps(folder):
+def restore_remedy(folder):
     """The remedy if a file of a finished stage, or of a data set, is missing or changed."""
     if list(Path(folder).glob("*.jsonl")):
         return ("restore it, or make the data again; to use data that you edited, copy them "
@@ -360,7 +360,7 @@ def what_helps(folder):
 
 def read_summary(folder):
     """The summary.json of a finished stage, or of a data set."""
-    path, remedy = Path(folder) / "summary.json", what_helps(folder)
+    path, remedy = Path(folder) / "summary.json", restore_remedy(folder)
     summary = {"asked": {}, "inputs": {}, "sha256": {}} | read_checked(path, remedy)
     kinds = [type(summary[key]) for key in ("asked", "inputs", "sha256")]
     if kinds != [dict] * 3 or any("/" in name for name in summary["sha256"]):
@@ -372,7 +372,7 @@ def check_folder(folder):
     """Refuse a finished stage, or a data set, if one of its files has changed since."""
     if not (Path(folder) / "summary.json").exists():
         return                          # a model or data from elsewhere
-    remedy = what_helps(folder)
+    remedy = restore_remedy(folder)
     for name, digest in read_summary(folder)["sha256"].items():
         path = Path(folder) / name
         if not path.exists():

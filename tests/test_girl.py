@@ -1,4 +1,5 @@
 """End to end: the smoke run, its files, its determinism, and what the command line says to bad input."""
+import csv
 import json
 import os
 import re
@@ -102,14 +103,16 @@ def test_best_of_16_is_never_below_the_first_of_the_16(smoke):
 
 def test_generator_and_reward_model_learn_from_half_a_and_the_judge_from_half_b(smoke, monkeypatch):
     (a, _), _ = smoke
-    seen = {}
+    seen, learned = {}, {}
 
     def stop(name, cvs):
         seen[name] = {half(cv) for cv in cvs}
         raise BadInput(name)
 
-    monkeypatch.setattr(girl.reward, "train", lambda model, codec, records, flags, seed, stage, device:
-                        stop(stage.name, [r.cv for r in records]))
+    def stop_reward(model, codec, records, flags, seed, stage, device):
+        learned[stage.name] = records
+        stop(stage.name, [r.cv for r in records])
+    monkeypatch.setattr(girl.reward, "train", stop_reward)
     monkeypatch.setattr(girl.ppo, "train", lambda policy, reward_model, codec, cvs, *rest: stop("ppo", cvs))
     known = {json.loads(line)["cv"] for line in (a / "data" / "train.jsonl").open()}
     monkeypatch.setattr(sft, "train_tokenizer", lambda texts, vocab: stop("sft", known.intersection(texts)))
@@ -118,6 +121,17 @@ def test_generator_and_reward_model_learn_from_half_a_and_the_judge_from_half_b(
         with pytest.raises(BadInput), Stage(a, name) as stage:
             train(stage, a, a / "data", flags(), 0, CPU)
     assert seen == {"sft": {"A"}, "reward": {"A"}, "judge": {"B"}, "ppo": {"A"}}
+    # Reward model and judge learn from the hard negatives of their CVs, too.
+    decisions, negatives = (girl.read_records(a / "data" / f"{name}.jsonl") for name in ("train", "probes"))
+    for name, part in (("reward", "A"), ("judge", "B")):
+        assert sorted(learned[name]) == sorted(r for r in decisions + negatives if half(r.cv) == part)
+
+
+def test_ppo_logs_the_true_match_of_its_rollouts(smoke):
+    (a, _), _ = smoke
+    with (a / "ppo" / "metrics.csv").open() as file:
+        logged = [float(row["true_match"]) for row in csv.DictReader(file)]
+    assert len(logged) == 3 and all(0 <= x <= 0.95 for x in logged)
 
 
 def test_the_recommender_learns_from_half_b_and_is_tested_on_the_held_out_split(smoke, tmp_path, monkeypatch):
@@ -235,7 +249,7 @@ def test_data_for_which_nothing_vouches_are_used_as_they_are(tmp_path, capsys, m
     apart = []
     monkeypatch.setattr(girl, "run_apart", lambda run, commands, device: apart.extend(commands))
     monkeypatch.setattr(girl, "run_stage", lambda *args: None)
-    monkeypatch.setattr(girl, "what_is_measured", lambda *args: {})
+    monkeypatch.setattr(girl, "measured_checksums", lambda *args: {})
     later = ["sft", "reward", "judge", "evaluate", "recommend"]
     assert girl.main(["train", "--smoke", "--run", str(tmp_path)]) == 0
     assert "they are used as they are" in capsys.readouterr().out and apart == later
@@ -327,7 +341,7 @@ def test_the_quick_run_leaves_the_recommender_out(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(girl, "run_apart", lambda run, commands, device: started.extend(commands.items()))
     monkeypatch.setattr(girl, "run_stage", lambda args, device: started.append((args.command, [f"--{girl.size_of(args)}"])))
-    monkeypatch.setattr(girl, "what_is_measured", lambda args: {})
+    monkeypatch.setattr(girl, "measured_checksums", lambda args: {})
     girl.main(["train", "--quick", "--out", str(tmp_path)])
     assert [name for name, _ in started] == ["data", "sft", "reward", "judge", "ppo", "evaluate"]
     assert all("--quick" in words for _, words in started)
@@ -405,6 +419,8 @@ def test_data_without_a_market_runs_and_knows_no_true_match(tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["ppo"]["true_match"] is None and results["data"]["accepted_true_match"] is None
     assert results["reward"]["pairs"] == 8 and results["ppo"]["reward"] is not None
+    with (tmp_path / "run" / "ppo" / "metrics.csv").open() as file:
+        assert {row["true_match"] for row in csv.DictReader(file)} == {""}
 
 
 def test_the_reward_model_takes_up_stage_1_at_size_1():

@@ -224,6 +224,23 @@ def test_a_signal_ends_the_stage_at_its_next_safe_point_with_a_state(whole, tmp_
     assert results(folder) == results(whole / "run" / "sft")
 
 
+def test_an_epoch_whose_last_step_is_interrupted_is_validated_before_the_stage_stops(whole, tmp_path, monkeypatch, capsys):
+    """Each epoch once: not left out, because the resumed run begins after it, and not twice."""
+    folder, command = begin(whole, tmp_path, "sft") / "sft", argv("sft", tmp_path / "run", whole / "data", "--save-seconds", "60")
+    real, steps = Stage.log, read_json(whole / "run" / "sft" / "summary.json")["steps"] // 4        # of one epoch: there are four
+
+    def log(self, **row):
+        real(self, **row)
+        if row["step"] == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+    with monkeypatch.context() as m:
+        m.setattr(Stage, "log", log)
+        assert girl.main(command) == 130
+    assert re.findall(r"sft epoch (\d)", capsys.readouterr().out) == ["1"] and read_json(folder / "state.json")["step"] == steps
+    assert girl.main(command) == 0
+    assert re.findall(r"sft epoch (\d)", capsys.readouterr().out) == ["2", "3", "4"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_after_the_last_step_ends_the_stage_at_once(whole, tmp_path, monkeypatch, capsys, number):
     """The last step is saved always: nothing is lost, and `train` does not begin the next stage."""

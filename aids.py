@@ -3,7 +3,7 @@ what each of these buys.
 
     Optimizer               stages 1 and 2: Muon for the matrices of the blocks
     start_small             stage 1: the weights that a small model starts with
-    reading_loss            stage 1: does the CV hold this token of the JD, too?
+    reading_loss            stages 1 and 2: does the CV hold this token of the JD, too?
     add_averaging_block     stage 2: one more block for the reward model
     mean_states             stage 2: what the pooled loss scores
     jd_states               stage 2 reads each prompt once: a step takes 0.85 times as long
@@ -102,8 +102,11 @@ def reading_loss(reader, states, rows):
     """Cross-entropy of "the prompt holds this token, too" (the CV and a few template tokens),
     averaged over the JD tokens of a row, then over the rows. The last of a JD's n tokens has
     another target, with weight 1 + 1/n: the share of the earlier tokens that the prompt holds.
+    0 without a reader.
 
     states [tokens, C]: the hidden states of all JD tokens, row after row."""
+    if reader is None:
+        return torch.zeros(())
     held = [torch.isin(torch.tensor(jd), torch.tensor(prompt)).float() for prompt, jd in rows]
     weights = [torch.full((len(row),), 1 / len(row)) for row in held]
     for row, weight in zip(held, weights):

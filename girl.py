@@ -466,7 +466,7 @@ PRETRAINED = {
     "sft": {"epochs": 2, "batch": 8, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10,
             "reading": 0.0},
     "reward": {"steps": 120, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10,
-               "samples": 32},
+               "reading": 0.0, "samples": 32},
     "ppo": {"iterations": 20, "episodes": 32, "minibatch": 16, "accumulate": 4, "lr": 1e-5}}
 LORA = {"sft": {"lr": 4e-4}, "reward": {"lr": 4e-4}, "ppo": {"lr": 1e-4}}
 HELP = {

@@ -18,7 +18,9 @@ Algorithm:
    groups than the steps can show, a random part is used. Of a large group each step draws
    `--max-group` decisions.
 3. Add the pooled loss: L again, on the mean state of each JD. See aids.py.
-4. Fold the scale into the head: the scores of the generator's own samples get mean 0 and standard
+4. Add `--reading` times the reading loss of stage 1, so that the model does not lose what it learned
+   there.
+5. Fold the scale into the head: the scores of the generator's own samples get mean 0 and standard
    deviation 1.
 
 The learning rates are low because a comparison teaches only one bit: with `--matrix-lr` 0.02 the
@@ -34,9 +36,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from aids import Optimizer, add_averaging_block, jd_states, mean_states
+from aids import Optimizer, add_averaging_block, jd_states, mean_states, reading_loss
 from data import Codec, bucketed, load_codec, pad_right, read_half, read_records
 from model import LanguageModel, RewardModel, copy_trainable, generate, rows_that_fit
 from plumbing.files import BadInput
@@ -60,6 +63,7 @@ class RewardFlags(StartFlags):
                                     "0: AdamW for these, too")
     warmup: int = flag(50, "steps of linear warm-up", least=0)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
+    reading: float = flag(0.5, "weight of the reading loss: does the CV hold this token of the JD?")
     samples: int = flag(256, "samples of the SFT model, on which the score gets mean 0 and "
                              "standard deviation 1", least=2)
 
@@ -136,9 +140,9 @@ def subsample(group, n, generator):
 
 
 # ------------------------------------------------------------------------------------- training
-def batch_loss(model, groups, device):
+def batch_loss(model, reader, groups, device):
     """Over all comparisons of these groups: the sum of -log sigmoid, the same sum for the mean
-    states, and how many comparisons came out right."""
+    states, and how many comparisons came out right. Also the mean reading loss of the rows."""
     rows, pairs = [], []
     for group in groups:
         pairs += [(len(rows) + i, len(rows) + j) for i, j in comparisons(group.accepted)]
@@ -148,21 +152,29 @@ def batch_loss(model, groups, device):
         last, inputs, in_jd = jd_states(model.model, rows, device)      # [B, C], [B, R, C], [B, R]
         scores = model.head(last)                                                   # [B]
         pooled = model.head(mean_states(inputs, in_jd))                             # [B]
+        reading = reading_loss(reader, inputs[in_jd], rows)
     loss = ranking_loss(scores[better], scores[worse]) * len(pairs)
     pooled_loss = ranking_loss(pooled[better], pooled[worse]) * len(pairs)
-    return loss, pooled_loss, int((scores[better] > scores[worse]).sum())
+    return loss, pooled_loss, int((scores[better] > scores[worse]).sum()), reading
 
 
-def reward_step(model, groups, flags, device):
-    """Gradients of L and the pooled loss over these groups. Returns L per comparison, and the share
-    of comparisons that came out right."""
-    n, total, correct = sum(len(comparisons(g.accepted)) for g in groups), 0.0, 0
+def reward_step(model, reader, groups, flags, device):
+    """Gradients of the objective over these groups. Returns L per comparison, the share of
+    comparisons that came out right, and the reading loss."""
+    reader = reader if flags.reading else None
+    n = sum(len(comparisons(g.accepted)) for g in groups)
+    n_rows = sum(len(g.rows) for g in groups)
+    total, correct, total_reading = 0.0, 0, 0.0
     for k in range(min(flags.accumulate, len(groups))):
-        loss, pooled_loss, right = batch_loss(model, groups[k::flags.accumulate], device)
-        # Divided by all comparisons: micro-batches add up to the gradient of the whole batch.
-        ((loss + pooled_loss) / n).backward()
+        part = groups[k::flags.accumulate]
+        share = sum(len(g.rows) for g in part) / n_rows
+        loss, pooled_loss, right, reading = batch_loss(model, reader, part, device)
+        # Divided by all comparisons, and by all rows: micro-batches add up to the gradient of the
+        # batch.
+        ((loss + pooled_loss) / n + flags.reading * share * reading).backward()
         total, correct = total + float(loss.detach()), correct + right
-    return total / n, correct / n
+        total_reading += share * float(reading.detach())
+    return total / n, correct / n, total_reading
 
 
 def schedule(lengths, size, steps, seed, name):
@@ -176,8 +188,8 @@ def schedule(lengths, size, steps, seed, name):
     return batches[:steps]
 
 
-def train(model, codec, records, flags, seed, stage, device):
-    """Stage 2 on these decisions."""
+def train(model, reader, codec, records, flags, seed, stage, device):
+    """Stage 2 on these decisions. `reader`: the head of the reading loss."""
     # Tokenize only as many groups as the steps can use, each once.
     all_groups = decision_groups(records)
     order = torch.randperm(len(all_groups), generator=generator(seed, stage.name, "groups"))
@@ -192,24 +204,25 @@ def train(model, codec, records, flags, seed, stage, device):
               f"accepted one after truncation; truncated: {len(codec.cut_cvs)} CVs, "
               f"{len(codec.cut_jds)} JDs")
     model.model.checkpointing = flags.checkpointing
-    optimizer = Optimizer(model, flags, stage.total(flags.steps))
-    stage.resume({"model": model}, optimizer.optimizers)
+    optimizer = Optimizer(nn.ModuleList([model, reader]), flags, stage.total(flags.steps))
+    stage.resume({"model": model, "reader": reader}, optimizer.optimizers)
     lengths = [max(len(prompt) + len(jd) for prompt, jd in group.rows) for group in groups]
     batches = schedule(lengths, flags.groups, flags.steps, seed, stage.name)
     for step in range(stage.step, flags.steps):
         rng = generator(seed, stage.name, step)
         batch = [subsample(groups[i], flags.max_group, rng) for i in batches[step]]
-        loss, accuracy = reward_step(model, batch, flags, device)
+        loss, accuracy, reading = reward_step(model, reader, batch, flags, device)
         norm = optimizer.clip()
-        if not np.isfinite(loss + norm):
+        if not np.isfinite(loss + reading + norm):
             cvs = [codec.cv(group.rows[0][0]) for group in batch]
             stage.not_finite(step + 1, cvs, "lower --lr and --matrix-lr")
         optimizer.step(step)
-        stage.log(step=step + 1, loss=loss, accuracy=accuracy)
+        stage.log(step=step + 1, loss=loss, accuracy=accuracy, reading=reading)
         if (step + 1) % 100 == 0:
             stage.say(f"{stage.name} {step + 1:4d}/{flags.steps}  "
                       f"loss {stage.mean('loss', 100):.4f}  "
-                      f"accuracy {stage.mean('accuracy', 100):.3f}")
+                      f"accuracy {stage.mean('accuracy', 100):.3f}  "
+                      f"reading loss {stage.mean('reading', 100):.4f}")
         stage.checkpoint(step + 1)
 
 
@@ -348,7 +361,8 @@ def run(stage, folder, data, flags, seed, device):
         start = load_pretrained(flags, codec, init_seed, device)
     start.config.keep_contacts = keeps_contacts(data)   # an earlier version did not save it
     model = new_reward_model(start, bool(flags.init or init_of(folder)), init_seed).to(device)
-    train(model, codec, records, flags, seed, stage, device)
+    reader = nn.Linear(model.config.hidden_size, 1).to(device)
+    train(model, reader, codec, records, flags, seed, stage, device)
 
     cvs = sorted({r.cv for r in records})
     samples = sample_rows(lm, codec, cvs, flags.samples, seed, stage, device)

@@ -88,9 +88,7 @@ def sft_loss(model, reader, examples, device):
         hidden = model.model(ids, asked=asked)                                      # [N, C]
         logits = model.lm_head(hidden[before_target[asked]]).float()                # [tokens, V]
         loss = F.cross_entropy(logits, ids[:, 1:][is_target], reduction="sum")
-        reading = torch.zeros(())
-        if reader:
-            reading = reading_loss(reader, hidden[in_jd[asked]], examples)
+        reading = reading_loss(reader, hidden[in_jd[asked]], examples)
     return loss, int(is_target.sum()), reading
 
 

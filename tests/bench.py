@@ -152,7 +152,7 @@ def sft_figures(model, rows, args):
 
 
 def reward_figures(lm, rows, args):
-    flags, half = reward.RewardFlags(groups=16, **ADAMW), len(rows) // 2
+    flags, half = reward.RewardFlags(groups=16, reading=0.0, **ADAMW), len(rows) // 2
     model = RewardModel(lm.config, body=lm.model).to(pick_device()).train()
     groups = [reward.Group([(p, r), (p, rows[(i + half) % len(rows)][1])], [True, False])
               for i, (p, r) in enumerate(rows)]
@@ -162,7 +162,7 @@ def reward_figures(lm, rows, args):
 
     def step(k):
         batch = [groups[i] for i in batches[k % len(batches)]]
-        reward.reward_step(model, batch, flags, pick_device())
+        reward.reward_step(model, None, batch, flags, pick_device())
         optimizer.clip()
         optimizer.step(k)
     pairs = [sum(len(batches[k % len(batches)]) for k in window) for window in windows(args)]

@@ -53,8 +53,8 @@ MUTANTS = {
         (5, "reward.py", "(scores[better] > scores[worse])", "(scores[better] >= scores[worse])",
          "a model that says the same of everything is right everywhere")],
     "test_reward.py::test_05_the_gradient_is_that_of_the_objective_by_hand": [
-        (5, "reward.py", "((loss + pooled_loss) / n)", "((loss + pooled_loss) / len(groups))",
-         "comparisons are averaged over groups"),
+        (5, "reward.py", "((loss + pooled_loss) / n +", "((loss + pooled_loss) / n_rows +",
+         "comparisons are averaged over rows"),
         (5, "reward.py", "(loss + pooled_loss)", "(loss + pooled_loss.detach())",
          "the pooled loss is computed, and not learned from")],
     "test_reward.py::test_06_head_starts_with_std_one_over_sqrt_d_plus_1_and_no_bias": [

@@ -109,7 +109,7 @@ def test_generator_and_reward_model_learn_from_half_a_and_the_judge_from_half_b(
         seen[name] = {half(cv) for cv in cvs}
         raise BadInput(name)
 
-    def stop_reward(model, codec, records, flags, seed, stage, device):
+    def stop_reward(model, reader, codec, records, flags, seed, stage, device):
         learned[stage.name] = records
         stop(stage.name, [r.cv for r in records])
     monkeypatch.setattr(girl.reward, "train", stop_reward)

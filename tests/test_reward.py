@@ -90,7 +90,8 @@ def test_05_ranking_loss_of_a_huge_difference_is_finite():
 def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
     rows = [(row[:2], row[2:]) for row in ROWS]
     groups = [reward.Group(rows[:3], [True, False, False]), reward.Group([rows[3], rows[0]], [False, True])]
-    loss, pooled_loss, right = reward.batch_loss(reward_model, groups, CPU)
+    reader = torch.nn.Linear(32, 1)
+    loss, pooled_loss, right, reading = reward.batch_loss(reward_model, reader, groups, CPU)
 
     def by_hand(s):
         return [s[0] - s[1], s[0] - s[2], s[0] - s[3]]
@@ -102,42 +103,52 @@ def test_05_batch_loss_is_the_sum_over_all_comparisons(reward_model):
     # The mean states are those before the last block, here one row at a time and without pads.
     shorter = copy.deepcopy(reward_model.model)
     del shorter.layers[-1]
-    means = [reward_model.head(shorter(torch.tensor([row]))[0, 2:].mean(0)).item() for row in ROWS]
+    states = [shorter(torch.tensor([row]))[0, 2:] for row in ROWS]
+    means = [reward_model.head(x.mean(0)).item() for x in states]
     assert pooled_loss.item() == pytest.approx(loss_by_hand(means), abs=1e-5)
     assert loss.item() == pytest.approx(loss_by_hand(last), abs=1e-5)
     assert right == sum(d > 0 for d in by_hand(last))
+    five = [0, 1, 2, 3, 0]                  # row 0 is in both groups
+    by_hand = aids.reading_loss(reader, torch.cat([states[i] for i in five]), [rows[i] for i in five])
+    assert reading.item() == pytest.approx(by_hand.item(), abs=1e-5)
 
 
 def test_05_equal_scores_are_not_right(reward_model):
     """A head of zeros knows nothing: it must not look as if it were right everywhere."""
     torch.nn.init.zeros_(reward_model.score.weight)
     groups = [reward.Group([(row[:2], row[2:]) for row in ROWS], [True, False, True, False])]
-    loss, _, right = reward.batch_loss(reward_model, groups, CPU)
+    loss, _, right, _ = reward.batch_loss(reward_model, None, groups, CPU)
     assert right == 0 and loss.item() == pytest.approx(4 * math.log(2))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_05_the_gradient_is_that_of_the_objective_by_hand(reward_model, accumulate):
-    """The mean over 3 comparisons of the ranking by the last states and by the mean ones; each row alone, without pads or
-    shared prompts."""
+    """The mean over 3 comparisons of the ranking by the last states and by the mean ones, and `reading` times the mean reading
+    loss of 5 rows; each row alone, without pads or shared prompts."""
     rows = [(row[:2], row[2:]) for row in ROWS]
     groups = [reward.Group(rows[:3], [True, False, False]),
               reward.Group([rows[3], rows[0]], [False, True])]
     body, shorter = reward_model.model, copy.copy(reward_model.model)       # the same parameters,
     shorter._modules = {**body._modules, "layers": body.layers[:-1]}        # one block less
     last = [reward_model.score(body(torch.tensor([row]))[0, -1]) for row in ROWS]
-    mean = [reward_model.score(shorter(torch.tensor([row]))[0, 2:].mean(0)) for row in ROWS]
+    states = [shorter(torch.tensor([row]))[0, 2:] for row in ROWS]
+    mean = [reward_model.score(x.mean(0)) for x in states]
+    reader, five = torch.nn.Linear(32, 1), [0, 1, 2, 3, 0]                  # row 0 is in both groups
+    reading = aids.reading_loss(reader, torch.cat([states[i] for i in five]), [rows[i] for i in five])
 
     def ranking(s):
         return sum(torch.log1p(torch.exp(s[no] - s[0])) for no in (1, 2, 3)) / 3
-    (ranking(last) + ranking(mean)).backward()
-    by_hand = [p.grad.clone() for p in reward_model.parameters()]
-    reward_model.zero_grad()
+    (ranking(last) + ranking(mean) + 0.3 * reading).backward()
+    parameters = [*reward_model.parameters(), *reader.parameters()]
+    by_hand = [p.grad.clone() for p in parameters]
+    reward_model.zero_grad(), reader.zero_grad()
 
-    loss, right = reward.reward_step(reward_model, groups, reward.RewardFlags(accumulate=accumulate), CPU)
-    for p, gradient in zip(reward_model.parameters(), by_hand):
+    flags = reward.RewardFlags(reading=0.3, accumulate=accumulate)
+    loss, right, read = reward.reward_step(reward_model, reader, groups, flags, CPU)
+    for p, gradient in zip(parameters, by_hand):
         torch.testing.assert_close(p.grad, gradient, atol=1e-5, rtol=1e-3)
     assert loss == pytest.approx(ranking(last).item(), abs=1e-5)
+    assert read == pytest.approx(reading.item(), abs=1e-5)
     assert right == pytest.approx(sum(last[0].item() > last[no].item() for no in (1, 2, 3)) / 3)
 
 
@@ -241,11 +252,11 @@ RECORDS = [Record(cv, jd, cv == jd.split()[0]) for cv in ("nurse", "driver", "co
 def test_05_training_logs_loss_and_accuracy_and_learns(reward_model, codec, stage):
     before = copy.deepcopy(reward_model)
     flags = reward.RewardFlags(steps=30, groups=6, warmup=2, lr=3e-3, matrix_lr=0.02)
-    reward.train(reward_model, codec, RECORDS, flags, 0, stage, CPU)
+    reward.train(reward_model, torch.nn.Linear(32, 1), codec, RECORDS, flags, 0, stage, CPU)
 
     # The first row is that of the untrained model: all six groups, of three CVs and three JDs, in one step.
     groups = make_groups(RECORDS, codec)[0]
-    loss, _, right = reward.batch_loss(before, groups, CPU)
+    loss, _, right, _ = reward.batch_loss(before, None, groups, CPU)
     assert sum(len(reward.comparisons(g.accepted)) for g in groups) == 12
     assert stage.rows[0]["loss"] == pytest.approx(loss.item() / 12, abs=1e-5)
     assert stage.rows[0]["accuracy"] == pytest.approx(right / 12)
@@ -262,9 +273,9 @@ def seen_by_steps(monkeypatch):
     """The groups of each step of a training that goes nowhere."""
     seen = []
 
-    def step(model, groups, *rest):
+    def step(model, reader, groups, *rest):
         seen.append(groups)
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     monkeypatch.setattr(reward, "reward_step", step)
     return seen
 
@@ -272,7 +283,7 @@ def seen_by_steps(monkeypatch):
 def test_every_epoch_has_each_group_once_in_an_order_of_its_own(reward_model, codec, stage,
                                                                 monkeypatch):
     seen, flags = seen_by_steps(monkeypatch), reward.RewardFlags(steps=9, groups=2)
-    reward.train(reward_model, codec, RECORDS, flags, 0, stage, CPU)
+    reward.train(reward_model, torch.nn.Linear(32, 1), codec, RECORDS, flags, 0, stage, CPU)
     assert [len(groups) for groups in seen] == [2] * 9
     epochs = [[str(g) for groups in seen[k:k + 3] for g in groups] for k in (0, 3, 6)]
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 6 for epoch in epochs)
@@ -283,19 +294,19 @@ def test_a_large_group_shows_other_rows_in_every_step(reward_model, codec, stage
     jds = itertools.product(["cook", "night", "day"], ["now", "full", "part"])
     records = [Record("nurse", " ".join(jd), k < 4) for k, jd in enumerate(jds)]
     seen, flags = seen_by_steps(monkeypatch), reward.RewardFlags(steps=6, groups=1, max_group=3)
-    reward.train(reward_model, codec, records, flags, 0, stage, CPU)
+    reward.train(reward_model, torch.nn.Linear(32, 1), codec, records, flags, 0, stage, CPU)
     assert [len(g.rows) for [g] in seen] == [3] * 6 and len({str(g) for [g] in seen}) > 3
 
 
 def test_flags_that_save_memory_are_obeyed(reward_model, codec, stage, monkeypatch):
     parts, batch_loss = [], reward.batch_loss
 
-    def noted(model, groups, *rest):
+    def noted(model, reader, groups, *rest):
         parts.append(len(groups))
-        return batch_loss(model, groups, *rest)
+        return batch_loss(model, reader, groups, *rest)
     monkeypatch.setattr(reward, "batch_loss", noted)
     flags = reward.RewardFlags(steps=1, groups=6, accumulate=4, checkpointing=True)
-    reward.train(reward_model, codec, RECORDS, flags, 0, stage, CPU)
+    reward.train(reward_model, torch.nn.Linear(32, 1), codec, RECORDS, flags, 0, stage, CPU)
     assert parts == [2, 2, 1, 1] and reward_model.model.checkpointing
 
 
@@ -336,18 +347,20 @@ def test_no_more_groups_are_made_than_are_seen(reward_model, codec, stage, monke
     made, make_groups = [], reward.make_groups
     monkeypatch.setattr(reward, "make_groups", lambda records, found, codec: made.append(found) or make_groups(records, found, codec))
     for seed in (0, 0, 1, 2, 3):
-        reward.train(reward_model, codec, RECORDS, reward.RewardFlags(steps=1, groups=2), seed, stage, CPU)
+        reward.train(reward_model, torch.nn.Linear(32, 1), codec, RECORDS, reward.RewardFlags(steps=1, groups=2), seed, stage, CPU)
     assert [len(found) for found in made] == [2] * 5 and made[0] == made[1]
     assert len({str(found) for found in made}) > 1              # another seed, other groups
 
 
 def test_05_gradient_accumulation_equals_the_big_batch(reward_model, codec, stage, monkeypatch):
     gradients = []          # Adam's first step hides their scale: look where they are clipped
+    reader = torch.nn.Linear(32, 1)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, clip: gradients.append(
         [p.grad.clone() for p in parameters if p.grad is not None]) or 0.0)
     for accumulate in (1, 4):
         flags = reward.RewardFlags(steps=1, groups=6, accumulate=accumulate, lr=1e-9, matrix_lr=1e-9)
-        reward.train(copy.deepcopy(reward_model), codec, RECORDS[:-1], flags, 0, stage, CPU)
+        model, head = copy.deepcopy((reward_model, reader))
+        reward.train(model, head, codec, RECORDS[:-1], flags, 0, stage, CPU)
     assert stage.rows[0] == pytest.approx(stage.rows[1], abs=1e-5)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 

@@ -7,6 +7,7 @@ import torch
 
 import girl
 import aids
+import reward
 import sft
 from conftest import tiny
 from data import Record, load_codec
@@ -172,11 +173,17 @@ def test_stage_1_sees_the_accepted_pairs_of_half_a_for_as_many_epochs_as_it_is_t
     assert validated == [[(f"valid {r['cv']}", f"valid {r['jd']}") for r in records if r["accepted"]]] * 2
 
 
-def test_without_the_loss_of_reading_nothing_is_read(monkeypatch):
+def test_without_the_loss_of_reading_nothing_is_read():
     codec, lm = tiny()
-    monkeypatch.setattr(sft, "reading_loss", lambda *args: pytest.fail("read in vain"))
-    batch = [sft.Example(codec.prompt("a cook"), codec.jd("a job"))]
-    loss, reading = sft.sft_step(lm, torch.nn.Linear(32, 1), batch, sft.SFTFlags(reading=0.0), CPU)
+    prompt, jd = codec.prompt("a cook"), codec.jd("a job")
+
+    def reader(states):
+        pytest.fail("read in vain")
+    loss, reading = sft.sft_step(lm, reader, [sft.Example(prompt, jd)], sft.SFTFlags(reading=0.0), CPU)
+    assert loss > 0 and reading == 0
+    groups = [reward.Group([(prompt, jd), (prompt, jd[1:])], [True, False])]
+    model, flags = reward.RewardModel(lm.config), reward.RewardFlags(reading=0.0)
+    loss, _, reading = reward.reward_step(model, reader, groups, flags, CPU)
     assert loss > 0 and reading == 0
 
 

@@ -33,7 +33,7 @@ import ppo
 import reward
 import sft
 from data import load_codec, read_half, read_records
-from measure import demo, evaluate, recommend
+from measure import demo, evaluate, recommend, trace
 from model import LINEAR, LanguageModel, RewardModel, generate, is_target, merge_lora
 from plumbing import table
 from plumbing.files import (BadInput, checksum, checksums, locked, read_json, sha256, with_checksum,
@@ -96,7 +96,7 @@ def write_for(args, device):
     with torch.no_grad(), autocast(device):
         jds = generate(model, prompts, codec.max_jd, temperature, args.top_p,
                        generator(args.seed, "generate", device=device))
-    texts = [codec.text(jd) for jd in jds]
+    texts = jds_shown = [codec.text(jd) for jd in jds]
     report_truncated(args, codec)
     if args.reward:
         reward_model = load_model(args.reward, RewardModel, device).eval()
@@ -105,7 +105,9 @@ def write_for(args, device):
         scores = reward.score_texts(reward_model, reward_codec, pairs)
         best_first = sorted(zip(scores, texts), key=lambda pair: -pair[0])
         texts = [f"[{score:+.3f}]\n{text}" for score, text in best_first]
+        jds_shown = [text for _, text in best_first]
     print("\n\n".join(texts), flush=True)
+    print_true_match(cv, jds_shown)
     if unfinished := sum(jd[-1] != codec.eos for jd in jds):
         print(f"{unfinished} of {len(jds)} JDs did not end within {codec.max_jd} tokens",
               file=sys.stderr)
@@ -116,7 +118,16 @@ def score_one(args, device):
     codec = load_codec(args.reward, model.config)
     cv, jd = (as_trained(read_text(path), model) for path in (args.cv, args.jd))
     print(f"{reward.score_texts(model, codec, [(cv, jd)])[0]:.4f}")
+    print_true_match(cv, [jd])
     report_truncated(args, codec)
+
+
+def print_true_match(cv, jds):
+    """Say what JDs for a CV of the simulated market are truly worth. (On standard error: a script
+    may read the JDs, or the score.)"""
+    if market.parse_cv(cv):
+        print("true match: " + ", ".join(f"{market.true_match(cv, jd):.3f}" for jd in jds),
+              file=sys.stderr)
 
 
 def report_truncated(args, codec):
@@ -219,6 +230,7 @@ def run_stage(args, device):
             raise BadInput(f"{folder / split}.jsonl: no such file; make a data set with  "
                            f"python girl.py data --out {folder}")
     asked = {"seed": args.seed, **vars(flags)}
+    asked.pop("keep", None)                     # it changes no result
     inputs = inputs_of(run, folder, name, getattr(flags, "init", ""))
     # PPO's iterations are few and long: it saves after each one.
     with Stage(run, name, 0 if name == "ppo" else args.save_seconds) as stage:
@@ -409,6 +421,20 @@ def evaluate_run(args, device):
                           args.export_pairs, measured)
 
 
+def show_run(args, _):
+    evaluate.show_answers(Path(args.run), args.number)
+
+
+def trace_run(args, device):
+    """`trace`: PPO under the lens, token by token."""
+    run, folder, the_market = folders(args)
+    cv, truth = None, the_market and the_market.true_match
+    if args.cv:
+        cv = as_trained(read_text(args.cv), load_model(need(run, "sft"), LanguageModel))
+        truth = truth if truth and the_market.parse_cv(cv) else None
+    trace.show(trace.trace(run, folder, args.iteration, args.episode, device, truth, cv), args.cv)
+
+
 def recommend_run(args, device):
     """`recommend`: find jobs of a pool for one CV, or measure how much the generated JDs help."""
     run, folder, truth = folders(args)
@@ -467,13 +493,17 @@ PRETRAINED = {
             "reading": 0.0},
     "reward": {"steps": 120, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10,
                "reading": 0.0, "samples": 32},
-    "ppo": {"iterations": 20, "episodes": 32, "minibatch": 16, "accumulate": 4, "lr": 1e-5}}
-LORA = {"sft": {"lr": 4e-4}, "reward": {"lr": 4e-4}, "ppo": {"lr": 1e-4}}
+    "ppo": {"iterations": 20, "episodes": 32, "minibatch": 16, "accumulate": 4, "lr": 1e-5,
+            "keep": 0}}                         # a state of all weights takes 12 bytes for each
+LORA = {"sft": {"lr": 4e-4}, "reward": {"lr": 4e-4}, "ppo": {"lr": 1e-4, "keep": 5}}
 HELP = {
     "data": "make a data set: of the simulated job market, or of a table of your own CVs and JDs",
     "sft": "stage 1: learn to generate JDs from accepted pairs of a CV and a JD",
     "reward": "stage 2: learn to judge as the recruiter does",
     "ppo": "stage 3: learn to generate JDs that the reward model scores high",
+    "trace": "do a kept iteration of PPO again, and show one of its texts token by token: KL, "
+             "reward, value, advantage, ratio",
+    "show": "print a held-out CV and everything that was written for it",
     "generate": "generate JDs for a CV",
     "score": "score one JD for one CV",
     "export": "write a generator or a reward model into a folder of its own, with --merge as plain "
@@ -537,6 +567,9 @@ def build_parser():
     add_stage_flags(parsers)
     add_evaluate_flags(parsers["evaluate"])
     add_recommend_flags(parsers["recommend"])
+    add_trace_flags(parsers["trace"])
+    parsers["show"].add_argument("--cv", type=number(int, 0), default=0, metavar="N",
+                                 dest="number", help="which CV, counted from 0 (default 0)")
     add_generate_flags(parsers["generate"])
     add_score_flags(parsers["score"])
     add_export_flags(parsers["export"])
@@ -547,9 +580,9 @@ def add_common_flags(parser, name):
     """The flags that the command `name` shares with others."""
     parser.add_argument("--seed", type=number(int, 0), default=0,
                         help="the same seed gives the same result on the same machine (default 0)")
-    if name not in ("generate", "score", "export"):
+    if name not in ("generate", "score", "export", "trace", "show"):
         add_size_flags(parser, name)
-    if name in (*STAGES, "evaluate", "recommend", "train"):
+    if name in (*STAGES, "evaluate", "recommend", "train", "trace", "show"):
         parser.add_argument("--run", "--out", default="runs/default", metavar="DIR",
                             help="the run's folder (default %(default)s)")
         parser.add_argument("--data", metavar="DIR",
@@ -646,6 +679,15 @@ def add_recommend_flags(parser):
     parser.add_argument("--top", type=number(int, 1), default=5, metavar="N",
                         help="how many jobs are shown (default 5)")
     add_flags(parser, recommend.RecommendFlags)
+
+
+def add_trace_flags(parser):
+    parser.add_argument("--iteration", type=number(int, 1), metavar="N",
+                        help="a kept iteration, counted from 1 (default: the first that was kept)")
+    parser.add_argument("--episode", type=number(int, 0), default=0, metavar="K",
+                        help="which text of its rollout, counted from 0 (default 0)")
+    parser.add_argument("--cv", metavar="FILE",
+                        help="a text file whose CV takes the place of the episode's")
 
 
 def add_generate_flags(parser):
@@ -757,7 +799,8 @@ def run_command(args):
         run_stage(args, device)
         return 0
     command = {"generate": write_for, "score": score_one, "export": export,
-               "evaluate": evaluate_run, "recommend": recommend_run, "train": run_all}[args.command]
+               "evaluate": evaluate_run, "recommend": recommend_run, "train": run_all,
+               "trace": trace_run, "show": show_run}[args.command]
     return command(args, device) or 0
 
 

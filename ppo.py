@@ -81,6 +81,8 @@ class PPOFlags:
     cut_off_score: float = flag(-3.0, "score of a JD that was truncated before its end-of-text",
                                 least=-1e9)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
+    keep: int = flag(5, "iterations, spread over the run, whose state before them is kept: `trace` "
+                        "does them again", least=0)
     checkpointing: bool = flag(False, "gradient checkpointing: keep the inputs of each block and "
                                       "recompute the rest; less memory, more time")
 
@@ -212,14 +214,19 @@ class Critic(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """The episodes: JDs that the policy wrote for some CVs, and what the update needs to know.
+    """The episodes: JDs that the policy wrote for some CVs, and what is known of each token. (The
+    update needs its log pi and its advantage; measure/trace.py shows the rest.)
 
     Rows are prompt + response, padded on the right. The responses are also kept apart, [B, R]."""
     ids: torch.Tensor                           # [B, T]
     prompt_lengths: torch.Tensor                # [B]
     tokens: torch.Tensor                        # [B, R] the response tokens
     mask: torch.Tensor                          # [B, R] True at real response tokens
+    scores: torch.Tensor | None = None          # [B]
     logp: torch.Tensor | None = None            # [B, R] log pi, by the policy that wrote them
+    ref_logp: torch.Tensor | None = None        # [B, R] log pi_ref
+    rewards: torch.Tensor | None = None         # [B, R]
+    values: torch.Tensor | None = None          # [B, R]
     advantages: torch.Tensor | None = None      # [B, R] whitened
 
     def rows(self, keep):
@@ -339,7 +346,9 @@ def roll_out(policy, reference, reward_model, critic, prompts, codec, flags, bet
         raise NotFinite("the policy's log-probabilities or values are not finite")
     # Whitened over the rollout, not per minibatch: a minibatch's own mean would shift its
     # advantages.
-    return rollout._replace(logp=logp, advantages=whiten(advantages, mask)), log
+    whitened = whiten(advantages, mask)                                             # [B, R]
+    return rollout._replace(scores=scores, logp=logp, ref_logp=ref_logp, rewards=rewards,
+                            values=values, advantages=whitened), log
 
 
 # ------------------------------------------------------------------------------------- step 4
@@ -427,9 +436,8 @@ def report(stage, i, flags, log, cvs, texts):
 
 
 # ---------------------------------------------------------------------------- the whole stage
-def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match=None):
-    """Stage 3. `cvs`: the texts to write for. `true_match(cv, jd)`: a number that is logged and
-    never used, or None. Returns the optimizer and the critic."""
+def prepare(policy, reward_model, flags):
+    """The reference, the optimizer, and a critic that has seen nothing yet."""
     reference = copy_trainable(policy).eval().requires_grad_(False)
     reward_model.eval().requires_grad_(False)
     policy.model.checkpointing = flags.checkpointing
@@ -437,13 +445,33 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
     # eps 1e-5 as in the original PPO code: with the default 1e-8, tiny second moments make the
     # first steps too large.
     optimizer = torch.optim.Adam(trained, lr=flags.lr, eps=1e-5)
-    critic = Critic(reward_model.config.hidden_size)
+    return reference, optimizer, Critic(reward_model.config.hidden_size)
+
+
+def draw_cvs(cvs, n, generator):
+    """n random CVs for a rollout."""
+    return [cvs[k] for k in torch.randperm(len(cvs), generator=generator)[:n]]
+
+
+def learning_rate(i, flags):
+    """The learning rate of iteration i, counted from 0."""
+    return flags.lr * (1 - i / flags.iterations)
+
+
+def kept(flags):
+    """The iterations, counted from 0, whose state is kept: the first and the last among them."""
+    if flags.keep == 1:
+        return {0}
+    return {round(k * (flags.iterations - 1) / (flags.keep - 1)) for k in range(flags.keep)}
+
+
+def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match=None):
+    """Stage 3. `cvs`: the texts to write for. `true_match(cv, jd)`: a number that is logged and
+    never used, or None. Returns the optimizer and the critic."""
+    reference, optimizer, critic = prepare(policy, reward_model, flags)
     stage.total(flags.iterations)
     saved = stage.resume({"policy": policy, "critic": critic}, [optimizer])
     controller = KLController(saved.get("beta", flags.kl_coef), flags.kl_target, flags.kl_horizon)
-
-    def draw_cvs(rng):
-        return [cvs[k] for k in torch.randperm(len(cvs), generator=rng)[:flags.episodes]]
 
     def new_rollout(chosen, when):
         prompts = [codec.prompt(cv) for cv in chosen]
@@ -451,12 +479,14 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
         return roll_out(policy, reference, reward_model, critic, prompts, codec, flags,
                         controller.beta, rng, device)
     if not saved:                           # samples of the SFT model, for the critic alone
-        new_rollout(draw_cvs(generator(seed, "ppo", "critic")), "critic")
+        new_rollout(draw_cvs(cvs, flags.episodes, generator(seed, "ppo", "critic")), "critic")
 
     for i in range(stage.step, flags.iterations):
+        if i in kept(flags):
+            stage.keep(i + 1, beta=controller.beta)
         rng = generator(seed, "ppo", i)
-        chosen = draw_cvs(rng)
-        optimizer.param_groups[0]["lr"] = flags.lr * (1 - i / flags.iterations)
+        chosen = draw_cvs(cvs, flags.episodes, rng)
+        optimizer.param_groups[0]["lr"] = learning_rate(i, flags)
         try:
             rollout, log = new_rollout(chosen, i)
             log |= update(policy, optimizer, rollout, flags, rng, device)
@@ -473,8 +503,8 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
     return optimizer, critic
 
 
-def run(stage, folder, data, flags, seed, device, true_match=None):
-    """Load the models of stages 1 and 2, train, save. See train for `true_match`."""
+def load(folder, data, device):
+    """The policy as it begins, the reward model, the codec, and the CVs to write for."""
     policy = load_model(need(folder, "sft"), LanguageModel, device)
     policy.config.keep_contacts = keeps_contacts(data)
     codec = load_codec(folder / "sft", policy.config)
@@ -483,6 +513,12 @@ def run(stage, folder, data, flags, seed, device, true_match=None):
     if not cvs:
         raise BadInput("ppo: there is no CV to write for in half A of train.jsonl; give more "
                        "decisions")
+    return policy, reward_model, codec, cvs
+
+
+def run(stage, folder, data, flags, seed, device, true_match=None):
+    """Load the models of stages 1 and 2, train, save. See train for `true_match`."""
+    policy, reward_model, codec, cvs = load(folder, data, device)
     _, critic = train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match)
     stage.check_lock()
     save_model(stage.folder, policy)

@@ -18,8 +18,8 @@ Algorithm:
    groups than the steps can show, a random part is used. Of a large group each step draws
    `--max-group` decisions.
 3. Add the pooled loss: L again, on the mean state of each JD. See aids.py.
-4. Add `--reading` times the reading loss of stage 1, so that the model does not lose what it learned
-   there.
+4. Add `--reading` times the reading loss of stage 1, so that the model does not forget what it
+   learned there.
 5. Fold the scale into the head: the scores of the generator's own samples get mean 0 and standard
    deviation 1.
 

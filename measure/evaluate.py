@@ -1,4 +1,5 @@
-"""Measure a run on held-out CVs: results.json, and the table at the end of train.sh.
+"""Measure a run on held-out CVs: results.json, the table at the end of train.sh, and answers.jsonl
+with all that was written for each CV.
 
     python girl.py evaluate --run RUN [--split valid|test]
 
@@ -40,7 +41,8 @@ import reward
 from data import Codec, load_codec, read_half, read_records
 from plumbing.records import json_lines
 from model import LanguageModel, RewardModel, generate, logits_size, rows_that_fit
-from plumbing.files import BadInput, locked, read_checked, with_checksum, write_bytes, write_json
+from plumbing.files import (BadInput, locked, read_checked, sha256, with_checksum, write_bytes,
+                            write_json)
 from plumbing.stage import autocast, generator, peak_rss_mb, read_summary
 from sft import mean_nll
 from plumbing.weights import load_model
@@ -533,11 +535,13 @@ def check_recommend(run, new):
                        f"--seed {new['seed']} --split {new['split']}  first")
 
 
-def add_results(run, folder, name, start, new):
+def add_results(run, folder, name, start, new, answers=None):
     """Write new results of `evaluate` or `recommend` (the name) into results.json. The other
     command's part stays if it is of the same seed, split, models and data. `start`: the time at
-    which the command began to measure."""
+    which the command began to measure; `answers`: the content of answers.jsonl, of `evaluate`."""
     with locked(run, wait=True):
+        if answers:
+            write_bytes(run / "answers.jsonl", answers)
         if name == "recommend":
             check_recommend(run, new)
         else:
@@ -571,6 +575,53 @@ def time_and_memory(run, folder, clocks, old_seconds):
     seconds = {s: summary["seconds"] for s, summary in stages.items()}
     return {"seconds": seconds | {"total": round(covered(stages.values()), 1)},
             "peak_rss_mb": max(*pair_memory, *memory.values())}
+
+
+# ---------------------------------------------------------------------------------- answers.jsonl
+def how_written(name):
+    """How an answer comes about, in words."""
+    if name.endswith("_greedy"):
+        return "greedy"
+    return {"sft": "sampled", "ppo": "sampled", "base": "sampled", "sft_best16": "best of 16",
+            "nearest": "retrieved", "random": "retrieved"}.get(name, "by rule")
+
+
+def answer_lines(cvs, scored):
+    """The content of answers.jsonl: a line for each CV, with the JD of each answer, its true match
+    (null for real data), reward and judge."""
+    lines = []
+    for i, cv in enumerate(cvs):
+        answers = {}
+        for name, row in scored.items():
+            truth = None if row["true"] is None else float(row["true"][i])
+            answers[name] = {"how": how_written(name), "jd": row["texts"][i], "true_match": truth,
+                             "reward": float(row["reward"][i]), "judge": float(row["judge"][i])}
+        lines.append(json.dumps({"cv": cv, "answers": answers}, ensure_ascii=False) + "\n")
+    return "".join(lines).encode("utf-8", "backslashreplace")
+
+
+def read_answers(run):
+    """The lines of answers.jsonl. Refuses a file that is not the one of results.json."""
+    path, results = run / "answers.jsonl", read_results(run)
+    if "answers" not in results or not path.is_file() or sha256(path) != results["answers"]:
+        raise BadInput(f"{path}: missing, damaged, or of another evaluation; run  python girl.py "
+                       f"evaluate --run {run}  again")
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def show_answers(run, number):
+    """Print a CV of answers.jsonl with everything that was written for it. CVs are counted
+    from 0."""
+    lines = read_answers(run)
+    if number >= len(lines):
+        raise BadInput(f"show: --cv {number} must be at most {len(lines) - 1}; there are "
+                       f"{len(lines)} CVs, counted from 0")
+    print(f"CV {number}:\n{lines[number]['cv']}")
+    for name, answer in lines[number]["answers"].items():
+        truth = ("" if answer["true_match"] is None
+                 else f"true match {answer['true_match']:.3f}, ")
+        print(f"\n{name} ({answer['how']}): {truth}reward {answer['reward']:+.3f}, "
+              f"judge {answer['judge']:+.3f}\n{answer['jd']}")
 
 
 # --------------------------------------------------------------------------------- the evaluation
@@ -669,7 +720,9 @@ def evaluate(run, folder, split, n_cvs, seed, device, market, init, export, meas
     results["wins"] = {name: compare(scored[a], scored[b], seed)
                        for name, (a, b) in CONTRASTS.items() if {a, b} <= set(scored)}
 
-    results = add_results(run, folder, "evaluate", start, results)
+    answers = answer_lines(cvs, scored)
+    results["answers"] = hashlib.sha256(answers).hexdigest()
+    results = add_results(run, folder, "evaluate", start, results, answers)
     with locked(run, wait=True):        # recommend may print at the same moment
         print_results(results, cvs[0], scored, market)
         if export:

@@ -68,6 +68,7 @@ def generator(seed, *where, device="cpu"):
 
 # ------------------------------------------------------------------------------------------ a stage
 STATE = ("state.json", "state-1.safetensors", "state-2.safetensors")
+KEPT = "kept"           # the folder in a stage's folder for the states that are kept for good
 
 
 class Stage:
@@ -180,25 +181,9 @@ class Stage:
         state = self.state
         if not state:
             return {}
-        path = self.folder / state["tensors"]
         remedy = f"delete {self.folder} to start the stage over"
-        if state["tensors"] not in STATE or not path.exists() or sha256(path) != state["sha256"]:
-            raise BadInput(f"{path}: missing or damaged (it does not match its checksum); {remedy}")
-        tensors, trained = load_tensors(path), self.trained()
-        for name, p in trained.items():
-            if name not in tensors or tensors[name].shape != p.shape:
-                raise BadInput(f"{path}: of another model or version, {name} is missing or has "
-                               f"another shape; {remedy}")
-        with torch.no_grad():
-            for name, p in trained.items():
-                p.copy_(tensors.pop(name))
-        for k, optimizer in enumerate(optimizers):
-            values = {}
-            for name in [n for n in tensors if n.startswith(f"optimizer.{k}.")]:
-                _, _, i, key = name.split(".")
-                values.setdefault(int(i), {})[key] = tensors.pop(name).clone()
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": values, "param_groups": groups})
+        name = state["tensors"] if state["tensors"] in STATE else ""
+        restore(self.folder / name, state["sha256"], modules, optimizers, remedy)
         self.rows, self.step, self.earlier_seconds = state["rows"], state["step"], state["seconds"]
         self.bar.update(len(self.rows))
         self.say(f"{self.name}: resumed at step {self.step} of {self.bar.total}")
@@ -218,14 +203,6 @@ class Stage:
             self.say(f"{self.name}: {change} since this stage began; "
                      f"{remedy}, delete {self.folder}")
 
-    def trained(self):
-        """{name: tensor} of all that training changes: parameters with a gradient, and buffers."""
-        tensors = {}
-        for name, module in self.modules.items():
-            tensors |= {f"{name}.{n}": p for n, p in module.named_parameters() if p.requires_grad}
-            tensors |= {f"{name}.{n}": b for n, b in module.named_buffers()}
-        return tensors
-
     def checkpoint(self, step, **numbers):
         """A stage can resume from here, after `step` steps, with these numbers. Save every
         `save_seconds`, after the last step, and before stopping."""
@@ -238,15 +215,10 @@ class Stage:
 
     def save(self, step, numbers):
         self.check_lock()
-        tensors = self.trained()
-        for k, optimizer in enumerate(self.optimizers):
-            for i, values in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{k}.{i}.{key}": t for key, t in values.items()}
         # Two files in turn: the one that state.json names is always complete.
         previous = self.state.get("tensors")
         name = STATE[2] if previous == STATE[1] else STATE[1]
-        save_tensors(self.folder / name,
-                     {n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+        self.save_trained(self.folder / name)
         self.state = {"step": step, "asked": self.asked, "inputs": self.inputs, "code": self.code,
                       "machine": machine(), "tensors": name, "numbers": numbers,
                       "sha256": sha256(self.folder / name), "rows": self.rows,
@@ -256,6 +228,25 @@ class Stage:
             (self.folder / previous).unlink(missing_ok=True)
         self.write_metrics()                    # for a look at the running stage
         self.saved_at, self.unsaved = time.monotonic(), False
+
+    def save_trained(self, path):
+        """All that training has changed, and what the optimizers remember."""
+        tensors = trained(self.modules)
+        for k, optimizer in enumerate(self.optimizers):
+            for i, values in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{k}.{i}.{key}": t for key, t in values.items()}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_tensors(path, tensors)
+
+    def keep(self, step, **numbers):
+        """Keep the state before this step for good, in KEPT: the step can be done again."""
+        self.check_lock()
+        folder = self.folder / KEPT
+        folder.mkdir(exist_ok=True)
+        self.save_trained(folder / f"{step}.safetensors")
+        kept = {"numbers": numbers, "machine": machine(),
+                "sha256": sha256(folder / f"{step}.safetensors")}
+        write_json(folder / f"{step}.json", with_checksum(kept))
 
     def check_lock(self):
         """Refuse to write if the folder of this name is no longer the locked one: it may be
@@ -299,6 +290,38 @@ class Stage:
         for name in STATE:
             (self.folder / name).unlink(missing_ok=True)
         return summary
+
+
+def trained(modules):
+    """{name: tensor} of all that training changes in these modules, {name: module}: parameters with
+    a gradient, and buffers."""
+    tensors = {}
+    for name, module in modules.items():
+        tensors |= {f"{name}.{n}": p for n, p in module.named_parameters() if p.requires_grad}
+        tensors |= {f"{name}.{n}": b for n, b in module.named_buffers()}
+    return tensors
+
+
+def restore(path, digest, modules, optimizers, remedy):
+    """Read what `Stage.save_trained` wrote into these modules and optimizers. Refuse a file that
+    does not match its checksum `digest`, or that is of other modules."""
+    if not path.is_file() or sha256(path) != digest:
+        raise BadInput(f"{path}: missing or damaged (it does not match its checksum); {remedy}")
+    tensors, changed = load_tensors(path), trained(modules)
+    for name, p in changed.items():
+        if name not in tensors or tensors[name].shape != p.shape:
+            raise BadInput(f"{path}: of another model or version, {name} is missing or has "
+                           f"another shape; {remedy}")
+    with torch.no_grad():
+        for name, p in changed.items():
+            p.copy_(tensors.pop(name))
+    for k, optimizer in enumerate(optimizers):
+        values = {}
+        for name in [n for n in tensors if n.startswith(f"optimizer.{k}.")]:
+            _, _, i, key = name.split(".")
+            values.setdefault(int(i), {})[key] = tensors.pop(name).clone()
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": values, "param_groups": groups})
 
 
 def machine():

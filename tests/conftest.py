@@ -116,6 +116,9 @@ class FakeStage:
     def checkpoint(self, step, **numbers):
         pass
 
+    def keep(self, step, **numbers):
+        pass
+
     def not_finite(self, step, cvs, remedy):
         raise AssertionError(f"not finite at step {step}")
 

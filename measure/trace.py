@@ -1,0 +1,212 @@
+"""PPO under the lens: an iteration that was kept is done again, and one of its texts is shown token
+by token.
+
+    python girl.py trace --run RUN [--iteration N] [--episode K] [--cv FILE]
+
+`ppo --keep` says how many iterations are kept: of each the state before it, which is policy,
+critic, optimizer and beta. Prompts and samples follow from the seed, so the iteration can be done
+again, with the functions that training uses. On the same machine and with the same number of
+threads it gives the figures in its row of metrics.csv, bit for bit. With `--cv` the text of that
+file takes the place of the episode's CV: what would PPO have made of it?
+
+Shapes: R tokens of the episode.
+"""
+import csv
+from dataclasses import fields
+from typing import NamedTuple
+
+import torch
+
+import ppo
+from plumbing.files import BadInput, read_checked
+from plumbing.inputs import inputs_of, need
+from plumbing.stage import KEPT, autocast, check_same, generator, read_summary, restore
+
+END = "[end]"               # how end-of-text is shown
+
+
+class Trace(NamedTuple):
+    """One episode of one iteration. A column is a list of R numbers."""
+    iteration: int          # counted from 1
+    iterations: int         # of the run
+    episode: int
+    cv: str
+    tokens: list            # R texts
+    columns: dict           # {name: column}, see columns_of
+    ratios: list            # columns: before the update, and after each of its optimizer steps
+    clip: float
+    beta: float
+    score: float
+    true_match: float | None
+    log: dict               # the figures of the whole iteration
+    row: dict               # the same figures in metrics.csv
+
+    def jd(self):
+        return "".join(token for token in self.tokens if token != END).strip()
+
+    def differences(self):
+        """(name, figure, figure in metrics.csv) of each that is not the same, bit for bit."""
+        return [(name, value, self.row.get(name)) for name, value in self.log.items()
+                if value != self.row.get(name)]
+
+
+def kept_iterations(run):
+    """The numbers of the iterations that can be done again."""
+    return sorted(int(path.stem) for path in (run / "ppo" / KEPT).glob("*.json"))
+
+
+def read_row(run, iteration):
+    """The row of this iteration in metrics.csv, without its warning: {name: number or None}."""
+    with (run / "ppo" / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            if int(row["iteration"]) == iteration:
+                row.pop("kl_fault", None)
+                return {name: float(x) if x else None for name, x in row.items()}
+    raise BadInput(f"{run / 'ppo' / 'metrics.csv'}: has no iteration {iteration}")
+
+
+def begun_flags(run, folder):
+    """The flags and the seed that PPO ran with. Refuses other data or models than it had."""
+    need(run, "ppo")
+    summary = read_summary(run / "ppo")
+    asked = summary["asked"]
+    check_same(run / "ppo", "finished", summary, asked, inputs_of(run, folder, "ppo"))
+    known = {f.name for f in fields(ppo.PPOFlags)}
+    flags = ppo.PPOFlags(**{name: value for name, value in asked.items() if name in known})
+    return flags, asked["seed"]
+
+
+def columns_of(rollout, k, flags):
+    """What training computed for each token of episode k: {name: column}."""
+    one = rollout.rows([k])
+    mask = one.mask
+    kl = ppo.k1(one.logp, one.ref_logp) * mask                                      # [1, R]
+    advantages = ppo.gae(one.rewards, one.values, mask, flags.gamma, flags.lam)     # [1, R]
+    columns = {
+        "log_pi": one.logp,
+        "log_pi_ref": one.ref_logp,
+        "kl": kl,
+        "reward": one.rewards,
+        "value": one.values,
+        "delta": ppo.gae(one.rewards, one.values, mask, flags.gamma, 0.0),          # lambda 0
+        "advantage": advantages,
+        "whitened": one.advantages,
+        "return": advantages + one.values}
+    return {name: x[mask].tolist() for name, x in columns.items()}
+
+
+def trace(run, folder, iteration, episode, device, true_match=None, cv=None):
+    """Do a kept iteration again: the Trace of one of its episodes. `cv`: a text that takes the
+    place of the episode's CV. `true_match(cv, jd)`: a number, or None."""
+    flags, seed = begun_flags(run, folder)
+    if not (numbers := kept_iterations(run)):
+        raise BadInput(f"{run / 'ppo' / KEPT}: no iteration was kept, by an earlier version or with "
+                       f"--keep 0; delete {run / 'ppo'} and run the stage again")
+    iteration = iteration or numbers[0]
+    if iteration not in numbers:
+        raise BadInput(f"trace: iteration {iteration} was not kept; kept are "
+                       f"{', '.join(map(str, numbers))} (see --keep of ppo)")
+    remedy = f"delete {run / 'ppo'} and run the stage again"
+    path = run / "ppo" / KEPT / f"{iteration}.json"
+    kept = read_checked(path, remedy)
+    policy, reward_model, codec, cvs = ppo.load(run, folder, device)
+    reference, optimizer, critic = ppo.prepare(policy, reward_model, flags)
+    restore(path.with_suffix(".safetensors"), kept["sha256"],
+            {"policy": policy, "critic": critic}, [optimizer], remedy)
+
+    # From here on as in ppo.train.
+    i, beta = iteration - 1, kept["numbers"]["beta"]
+    rng = generator(seed, "ppo", i)
+    chosen = ppo.draw_cvs(cvs, flags.episodes, rng)
+    if not 0 <= episode < len(chosen):
+        raise BadInput(f"trace: --episode {episode} must be at most {len(chosen) - 1}; the "
+                       f"iteration has {len(chosen)} episodes, counted from 0")
+    chosen[episode] = cv or chosen[episode]
+    optimizer.param_groups[0]["lr"] = ppo.learning_rate(i, flags)
+    rollout, log = ppo.roll_out(policy, reference, reward_model, critic,
+                                [codec.prompt(cv) for cv in chosen], codec, flags, beta,
+                                generator(seed, "ppo-sample", i, device=device), device)
+    ratios = []
+
+    def note_ratios(*_):
+        ratios.append(ratios_now(policy, rollout, episode, flags, device))
+    note_ratios()
+    optimizer.register_step_post_hook(note_ratios)
+    log |= ppo.update(policy, optimizer, rollout, flags, rng, device)
+
+    texts = [codec.text(row[m].tolist()) for row, m in zip(rollout.tokens, rollout.mask)]
+    matches = list(map(true_match, chosen, texts)) if true_match else [None] * len(texts)
+    log["true_match"] = sum(matches) / len(matches) if true_match else None
+    tokens = rollout.tokens[episode][rollout.mask[episode]].tolist()
+    return Trace(
+        iteration, flags.iterations, episode, chosen[episode],
+        [END if t == codec.eos else codec.tokenizer.decode([t], skip_special_tokens=False)
+         for t in tokens],
+        columns_of(rollout, episode, flags), ratios, flags.clip, beta,
+        float(rollout.scores[episode]), matches[episode], log, read_row(run, iteration))
+
+
+@torch.no_grad()
+def ratios_now(policy, rollout, k, flags, device):
+    """The ratio of each token of episode k, with the policy as it is now."""
+    one = rollout.rows([k])
+    with autocast(device):
+        logp, _ = ppo.evaluate_policy(policy, one, flags.temperature)               # [1, R]
+    return (logp - one.logp)[one.mask].exp().tolist()
+
+
+# --------------------------------------------------------------------------------------- printing
+TITLES = {"log_pi": "log π", "log_pi_ref": "log π_ref", "kl": "KL", "reward": "reward",
+          "value": "value", "delta": "δ", "advantage": "A", "whitened": "A whitened",
+          "return": "return"}
+
+
+def table(t):
+    """The lines of the table: a line for each token."""
+    steps = len(t.ratios) - 1
+    lines = [f"{'token':<18}" + "".join(f"{TITLES[name]:>11}" for name in t.columns)
+             + "   ratio before the update, and after each of its "
+             + f"{steps} steps; *: outside 1 ± {t.clip:g}"]
+    for r, token in enumerate(t.tokens):
+        cells = "".join(f"{column[r]:>11.3f}" for column in t.columns.values())
+        ratios = "".join(mark(column[r], t.clip) for column in t.ratios)
+        lines.append(f"{repr(token)[1:-1][:18]:<18}{cells}   {ratios}")
+    return lines
+
+
+def mark(ratio, clip):
+    return f"{ratio:5.2f}{'*' if abs(ratio - 1) > clip else ' '} "
+
+
+def sums(t):
+    """What adds up, in lines."""
+    kl, rewards = sum(t.columns["kl"]), sum(t.columns["reward"])
+    return [f"The rewards add up to {rewards:+.4f}: score {t.score:+.4f} - "
+            f"beta {t.beta:g} x KL {kl:.4f} = {t.score - t.beta * kl:+.4f}.",
+            "advantage + value = return: the critic expected the value, the text brought the "
+            "return."]
+
+
+def same_as_logged(t):
+    """Does the iteration give the figures of metrics.csv? In one line."""
+    what = f"Iteration {t.iteration} of {t.iterations}, done again"
+    if found := t.differences():
+        name, value, logged = found[0]
+        return (f"{what}, differs from metrics.csv: {name} {value} instead of {logged}. Another "
+                "machine, other threads, or other code?")
+    truth = t.log["true_match"]
+    shown = "" if truth is None else f", true match {truth:.4f}"
+    return (f"{what}: reward {t.log['reward']:+.4f}, KL {t.log['kl']:.4f}{shown}: these and all "
+            "other figures equal metrics.csv, bit for bit.")
+
+
+def show(t, own_cv):
+    """Print a trace. `own_cv`: its CV is not the one of training."""
+    truth = "" if t.true_match is None else f", true match {t.true_match:.3f}"
+    print(f"{t.cv}\n->\n{t.jd()}\n\nscore {t.score:+.3f}{truth}\n")
+    print(*table(t), "", *sums(t), sep="\n")
+    if own_cv:
+        print(f"Iteration {t.iteration} of {t.iterations}, with your CV in place of episode "
+              f"{t.episode}'s.")
+    else:
+        print(same_as_logged(t))

@@ -42,12 +42,13 @@ import torch.nn.functional as F
 from aids import Optimizer, add_averaging_block, jd_states, mean_states, reading_loss
 from data import Codec, bucketed, load_codec, pad_right, read_half, read_records
 from model import LanguageModel, RewardModel, copy_trainable, generate, rows_that_fit
-from plumbing.files import BadInput
+from plumbing.files import BadInput, load_tensors
 from plumbing.inputs import init_of, need
 from plumbing.records import keeps_contacts
 from plumbing.stage import autocast, flag, generator
 from plumbing.tokenizer import load_tokenizer, same_tokenizer, save_tokenizer
-from plumbing.weights import StartFlags, load_model, load_pretrained, save_model
+from plumbing.weights import (StartFlags, load_checked, load_model, load_pretrained,
+                              save_model)
 
 
 @dataclass
@@ -343,6 +344,20 @@ def new_reward_model(lm, pretrained, seed):
     return model
 
 
+def new_reader(folder, lm, pretrained, flags):
+    """The head of the reading loss. A small model continues with that of stage 1."""
+    reader, path = nn.Linear(lm.config.hidden_size, 1), folder / "sft" / "reader.safetensors"
+    if flags.reading and not pretrained:
+        if not path.exists():
+            raise BadInput(f"{path}: no such file, stage 1 was run by another version; delete "
+                           f"{path.parent} and run it again, or give --reading 0")
+        load_checked(reader, load_tensors(path), reader.state_dict(), path, "cpu")
+        with torch.no_grad():
+            # new_reward_model made the states smaller by this factor.
+            reader.weight *= lm.model.norm.weight.mean().cpu()
+    return reader
+
+
 def run(stage, folder, data, flags, seed, device):
     """Stage 2: load the decisions on half A and stage 1's model, train, standardize, save. The
     judge is trained in the same way, with another seed, on half B. (Both start from stage 1's
@@ -360,8 +375,9 @@ def run(stage, folder, data, flags, seed, device):
                            "reward model must read what that model writes")
         start = load_pretrained(flags, codec, init_seed, device)
     start.config.keep_contacts = keeps_contacts(data)   # an earlier version did not save it
-    model = new_reward_model(start, bool(flags.init or init_of(folder)), init_seed).to(device)
-    reader = nn.Linear(model.config.hidden_size, 1).to(device)
+    pretrained = bool(flags.init or init_of(folder))
+    model = new_reward_model(start, pretrained, init_seed).to(device)
+    reader = new_reader(folder, start, pretrained, flags).to(device)
     train(model, reader, codec, records, flags, seed, stage, device)
 
     cvs = sorted({r.cv for r in records})

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from aids import Optimizer, reading_loss, start_small
 from data import Codec, bucketed, pad_right, read_half, read_records, train_tokenizer
 from model import Config, LanguageModel, generate, logits_size, rows_that_fit
-from plumbing.files import BadInput
+from plumbing.files import BadInput, save_tensors
 from plumbing.records import check_splits, keeps_contacts
 from plumbing.stage import autocast, flag, generator
 from plumbing.tokenizer import load_tokenizer, save_tokenizer
@@ -237,5 +237,7 @@ def run(stage, folder, data, flags, seed, device):
     stage.check_lock()
     save_model(stage.folder, model)
     save_tokenizer(stage.folder, codec)
+    if not flags.init:
+        save_tensors(stage.folder / "reader.safetensors", reader.cpu().state_dict())
     stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=len(stage.rows),
                  **nll_before)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ import plumbing.inputs
 import sft
 from conftest import refused, tiny
 from plumbing.records import half, write_records
-from plumbing.files import BadInput
+from plumbing.files import BadInput, save_tensors
 from plumbing.stage import Stage
 
 ROOT = Path(__file__).parent.parent
@@ -423,7 +423,7 @@ def test_data_without_a_market_runs_and_knows_no_true_match(tmp_path):
         assert {row["true_match"] for row in csv.DictReader(file)} == {""}
 
 
-def test_the_reward_model_takes_up_stage_1_at_size_1():
+def test_the_reward_model_takes_up_stage_1_at_size_1_and_reads_as_before(tmp_path):
     codec, _ = tiny()
     lm = sft.new_model(codec, [sft.Example(codec.prompt("a cook"), codec.jd("a job"))],
                         sft.SFTFlags(hidden=32, layers=2, heads=4, kv_heads=4), 0)
@@ -432,6 +432,17 @@ def test_the_reward_model_takes_up_stage_1_at_size_1():
     ids = torch.tensor([codec.prompt("a cook with knife skills")])
     del model.model.layers[-1]              # the averaging block
     torch.testing.assert_close(8 * model.model(ids), lm.model(ids), atol=1e-5, rtol=1e-4)
+    head, flags = torch.nn.Linear(32, 1), girl.reward.RewardFlags()
+    (tmp_path / "sft").mkdir()
+    save_tensors(tmp_path / "sft/reader.safetensors", head.state_dict())
+    reader = girl.reward.new_reader(tmp_path, lm, False, flags)
+    torch.testing.assert_close(reader(model.model(ids)), head(lm.model(ids)), atol=1e-5, rtol=1e-4)
+    # A pretrained model has none of stage 1; and one of another version may have none.
+    assert not torch.equal(girl.reward.new_reader(tmp_path, lm, True, flags).weight, reader.weight)
+    (tmp_path / "sft/reader.safetensors").unlink()
+    with pytest.raises(BadInput, match="reader.safetensors: no such file, stage 1 was run by another"):
+        girl.reward.new_reader(tmp_path, lm, False, flags)
+    girl.reward.new_reader(tmp_path, lm, False, replace(flags, reading=0.0))
 
 
 def test_stages_that_start_together_all_note_their_flags(tmp_path):

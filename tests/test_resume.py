@@ -572,7 +572,7 @@ def test_a_stage_whose_folder_was_taken_away_does_not_write_into_another(whole, 
     assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("file", ["ppo/value_head.safetensors"])
+@pytest.mark.parametrize("file", ["sft/reader.safetensors", "ppo/value_head.safetensors"])
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damaged_heads_are_refused_and_named(whole, tmp_path, capsys, file, how):
     shutil.copytree(whole / "run", tmp_path / "run")

@@ -63,7 +63,8 @@ ADAMW = dict(lr=1e-4, matrix_lr=0.0)        # as the other libraries: no Muon
 def no_stage(log):
     """What ppo.train needs of a run.Stage, where nothing is saved."""
     return SimpleNamespace(step=0, rows=[], total=lambda n: n, say=lambda line: None, log=log,
-                           resume=lambda modules, optimizers: {}, checkpoint=lambda step, **numbers: None)
+                           resume=lambda modules, optimizers: {},
+                           checkpoint=lambda step, **numbers: None)
 
 
 # --------------------------------------------------------------------------- the fixed workload
@@ -228,7 +229,8 @@ def model_of(args, rank):
     def row(n, seed):
         draw = torch.Generator().manual_seed(seed)
         return torch.randint(codec.tokenizer.get_vocab_size(), (n,), generator=draw).tolist()
-    stub = SimpleNamespace(max_jd=MAX_JD, eos=-1, prompt=lambda i: row(MAX_CV + plumbing.plan.TEMPLATE, i),
+    stub = SimpleNamespace(max_jd=MAX_JD, eos=-1,
+                           prompt=lambda i: row(MAX_CV + plumbing.plan.TEMPLATE, i),
                            jd=lambda i: row(MAX_JD, -i), text=str)
     return model, stub, flags
 

@@ -1,4 +1,5 @@
-"""Tiny models and a codec of fourteen words, small enough that a whole PPO training takes a second; and a whole tiny run."""
+"""Tiny models and a codec of fourteen words, small enough that a whole PPO training takes a second;
+and a whole tiny run."""
 import copy
 import os
 import re
@@ -20,14 +21,17 @@ from ppo import Critic
 torch.set_num_threads(1)        # models this small are done sooner by one thread
 os.environ["GIRL_DEVICE"] = "cpu"   # what is bit for bit the same here need not be so elsewhere
 
-WORDS = [PAD, EOS, "CV", ":", "JD", "nurse", "driver", "cook", "night", "day", "wanted", "now", "full", "part"]
-CVS = ["nurse", "driver", "cook", "nurse night", "driver day", "cook full night", "nurse part day now", "driver full",
+WORDS = [PAD, EOS, "CV", ":", "JD", "nurse", "driver", "cook", "night", "day", "wanted", "now",
+         "full", "part"]
+CVS = ["nurse", "driver", "cook", "nurse night", "driver day", "cook full night",
+       "nurse part day now", "driver full",
        "cook part night", "nurse full day", "driver part now night", "cook day"]
 
 
 @pytest.fixture
 def codec():
-    """One word is one token: the ids of a text can be read off WORDS. At most 4 tokens of CV and 8 of JD."""
+    """One word is one token: the ids of a text can be read off WORDS. At most 4 tokens of CV and 8
+    of JD."""
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece(prefix="")
@@ -43,7 +47,8 @@ def tiny():
 
 @pytest.fixture
 def config():
-    # The large initializer_range makes attention and logits far from uniform: a wrong mask or position shows.
+    # The large initializer_range makes attention and logits far from uniform: a wrong mask or
+    # position shows.
     return Config(vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                   num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
 
@@ -132,9 +137,10 @@ class FakeStage:
         self.lines.append(line)
 
 
-# ------------------------------------------------------------------------------------------------ a whole tiny run
+# --------------------------------------------------------------------------------- a whole tiny run
 TINY = {"sft": ["--epochs", "4", "--batch", "8"], "reward": ["--steps", "10", "--samples", "16"],
-        "ppo": ["--iterations", "2", "--episodes", "8", "--minibatch", "4", "--accumulate", "2", "--kl-target", "0.5"]}
+        "ppo": ["--iterations", "2", "--episodes", "8", "--minibatch", "4", "--accumulate", "2",
+                "--kl-target", "0.5"]}
 STAGES = {"sft": ["sft"], "reward": ["reward"], "judge": ["reward", "--judge"], "ppo": ["ppo"]}
 
 
@@ -148,7 +154,8 @@ def argv(name, run, data, *more):
 def whole(tmp_path_factory):
     """Data and a run, that nothing interrupts. To be read only."""
     folder = tmp_path_factory.mktemp("whole")
-    assert girl.main(["data", "--smoke", "--people", "90", "--held-out", "20", "--out", str(folder / "data")]) == 0
+    assert girl.main(["data", "--smoke", "--people", "90", "--held-out", "20",
+                      "--out", str(folder / "data")]) == 0
     for name in STAGES:
         assert girl.main(argv(name, folder / "run", folder / "data")) == 0
     return folder
@@ -160,5 +167,7 @@ def refused(capsys, command, *says):
     assert girl.main(command) == 2
     *before, line = capsys.readouterr().err.splitlines()
     assert line.startswith("girl.py: ") and all(text in line for text in says), line
-    assert not any(text.strip() and not re.match(r"(sft|reward|judge|ppo|recommend\b.*|evaluate\b.*): ", text) for text in before), before
+    assert not any(text.strip()
+                   and not re.match(r"(sft|reward|judge|ppo|recommend\b.*|evaluate\b.*): ", text)
+                   for text in before), before
     return line

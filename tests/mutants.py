@@ -2,7 +2,8 @@
 trains on all the same. Here is a list of such ways, and the test that must fail for each.
 
     python tests/mutants.py            all of them, some minutes; ends in  killed N of M
-    python tests/mutants.py 24 31      those of these statements (test_NN_... decides statement NN; 0: the recommender)
+    python tests/mutants.py 24 31      those of these statements (test_NN_... decides statement NN;
+                                       0: the recommender)
 
 It works in a copy of the project, and is not part of test.sh. To add one: break a line by hand, see
 which test fails, and write it down. If none does, there is a test to write first.
@@ -27,7 +28,8 @@ MUTANTS = {
         (1, "model.py", "ids, mask = ids.to(device), mask.to(device)",
          "mask[:, :P] &= ids != c.pad_token_id; ids, mask = ids.to(device), mask.to(device)",
          "the prompt's own pad ids are hidden in generation")],
-    "test_ppo.py::test_02_prompts_are_left_padded_and_positions_are_the_same_in_rollout_and_update": [
+    "test_ppo.py::"
+    "test_02_prompts_are_left_padded_and_positions_are_the_same_in_rollout_and_update": [
         (2, "model.py", "positions = (mask.cumsum(1) - 1)",
          "positions = (torch.ones_like(mask).cumsum(1) - 1)", "positions count pads on the left"),
         (2, "model.py", "ids[b, P - len(prompt):] =", "ids[b, :len(prompt)] =",
@@ -66,7 +68,8 @@ MUTANTS = {
         (7, "reward.py", "float(raw.mean()) / std", "float(raw.mean())",
          "the centre is in units of the old scale")],
     "test_reward.py::test_08_pairs_identical_after_truncation_are_dropped_and_counted": [
-        (8, "reward.py", "accepted[k] or row not in chosen]", "accepted[k] or row]", "identical pairs are kept")],
+        (8, "reward.py", "accepted[k] or row not in chosen]", "accepted[k] or row]",
+         "identical pairs are kept")],
     # ------------------------------------------------------------------------------------ rollout
     "test_ppo.py::test_09_no_dropout_anywhere": [
         (9, "model.py", "return x + self.mlp(self.post_attention_layernorm(x))",
@@ -77,31 +80,36 @@ MUTANTS = {
          "codec.max_jd, flags.temperature, 0.95, generator=generator)", "top-p in the rollout")],
     "test_ppo.py::test_11_temperature_divides_the_logits_of_rollout_reference_and_update": [
         (11, "ppo.py", "logp, entropy = evaluate_policy(policy, part, flags.temperature)",
-         "logp, entropy = evaluate_policy(policy, part, 1.0)", "the update forgets the temperature"),
-        (11, "ppo.py", "evaluate_policy(reference, part, flags.temperature)", "evaluate_policy(reference, part, 1.0)",
-         "the reference forgets the temperature")],
+         "logp, entropy = evaluate_policy(policy, part, 1.0)",
+         "the update forgets the temperature"),
+        (11, "ppo.py", "evaluate_policy(reference, part, flags.temperature)",
+         "evaluate_policy(reference, part, 1.0)", "the reference forgets the temperature")],
     "test_ppo.py::test_12_logits_and_values_stand_one_position_before_each_response_token": [
         (12, "ppo.py", "rollout.prompt_lengths[:, None] + 1 ", "rollout.prompt_lengths[:, None] ",
          "logits are read where the token itself can be seen"),
         (12, "ppo.py", "states = hidden[before_each_token(rollout)].float()",
          "states = hidden.roll(-1, 1)[before_each_token(rollout)].float()",
          "values are read where the token itself can be seen"),
-        (12, "ppo.py", "to_rows(states, rollout).cumsum(1)", "to_rows(states, rollout).roll(-1, 1).cumsum(1)",
+        (12, "ppo.py", "to_rows(states, rollout).cumsum(1)",
+         "to_rows(states, rollout).roll(-1, 1).cumsum(1)",
          "a value knows the token that it is the baseline for"),
         (12, "ppo.py", "parts.append((logp, ref_logp, *scored))",
-         "parts.append((logp, ref_logp, *scored[:2], to_rows(response_states(policy.model, part), part)))",
+         "parts.append((logp, ref_logp, *scored[:2], "
+         "to_rows(response_states(policy.model, part), part)))",
          "the critic reads the policy's states, which move")],
     "test_ppo.py::test_12_a_value_depends_on_no_later_token": [
         (12, "ppo.py", "states = hidden[before_each_token(rollout)].float()",
          "states = (hidden + hidden.mean(1, keepdim=True))[before_each_token(rollout)].float()",
          "a value knows the whole text"),
-        (12, "ppo.py", "to_rows(states, rollout).cumsum(1)", "to_rows(states, rollout).flip(1).cumsum(1).flip(1)",
+        (12, "ppo.py", "to_rows(states, rollout).cumsum(1)",
+         "to_rows(states, rollout).flip(1).cumsum(1).flip(1)",
          "a value knows the tokens that come")],
     "test_ppo.py::test_13_after_the_first_end_of_text_all_is_pad_and_masked": [
         (13, "ppo.py", "torch.arange(tokens.shape[1]) < lengths[:, None]",
          "torch.arange(tokens.shape[1]) < lengths[:, None] - 1", "end-of-text is masked out")],
     "test_ppo.py::test_13_what_stands_in_pads_changes_no_loss_and_no_mean": [
-        (13, "ppo.py", 'part.advantages, flags.clip) * part.mask', 'part.advantages, flags.clip)', "pads are learned from")],
+        (13, "ppo.py", 'part.advantages, flags.clip) * part.mask', 'part.advantages, flags.clip)',
+         "pads are learned from")],
     "test_ppo.py::test_14_a_cut_off_response_gets_the_penalty_instead_of_its_score": [
         (14, "ppo.py", "torch.full_like(scores, cut_off_score))", "scores + cut_off_score)",
          "the penalty comes on top of the score")],
@@ -114,7 +122,8 @@ MUTANTS = {
     "test_ppo.py::test_16_token_rewards_add_up_to_score_minus_beta_kl": [
         (16, "ppo.py", "last] += scores", "last] = scores", "the last token's KL is lost")],
     "test_ppo.py::test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference": [
-        (16, "ppo.py", "token_rewards(scores, kl, mask, beta)  ", "token_rewards(scores, -kl, mask, beta)",
+        (16, "ppo.py", "token_rewards(scores, kl, mask, beta)  ",
+         "token_rewards(scores, -kl, mask, beta)",
          "beta drives the policy away from the reference")],
     "test_ppo.py::test_17_the_score_lies_inside_the_masks_of_value_return_and_advantage": [
         (17, "ppo.py", "last = mask.sum(1) - 1", "last = mask.sum(1).clamp(max=mask.shape[1] - 1)",
@@ -133,7 +142,8 @@ MUTANTS = {
         (19, "ppo.py", "unbiased=False) / math.sqrt(len(prompts))", "unbiased=False)",
          "the spread of the texts is taken for the error of their mean")],
     "test_ppo.py::test_20_gae_equals_brute_force_double_sum": [
-        (20, "ppo.py", "gamma * lam * next_advantage", "gamma * next_advantage", "lambda is left out"),
+        (20, "ppo.py", "gamma * lam * next_advantage", "gamma * next_advantage",
+         "lambda is left out"),
         (20, "ppo.py", "torch.zeros_like(rewards), 0.0, 0.0",
          "torch.zeros_like(rewards), 0.0, values[:, -1]", "a value after the end")],
     "test_ppo.py::test_20_the_rollout_discounts_as_the_flags_say": [
@@ -141,18 +151,22 @@ MUTANTS = {
     "test_ppo.py::test_21_returns_are_the_discounted_sums_of_the_rewards_to_come": [
         (21, "ppo.py", "mask, gamma, 1.0)", "mask, gamma, 0.95)", "what comes late counts less"),
         (21, "ppo.py", "mask, gamma, 1.0)", "mask, 1.0, 1.0)", "the discount is left out")],
-    "test_ppo.py::test_21_the_critic_is_fitted_to_returns_that_are_not_whitened_and_know_no_value": [
+    "test_ppo.py::"
+    "test_21_the_critic_is_fitted_to_returns_that_are_not_whitened_and_know_no_value": [
         (21, "ppo.py", "returns = returns_to_go(rewards, mask, flags.gamma)",
          "returns = whiten(advantages, mask) + values", "the critic learns whitened numbers"),
         (21, "ppo.py", "returns = returns_to_go(rewards, mask, flags.gamma)",
-         "returns = advantages + values", "the critic learns its own values, where lambda is not 1")],
+         "returns = advantages + values",
+         "the critic learns its own values, where lambda is not 1")],
     "test_ppo.py::test_22_whitened_advantages_have_masked_mean_0_and_variance_1": [
         (22, "ppo.py", "    mean = masked_mean(x, mask)\n", "    mean = x.mean()\n",
          "pads pull at the mean")],
     "test_ppo.py::test_23_rewards_are_not_whitened": [
-        (23, "ppo.py", "gae(rewards, values, mask, flags.gamma, flags.lam)", "gae(whiten(rewards, mask), values, mask, flags.gamma, flags.lam)",
+        (23, "ppo.py", "gae(rewards, values, mask, flags.gamma, flags.lam)",
+         "gae(whiten(rewards, mask), values, mask, flags.gamma, flags.lam)",
          "rewards are whitened"),
-        (23, "ppo.py", "token_rewards(scores, kl, mask, beta)  ", "token_rewards(scores, kl, mask, flags.kl_coef)", "beta stays the first")],
+        (23, "ppo.py", "token_rewards(scores, kl, mask, beta)  ",
+         "token_rewards(scores, kl, mask, flags.kl_coef)", "beta stays the first")],
     "test_ppo.py::test_23_advantages_are_whitened_over_the_rollout_not_the_minibatch": [
         (23, "ppo.py", "policy_loss(log_ratio, part.advantages,",
          "policy_loss(log_ratio, whiten(part.advantages, part.mask),", "whitened per minibatch")],
@@ -178,13 +192,16 @@ MUTANTS = {
     "test_ppo.py::test_26_a_rollout_counts_0_7_of_the_one_after_it": [
         (26, "ppo.py", "self.xy = self.KEPT * self.xy", "self.xy = self.xy",
          "of the two sums only one forgets"),
-        (26, "ppo.py", "KEPT, RIDGE = 0.7,", "KEPT, RIDGE = 0.0,", "all rollouts but the last are forgotten")],
+        (26, "ppo.py", "KEPT, RIDGE = 0.7,", "KEPT, RIDGE = 0.0,",
+         "all rollouts but the last are forgotten")],
     "test_ppo.py::test_26_the_ridge_keeps_the_solution_finite_and_is_small": [
         (26, "ppo.py", "KEPT, RIDGE = 0.7, 1e-2", "KEPT, RIDGE = 0.7, 0.0", "no ridge"),
         (26, "ppo.py", "ridge[-1] = 0", "pass", "the bias is shrunk, too"),
-        (26, "ppo.py", "KEPT, RIDGE = 0.7, 1e-2", "KEPT, RIDGE = 0.7, 1.0", "values shrink toward 0")],
+        (26, "ppo.py", "KEPT, RIDGE = 0.7, 1e-2", "KEPT, RIDGE = 0.7, 1.0",
+         "values shrink toward 0")],
     "test_ppo.py::test_26_the_critic_predicts_the_returns_of_new_rollouts_better_than_their_mean": [
-        (26, "ppo.py", "@ weight[:-1] + weight[-1]", "@ -weight[:-1] + weight[-1]", "the sign is turned")],
+        (26, "ppo.py", "@ weight[:-1] + weight[-1]", "@ -weight[:-1] + weight[-1]",
+         "the sign is turned")],
     "test_ppo.py::test_27_the_values_of_a_rollout_come_from_the_fit_before_it": [
         (27, "ppo.py", "values = critic.values(sums) * mask",
          "critic.fit(sums, returns_to_go(rewards, mask, flags.gamma), mask); "
@@ -192,7 +209,8 @@ MUTANTS = {
         (27, "ppo.py", "explained_variance(values, advantages + values, mask)",
          "explained_variance(critic.values(sums), advantages + values, mask)",
          "the variance that is explained is that of the fit's own data")],
-    "test_ppo.py::test_27_before_iteration_1_the_critic_reads_a_rollout_of_the_sft_model_that_is_not_trained_on": [
+    "test_ppo.py::test_27_before_iteration_1_"
+    "the_critic_reads_a_rollout_of_the_sft_model_that_is_not_trained_on": [
         (27, "ppo.py", 'new_rollout(draw_cvs(generator(seed, "ppo", "critic")), "critic")', "pass",
          "iteration 1 has no critic")],
     "test_ppo.py::test_27_the_critic_moves_no_state_and_no_weight_of_the_reward_model": [
@@ -200,12 +218,16 @@ MUTANTS = {
          "the reward model could be trained")],
     "test_ppo.py::test_27_the_reward_model_may_be_of_another_size": [
         (27, "ppo.py", "Critic(reward_model.config", "Critic(policy.config", "the policy's size")],
-    "test_weights.py::test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_policy_s": [
+    "test_weights.py::"
+    "test_the_critic_reads_the_states_of_the_reward_model_s_adapters_not_of_the_policy_s": [
         (27, "ppo.py", "parts.append((logp, ref_logp, *scored))",
-         "parts.append((logp, ref_logp, *scored[:2], to_rows(response_states(policy.model, part), part)))",
+         "parts.append((logp, ref_logp, *scored[:2], "
+         "to_rows(response_states(policy.model, part), part)))",
          "the policy's adapters for the critic")],
-    "test_resume.py::test_an_iteration_of_ppo_that_was_cut_short_is_done_again_from_the_state_before_it": [
-        (27, "ppo.py", '{"policy": policy, "critic": critic}', '{"policy": policy, "critic": Critic(critic.xx.shape[0] - 1)}',
+    "test_resume.py::"
+    "test_an_iteration_of_ppo_that_was_cut_short_is_done_again_from_the_state_before_it": [
+        (27, "ppo.py", '{"policy": policy, "critic": critic}',
+         '{"policy": policy, "critic": Critic(critic.xx.shape[0] - 1)}',
          "the critic forgets all that it knew when a run goes on"),
         (0, "girl.py", '0 if name == "ppo" else args.save_seconds', "args.save_seconds",
          "PPO's iterations are not saved"),
@@ -227,8 +249,8 @@ MUTANTS = {
     "test_ppo.py::test_30_each_step_counts_its_own_real_tokens": [
         (30, "ppo.py", "rollout.mask[minibatch].sum()", "len(minibatch)", "long texts count more")],
     "test_ppo.py::test_30_gradient_accumulation_equals_the_big_batch": [
-        (30, "ppo.py", "loss.sum() / tokens_in_step", "loss.sum() / part.mask.sum() / flags.accumulate",
-         "a mean of means")],
+        (30, "ppo.py", "loss.sum() / tokens_in_step",
+         "loss.sum() / part.mask.sum() / flags.accumulate", "a mean of means")],
     "test_sft.py::test_the_gradient_is_that_of_the_objective_by_hand": [
         (30, "sft.py", "(loss / tokens", "(loss / len(batch)", "by text, not by token")],
     "test_ppo.py::test_31_adaptive_kl_controller_by_hand": [
@@ -244,36 +266,43 @@ MUTANTS = {
     "test_ppo.py::test_32_gradients_are_clipped": [
         (32, "ppo.py", "flags.max_grad_norm)", "1.0)", "a fixed largest norm")],
     "test_ppo.py::test_32_a_gradient_that_is_not_finite_is_not_silently_skipped": [
-        (32, "ppo.py", 'raise NotFinite("the gradient is not finite")', "continue", "a bad step is skipped")],
+        (32, "ppo.py", 'raise NotFinite("the gradient is not finite")', "continue",
+         "a bad step is skipped")],
     "test_ppo.py::test_33_means_of_the_update_are_those_of_the_real_tokens": [
         (33, "ppo.py", '(means["ratio_mean"] - 1) ** 2', "0", "the variance is around 1")],
     "test_ppo.py::test_33_means_of_the_rollout_are_those_of_the_texts": [
-        (33, "ppo.py", "variance(targets - values) /", "variance(values) /", "the critic's own variance")],
+        (33, "ppo.py", "variance(targets - values) /", "variance(values) /",
+         "the critic's own variance")],
     "test_ppo.py::test_33_the_true_match_is_that_of_each_cv_and_its_own_jd": [
         (33, "ppo.py", "sum(map(true_match, chosen, texts))",
          "sum(map(true_match, sorted(chosen), texts))", "the JDs of other CVs are judged")],
     # --------------------------------------------------- 0, no statement on PPO: the recommender
     "test_recommend.py::test_logistic_regression_finds_its_minimum_and_is_held_by_few_labels": [
-        (0, "measure/recommend.py", "(hold * (weights - start) ** 2).sum() / 2", "0", "nothing is held"),
+        (0, "measure/recommend.py", "(hold * (weights - start) ** 2).sum() / 2", "0",
+         "nothing is held"),
         (0, "measure/recommend.py", 'labels.double(), reduction="sum")', "labels.double())",
          "the start counts as much with many labels as with few")],
     "test_recommend.py::test_the_gate_is_learned_from_labels_kept_apart": [
         (0, "measure/recommend.py", "logistic(both[val], labels[val],", "logistic(both, labels,",
          "labels that were fitted decide the gate")],
     "test_recommend.py::test_the_gate_follows_what_the_written_jd_is_worth": [
-        (0, "measure/recommend.py", "(0.1, 3.0, 3.0))", "(0.1, 3.0, 3000.0))", "the gate cannot fall")],
+        (0, "measure/recommend.py", "(0.1, 3.0, 3.0))", "(0.1, 3.0, 3000.0))",
+         "the gate cannot fall")],
     "test_recommend.py::test_the_gate_of_few_labels_kept_apart_is_near_what_all_labels_say": [
         (0, "measure/recommend.py", "(0.0, 1.0, float(alone[1]))", "(0.0, 1.0, 0.0)",
          "a few labels alone decide the gate")],
     "test_recommend.py::"
     "test_a_jd_is_compared_with_the_mean_of_the_first_k_written_jds_or_with_nothing": [
-        (0, "measure/recommend.py", "[:, :k].mean(1)[cv]", ".mean(1)[cv]", "all written JDs, for any k"),
-        (0, "measure/recommend.py", 'if mode == "none":', 'if mode == "nobody":', "`none` is not told apart")],
+        (0, "measure/recommend.py", "[:, :k].mean(1)[cv]", ".mean(1)[cv]",
+         "all written JDs, for any k"),
+        (0, "measure/recommend.py", 'if mode == "none":', 'if mode == "nobody":',
+         "`none` is not told apart")],
     "test_recommend.py::test_features_that_carry_the_label_help_and_noise_does_not": [
-        (0, "measure/recommend.py", "a * on_test + g * similar[mode] + b", "a * on_test - g * similar[mode] + b",
-         "the gate is turned around"),
+        (0, "measure/recommend.py", "a * on_test + g * similar[mode] + b",
+         "a * on_test - g * similar[mode] + b", "the gate is turned around"),
         (0, "measure/recommend.py", "similarity(encoded, sample, *mode), labels, val)",
-         "similarity(encoded, sample, *mode), labels.flip(0), val)", "the gate learns from other labels")],
+         "similarity(encoded, sample, *mode), labels.flip(0), val)",
+         "the gate learns from other labels")],
 }
 
 
@@ -308,7 +337,8 @@ def main():
     killed = 0
     with tempfile.TemporaryDirectory() as folder:
         for part in ("tests", "measure", "plumbing"):
-            shutil.copytree(HERE / part, f"{folder}/{part}", ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(HERE / part, f"{folder}/{part}",
+                            ignore=shutil.ignore_patterns("__pycache__"))
         for path in HERE.glob("*.py"):
             shutil.copy(path, folder)
         code, said = pytest(folder, *{test for test, *_ in chosen})

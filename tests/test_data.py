@@ -19,21 +19,26 @@ GOOD = b'{"cv": "a nurse", "jd": "a ward", "accepted": true}\n'
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["Profile: registered nurse, 5 years.", "Wanted: nurse, London. Skills: triage, SQL."] * 5, 320)
+    return train_tokenizer(["Profile: registered nurse, 5 years.",
+                            "Wanted: nurse, London. Skills: triage, SQL."] * 5, 320)
 
 
-# --------------------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 def test_reading_good_records(tmp_path):
     path = tmp_path / "train.jsonl"
-    path.write_bytes(GOOD + b'\n  \n{"accepted": false, "jd": "", "cv": "caf\\u00e9"}')       # blank lines, no last newline
+    # Blank lines, no last newline.
+    path.write_bytes(GOOD + b'\n  \n{"accepted": false, "jd": "", "cv": "caf\\u00e9"}')
     assert read_records(path) == [Record("a nurse", "a ward", True), Record("café", "", False)]
 
 
 def test_line_ends_blanks_and_letters_in_pieces_make_no_other_text(tmp_path):
-    other = b'{"cv": " caf\\u00e9\\r\\ncook\\t", "jd": "\\ufeffcafe\\u0301\\rx@y.org \\u00a0b", "accepted": true}'
+    other = (b'{"cv": " caf\\u00e9\\r\\ncook\\t", "jd": "\\ufeffcafe\\u0301\\rx@y.org \\u00a0b", '
+             b'"accepted": true}')
     (tmp_path / "train.jsonl").write_bytes(other)
-    assert read_records(tmp_path / "train.jsonl") == [Record("café\ncook", "café\nx@y.org  b", True)]
-    for split, text in (("train", "caf\u00e9 cook"), ("valid", "x"), ("test", " cafe\u0301\u00a0cook\r\n")):
+    assert read_records(tmp_path / "train.jsonl") == [
+        Record("café\ncook", "café\nx@y.org  b", True)]
+    for split, text in (("train", "caf\u00e9 cook"), ("valid", "x"),
+                        ("test", " cafe\u0301\u00a0cook\r\n")):
         write_records(tmp_path / f"{split}.jsonl", [Record(f"cv {split}", text, True)])
     with pytest.raises(BadInput, match="test.jsonl:1: its JD is in train.jsonl too"):
         check_splits(tmp_path)
@@ -42,13 +47,15 @@ def test_line_ends_blanks_and_letters_in_pieces_make_no_other_text(tmp_path):
 def test_contacts_are_kept_where_nothing_says_that_they_were_replaced(tmp_path):
     assert keeps_contacts(tmp_path)
     for name, content, kept in (("import.json", {"contacts_replaced": {"EMAIL": 0}}, False),
-                                ("import.json", {"contacts_replaced": None}, True), ("market.json", {}, False)):
+                                ("import.json", {"contacts_replaced": None}, True),
+                                ("market.json", {}, False)):
         (tmp_path / name).write_text(json.dumps(content))
         assert keeps_contacts(tmp_path) == kept
 
 
 def test_written_records_are_read_again(tmp_path):
-    records = [Record("line\nbreak \u2028 \x85 \t tab", 'quote " and \\', True), Record("日本 🙂", "", False)]
+    records = [Record("line\nbreak \u2028 \x85 \t tab", 'quote " and \\', True),
+               Record("日本 🙂", "", False)]
     write_records(tmp_path / "new" / "x.jsonl", records)
     assert read_records(tmp_path / "new" / "x.jsonl") == records
 
@@ -93,12 +100,12 @@ def test_halves_are_stable_and_roughly_even():
     halves = [half(cv) for cv in cvs]
     assert halves == [half(cv) for cv in cvs]
     assert set(halves) == {"A", "B"} and 900 < halves.count("A") < 1100
-    # SHA-256 of "abc" starts with byte ba (even), that of "" with e3 (odd). Python's own hash would differ between
-    # processes, and so mix the halves of two stages.
+    # SHA-256 of "abc" starts with byte ba (even), that of "" with e3 (odd). Python's own hash would
+    # differ between processes, and so mix the halves of two stages.
     assert half("abc") == "A" and half("") == "B"
 
 
-# ----------------------------------------------------------------------------------------------- tokenizer and codec
+# ------------------------------------------------------------------------------ tokenizer and codec
 def random_text(rng, n):
     """Any characters but surrogates, which no UTF-8 text holds."""
     blocks = (range(128), range(0xD800), range(0xE000, 0x110000))
@@ -113,16 +120,19 @@ def round_trip(tokenizer, text):
 def test_any_unicode_round_trips(tokenizer):
     rng = random.Random(0)
     texts = [random_text(rng, rng.randrange(1, 30)) for _ in range(300)]
-    for text in texts + ["", " ", "  two spaces", "\n", "don't , stop .", "I 'm", "e\u0301 é", "👩‍⚕️", "x" * 500]:
+    for text in texts + ["", " ", "  two spaces", "\n", "don't , stop .", "I 'm", "e\u0301 é",
+                         "👩‍⚕️", "x" * 500]:
         assert round_trip(tokenizer, text) == text
 
 
-@pytest.mark.parametrize("text", [EOS, PAD, f"before{EOS}after", f"a {PAD} {EOS} b", EOS * 3, "<|pad", "<unk>"])
+@pytest.mark.parametrize("text", [EOS, PAD, f"before{EOS}after", f"a {PAD} {EOS} b", EOS * 3,
+                                  "<|pad", "<unk>"])
 def test_what_looks_like_a_special_token_is_plain_text(tokenizer, tmp_path, text):
     save_tokenizer(tmp_path, Codec(tokenizer, 50, 50))
     for t in (tokenizer, load_tokenizer(tmp_path)):
         codec = Codec(t, 100, 100)
-        assert not {t.token_to_id(EOS), t.token_to_id(PAD)} & set(codec.prompt(text) + codec.jd(text)[:-1])
+        assert not {t.token_to_id(EOS), t.token_to_id(PAD)} & set(
+            codec.prompt(text) + codec.jd(text)[:-1])
         assert round_trip(t, text) == text
 
 
@@ -140,7 +150,8 @@ def test_tokenizer_is_saved_and_loaded(tokenizer, tmp_path):
 
 def test_a_loaded_codec_keeps_the_budgets_of_its_config(tokenizer, tmp_path):
     save_tokenizer(tmp_path, Codec(tokenizer, 50, 50))
-    codec = load_codec(tmp_path, SimpleNamespace(vocab_size=320, max_cv_tokens=3, max_jd_tokens=5, eos_token_id=1, pad_token_id=0))
+    codec = load_codec(tmp_path, SimpleNamespace(vocab_size=320, max_cv_tokens=3, max_jd_tokens=5,
+                                                 eos_token_id=1, pad_token_id=0))
     many = "a b c d e f g h"
     assert len(codec.prompt(many)) == len(codec.before) + 3 + len(codec.after)
     assert len(codec.jd(many)) == 5
@@ -166,14 +177,16 @@ def test_a_broken_tokenizer_is_refused(tmp_path, content):
 def test_prompt_is_the_template_around_the_cv(tokenizer):
     prompt, jd = Codec(tokenizer, 50, 50).prompt("a nurse"), Codec(tokenizer, 50, 50).jd("a ward")
     assert tokenizer.decode(prompt, skip_special_tokens=False) == "CV: a nurse\nJD:"
-    assert tokenizer.decode(prompt + jd, skip_special_tokens=False) == f"CV: a nurse\nJD: a ward{EOS}"
+    assert (tokenizer.decode(prompt + jd, skip_special_tokens=False)
+            == f"CV: a nurse\nJD: a ward{EOS}")
 
 
 def test_template_tokens_do_not_depend_on_the_cv(tokenizer):
     codec = Codec(tokenizer, 50, 50)
     for cv in ("x", "x\n", "x\n\nJ", "JD:", " "):
         prompt = codec.prompt(cv)
-        assert prompt[:len(codec.before)] == codec.before and prompt[-len(codec.after):] == codec.after
+        assert prompt[:len(codec.before)] == codec.before
+        assert prompt[-len(codec.after):] == codec.after
 
 
 def test_what_is_too_long_is_cut_and_counted(tokenizer):
@@ -185,9 +198,10 @@ def test_what_is_too_long_is_cut_and_counted(tokenizer):
     assert (len(codec.cut_cvs), len(codec.cut_jds)) == (1, 0)
 
     assert whole.jd("one two three four")[-1] == whole.eos
-    assert codec.jd("one two three four") == ids                                # no end-of-text: it does not end there
+    assert codec.jd("one two three four") == ids            # no end-of-text: it does not end there
     assert codec.eos not in codec.jd("one two three four")
-    assert (len(codec.cut_cvs), len(codec.cut_jds)) == (1, 1)                   # a text counts once, however often it comes
+    # A text counts once, however often it comes.
+    assert (len(codec.cut_cvs), len(codec.cut_jds)) == (1, 1)
 
     whole.prompt("one two three four")                                          # just fits
     assert (len(whole.cut_cvs), len(whole.cut_jds)) == (0, 0)
@@ -207,8 +221,10 @@ def test_control_tokens_do_not_come_out_of_a_text_whatever_the_tokenizer(name, t
         assert tokenizer.token_to_id("<unk>") in codec.encode("Ж")      # what is unknown stays
 
 
-@pytest.mark.parametrize("change", [{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
-                                    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": "AA=="}]}}])
+@pytest.mark.parametrize("change", [
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
+    {"normalizer": {"type": "Sequence",
+                    "normalizers": [{"type": "Precompiled", "precompiled_charsmap": "AA=="}]}}])
 def test_what_ends_the_process_is_not_loaded(tokenizer, tmp_path, change):
     (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_str()) | change))
     with pytest.raises(BadInput, match="tokenizer.json: a Precompiled normalizer is not supported"):
@@ -218,7 +234,8 @@ def test_what_ends_the_process_is_not_loaded(tokenizer, tmp_path, change):
 def test_a_text_that_the_tokenizer_cannot_read_is_named():
     """It has no token for what it does not know."""
     with pytest.raises(BadInput, match="the tokenizer cannot read the text 'Ж cook'"):
-        Codec(Tokenizer(models.WordLevel({PAD: 0, EOS: 1, "a": 2, "CV:": 3, "\nJD:": 4}, unk_token="none")), 9, 9).encode("Ж cook")
+        Codec(Tokenizer(models.WordLevel({PAD: 0, EOS: 1, "a": 2, "CV:": 3, "\nJD:": 4},
+                                         unk_token="none")), 9, 9).encode("Ж cook")
 
 
 def test_the_longest_texts_fill_the_context(tokenizer):
@@ -236,7 +253,7 @@ def test_shrunken_budgets_still_hold_the_longest_training_text(tokenizer):
     assert n_prompt + n_jd <= codec.context() <= math.ceil(1.1 * (n_prompt + n_jd)) + 1
     small = Codec(tokenizer, 5, 6)
     small.shrink(n_prompt, n_jd)
-    assert (small.max_cv, small.max_jd) == (5, 6)                               # never raises a budget
+    assert (small.max_cv, small.max_jd) == (5, 6)                           # never raises a budget
 
 
 def test_text_stops_at_the_first_eos(tokenizer):
@@ -256,7 +273,7 @@ def test_text_and_ids_are_not_changed_by_use(tokenizer):
     assert codec.prompt("a ward") == Codec(tokenizer, 50, 50).prompt("a ward")
 
 
-# --------------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 def test_pad_right():
     ids, lengths = pad_right([[5, 6, 7], [8], [9, 0]], pad=3)
     assert ids.tolist() == [[5, 6, 7], [8, 3, 3], [9, 0, 3]]
@@ -300,4 +317,5 @@ def test_batches_do_not_come_in_order_of_length():
     longest = [max(lengths[i] for i in batch) for batch in epoch(lengths, seed=0, pool=100)]
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
     # Nor is what stands together always the same.
-    assert {frozenset(b) for b in epoch(lengths, 1)}.isdisjoint({frozenset(b) for b in epoch(lengths, 2)})
+    assert {frozenset(b) for b in epoch(lengths, 1)}.isdisjoint(
+        {frozenset(b) for b in epoch(lengths, 2)})

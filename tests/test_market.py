@@ -1,4 +1,5 @@
-"""The simulated market: its tables, texts and back, the true match by hand, what is drawn, the yardsticks."""
+"""The simulated market: its tables, texts and back, the true match by hand, what is drawn, the
+yardsticks."""
 import os
 import random
 import re
@@ -12,14 +13,16 @@ import pytest
 
 import market
 from data import Record
-from market import (ALL_SKILLS, BY_TITLE, CITIES, CV_LAYOUTS, DEGREES, FIELDS, JD_LAYOUTS, MAX_YEARS_ASKED, OCCUPATIONS,
-                    REMOTE, Job, Person, applications, best_constants, coverage, degree_factor, draw_job, draw_person,
-                    draw_split, echo, field_factor, fits_title, in_pools, match, one_changes, oracle, parse_cv, parse_jd,
-                    place_factor, rules, same_occupation, seniority, sibling, skills_factor, spoil, true_match, worsen,
-                    write_cv, write_jd, years_factor)
+from market import (ALL_SKILLS, BY_TITLE, CITIES, CV_LAYOUTS, DEGREES, FIELDS, JD_LAYOUTS,
+                    MAX_YEARS_ASKED, OCCUPATIONS, REMOTE, Job, Person, applications, best_constants,
+                    coverage, degree_factor, draw_job, draw_person, draw_split, echo, field_factor,
+                    fits_title, in_pools, match, one_changes, oracle, parse_cv, parse_jd,
+                    place_factor, rules, same_occupation, seniority, sibling, skills_factor, spoil,
+                    true_match, worsen, write_cv, write_jd, years_factor)
 from plumbing.files import BadInput
 
-CHEF = Person("chef", 6, 1, "Leeds", False, ("butchery", "grilling", "pastry", "plating", "sauces", "staff rotas"))
+CHEF = Person("chef", 6, 1, "Leeds", False,
+              ("butchery", "grilling", "pastry", "plating", "sauces", "staff rotas"))
 KITCHEN = Job("chef", 4, 1, "Leeds", ("grilling", "pastry", "plating", "sauces"),
               "Cook fresh dishes for lunch and dinner.", (32, 36))
 ANALYST = Person("data analyst", 3, 2, "Leeds", True,
@@ -31,7 +34,7 @@ def split():
     return draw_split(random.Random(1), people=300, jobs=3000, n_applications=8)
 
 
-# ------------------------------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------- the tables
 def test_the_market_is_large_enough():
     assert len(OCCUPATIONS) >= 8 and sum(map(len, OCCUPATIONS.values())) >= 24
     assert len(BY_TITLE) == sum(map(len, OCCUPATIONS.values()))     # no title twice
@@ -61,10 +64,11 @@ def test_a_duty_tells_its_occupation():
 
 
 def test_nothing_about_age_gender_origin_or_family_is_in_any_text(split):
-    banned = """age aged old elderly youth born birth he she him her his hers himself herself male female man men woman women
-        boy boys girl girls mr mrs ms miss sir madam gender sex name names called family married single mother father
-        son daughter pregnant husband wife race ethnic origin nationality citizen native foreign religion church
-        christian muslim jewish white black asian disabled""".split()
+    banned = """age aged old elderly youth born birth he she him her his hers himself herself male
+        female man men woman women boy boys girl girls mr mrs ms miss sir madam gender sex name
+        names called family married single mother father son daughter pregnant husband wife race
+        ethnic origin nationality citizen native foreign religion church christian muslim jewish
+        white black asian disabled""".split()
     texts = [*CV_LAYOUTS, *JD_LAYOUTS, *DEGREES, *CITIES, *ALL_SKILLS, *BY_TITLE]
     texts += [duty for o in BY_TITLE.values() for duty in o.duties]
     texts += [text for r in split[0] + split[1] for text in (r.cv, r.jd)]
@@ -72,7 +76,7 @@ def test_nothing_about_age_gender_origin_or_family_is_in_any_text(split):
     assert not words & set(banned)
 
 
-# -------------------------------------------------------------------------------------------- texts and back
+# ----------------------------------------------------------------------------------- texts and back
 @pytest.mark.parametrize("layout", range(len(CV_LAYOUTS)))
 def test_cvs_round_trip(layout):
     rng = random.Random(layout)
@@ -98,28 +102,34 @@ def test_layouts_cannot_be_confused():
 
 
 def test_a_jd_by_hand():
-    text = ("Job: chef\nPlace: Leeds\nPay: 32k to 36k\n"
-            f"Experience: {seniority(4)}, 4+ years\nEducation: a vocational certificate\n"
-            "Skills: grilling, pastry, plating, sauces\nTask: Cook fresh dishes for lunch and dinner.")
-    assert parse_jd(text) == KITCHEN and text in [write_jd(KITCHEN, i) for i in range(len(JD_LAYOUTS))]
+    text = (f"Job: chef\nPlace: Leeds\nPay: 32k to 36k\nExperience: {seniority(4)}, 4+ years\n"
+            "Education: a vocational certificate\nSkills: grilling, pastry, plating, sauces\n"
+            "Task: Cook fresh dishes for lunch and dinner.")
+    assert parse_jd(text) == KITCHEN
+    assert text in [write_jd(KITCHEN, i) for i in range(len(JD_LAYOUTS))]
 
 
 def test_a_cv_by_hand():
     text = ("Work: data analyst\nExperience: skilled, 3 years\nPlace: Leeds or remote\n"
-            "Skills: dashboards, forecasting, Python, SQL, statistics, Tableau\nEducation: a bachelor's degree")
-    assert parse_cv(text) == ANALYST and text in [write_cv(ANALYST, i) for i in range(len(CV_LAYOUTS))]
+            "Skills: dashboards, forecasting, Python, SQL, statistics, Tableau\n"
+            "Education: a bachelor's degree")
+    assert parse_cv(text) == ANALYST
+    assert text in [write_cv(ANALYST, i) for i in range(len(CV_LAYOUTS))]
 
 
-@pytest.mark.parametrize("years, held, asked", [(0, "no experience", "no experience"), (1, "1 year", "1+ year"),
-                                                (2, "2 years", "2+ years"), (12, "12 years", "12+ years")])
+@pytest.mark.parametrize("years, held, asked",
+                         [(0, "no experience", "no experience"), (1, "1 year", "1+ year"),
+                          (2, "2 years", "2+ years"), (12, "12 years", "12+ years")])
 def test_years_in_words(years, held, asked):
-    assert held in write_cv(replace(CHEF, years=years), 0) and asked in write_jd(replace(KITCHEN, years=years), 0)
+    assert held in write_cv(replace(CHEF, years=years), 0)
+    assert asked in write_jd(replace(KITCHEN, years=years), 0)
 
 
 def test_seniority_rises_with_the_years():
     words = [seniority(y) for y in range(MAX_YEARS_ASKED + 1)]
     levels = list(dict.fromkeys(words))
-    assert len(levels) >= 4 and words == sorted(words, key=levels.index)       # no level comes back later
+    # No level comes back later.
+    assert len(levels) >= 4 and words == sorted(words, key=levels.index)
 
 
 SPOILED = {
@@ -132,7 +142,8 @@ SPOILED = {
     "level twice": (seniority(4), f"{seniority(4)}, {seniority(4)}"),
     "reversed pay": ("32k to 36k", "36k to 32k"),
     "equal pay": ("32k to 36k", "32k to 32k"),
-    "duty of another occupation": ("Cook fresh dishes for lunch and dinner.", "Serve guests in our dining room."),
+    "duty of another occupation": ("Cook fresh dishes for lunch and dinner.",
+                                   "Serve guests in our dining room."),
     "unknown duty": ("Cook fresh dishes", "Cook stale dishes"),
     "no duty": ("Cook fresh dishes for lunch and dinner.", ""),
     "unknown title": ("chef", "chief"),
@@ -159,10 +170,11 @@ def test_a_spoiled_jd_does_not_parse(kind, layout):
 
 
 @pytest.mark.parametrize("layout", range(len(JD_LAYOUTS)))
-@pytest.mark.parametrize("wrong", ["1+ years", "0+ years", "04+ years", "4 years", "4+ year", "1 year",
-                                   "+ years", "years", "-1+ years"])
+@pytest.mark.parametrize("wrong", ["1+ years", "0+ years", "04+ years", "4 years", "4+ year",
+                                   "1 year", "+ years", "years", "-1+ years"])
 def test_years_are_written_in_one_way_only(wrong, layout):
-    # From three jobs, so that the seniority before the title fits the years and is not what betrays the text.
+    # From three jobs, so that the seniority before the title fits the years and is not what betrays
+    # the text.
     for years, right in ((0, "no experience"), (1, "1+ year"), (4, "4+ years")):
         good = write_jd(replace(KITCHEN, years=years), layout)
         assert right in good and parse_jd(good) and parse_jd(good.replace(right, wrong)) is None
@@ -176,8 +188,9 @@ def test_a_cut_jd_does_not_parse(layout):
 
 @pytest.mark.parametrize("layout", range(len(CV_LAYOUTS)))
 @pytest.mark.parametrize("right, wrong", [
-    ("6 years", "06 years"), ("6 years", "6+ years"), ("6 years", "1 years"), ("6 years", "0 years"),
-    ("6 years", "senior, 6 years"), ("6 years", "\u0666 years"), ("Leeds", "Paris"), ("Leeds", "remote"),
+    ("6 years", "06 years"), ("6 years", "6+ years"), ("6 years", "1 years"),
+    ("6 years", "0 years"), ("6 years", "senior, 6 years"), ("6 years", "\u0666 years"),
+    ("Leeds", "Paris"), ("Leeds", "remote"),
     ("chef", "senior chef"), ("grilling", "juggling"), ("vocational", "special"), ("chef", "")])
 def test_a_spoiled_cv_does_not_parse(right, wrong, layout):
     good = write_cv(CHEF, layout)
@@ -186,35 +199,42 @@ def test_a_spoiled_cv_does_not_parse(right, wrong, layout):
 
 
 def test_no_single_character_can_be_changed_unnoticed():
-    """Whatever text parses is exactly what its job writes: so a changed character is another job, or none."""
+    """Whatever text parses is exactly what its job writes: so a changed character is another job,
+    or none."""
     rng = random.Random(0)
     for layout in range(len(JD_LAYOUTS)):
         text = write_jd(KITCHEN, layout)
         for n in range(len(text)):
-            changed = text[:n] + rng.choice(string.ascii_lowercase + " ,.\n+\u0663\u00a0") + text[n + 1:]
+            changed = (text[:n] + rng.choice(string.ascii_lowercase + " ,.\n+\u0663\u00a0")
+                       + text[n + 1:])
             job = parse_jd(changed)
-            assert job is None or (changed == write_jd(job, layout) and (job != KITCHEN or changed == text))
+            assert (job is None
+                    or (changed == write_jd(job, layout) and (job != KITCHEN or changed == text)))
 
 
-# ---------------------------------------------------------------------------------------------------- the true match
+# ----------------------------------------------------------------------------------- the true match
 def test_skills_count_by_squared_coverage():
     asked = lambda *skills: replace(KITCHEN, skills=skills)
     assert coverage(CHEF, asked("grilling", "pastry", "food safety", "knife skills")) == 0.5
     assert skills_factor(CHEF, KITCHEN) == 1.0
-    assert skills_factor(CHEF, asked("grilling", "pastry", "sauces", "food safety")) == pytest.approx(9 / 16)
-    assert skills_factor(CHEF, asked("grilling", "pastry", "sauces", "plating", "food safety")) == pytest.approx(0.64)
+    assert (skills_factor(CHEF, asked("grilling", "pastry", "sauces", "food safety"))
+            == pytest.approx(9 / 16))
+    assert (skills_factor(CHEF, asked("grilling", "pastry", "sauces", "plating", "food safety"))
+            == pytest.approx(0.64))
     assert skills_factor(CHEF, asked("food safety", "knife skills", "cost control")) == 0.0
     assert coverage(CHEF, asked()) == 0.0
 
 
-@pytest.mark.parametrize("skills", [(), ("grilling",), ("grilling", "pastry"), ("grilling", "pastry", "pastry", "sauces"),
+@pytest.mark.parametrize("skills", [(), ("grilling",), ("grilling", "pastry"),
+                                    ("grilling", "pastry", "pastry", "sauces"),
                                     ("grilling",) * 4, CHEF.skills + ("butchery",)])
 def test_a_list_that_is_short_repeated_or_padded_is_worth_a_tenth_at_most(skills):
     assert skills_factor(CHEF, replace(KITCHEN, skills=skills)) <= 0.1
 
 
 def test_three_to_six_different_skills_are_an_honest_list():
-    assert all(skills_factor(CHEF, replace(KITCHEN, skills=CHEF.skills[:n])) == 1.0 for n in (3, 4, 5, 6))
+    assert all(skills_factor(CHEF, replace(KITCHEN, skills=CHEF.skills[:n])) == 1.0
+               for n in (3, 4, 5, 6))
 
 
 def test_years():
@@ -223,13 +243,13 @@ def test_years():
 
     assert [factor(held, 4) for held in (5, 6, 7, 8)] == [1.0] * 4          # 1 to 4 to spare
     assert factor(0, 0) == 1.0                                              # a beginner's job
-    assert 0.5 < factor(4, 4) < 1.0                                         # just enough is a little thin
-    for held in (3, 2, 1, 0):                                               # underqualified: each year halves it
+    assert 0.5 < factor(4, 4) < 1.0  # just enough is a little thin
+    for held in (3, 2, 1, 0):  # underqualified: each year halves it
         assert factor(held, 4) == pytest.approx(factor(held + 1, 4) / 2)
-    for held in (9, 10, 15):                                                # overqualified: each year costs the same share
+    for held in (9, 10, 15):  # overqualified: each year costs the same share
         assert factor(held, 4) < 1.0
         assert factor(held, 4) / factor(held - 1, 4) == pytest.approx(factor(9, 4))
-    assert factor(6, 1) == factor(9, 4) == factor(5, 0)                     # only the difference counts
+    assert factor(6, 1) == factor(9, 4) == factor(5, 0)  # only the difference counts
 
 
 def test_degree():
@@ -237,29 +257,33 @@ def test_degree():
         return degree_factor(replace(CHEF, degree=held), replace(KITCHEN, degree=asked))
 
     assert all(factor(d, d) == 1.0 for d in range(4))
-    assert 1.0 > factor(1, 0) > factor(2, 0) > factor(3, 0) > 0             # ever more overqualified
+    assert 1.0 > factor(1, 0) > factor(2, 0) > factor(3, 0) > 0  # ever more overqualified
     assert 1.0 > factor(2, 3) > factor(1, 3) >= factor(0, 3) > 0            # ever less qualified
-    assert factor(1, 2) < factor(2, 1)                                      # a degree too few is worse than one too many
+    assert factor(1, 2) < factor(2, 1)  # a degree too few is worse than one too many
     assert factor(3, 1) == factor(2, 0) and factor(0, 1) == factor(2, 3)
 
 
 def test_place():
     here, away, home = (replace(KITCHEN, place=p) for p in ("Leeds", "Exeter", REMOTE))
     flexible = replace(CHEF, remote=True)
-    assert place_factor(CHEF, here) == place_factor(flexible, here) == place_factor(flexible, home) == 1.0
+    assert (place_factor(CHEF, here) == place_factor(flexible, here)
+            == place_factor(flexible, home) == 1.0)
     assert place_factor(CHEF, away) == place_factor(flexible, away) < 0.5
     assert 0 < place_factor(CHEF, home) < 1.0
 
 
 def test_field():
-    same, neighbour, other = (field_factor(CHEF, replace(KITCHEN, title=t)) for t in ("chef", "waiter", "plumber"))
+    same, neighbour, other = (field_factor(CHEF, replace(KITCHEN, title=t))
+                              for t in ("chef", "waiter", "plumber"))
     assert same == 1.0 > neighbour > other > 0 and other <= 0.1
 
 
 def test_match_is_the_product():
     assert match(CHEF, KITCHEN) == pytest.approx(0.95)
-    worse = Job("chef", 8, 2, "Exeter", ("cost control", "grilling", "pastry", "plating", "sauces"), KITCHEN.duty, (38, 42))
-    factors = [f(CHEF, worse) for f in (skills_factor, years_factor, degree_factor, place_factor, field_factor)]
+    worse = Job("chef", 8, 2, "Exeter", ("cost control", "grilling", "pastry", "plating", "sauces"),
+                KITCHEN.duty, (38, 42))
+    factors = [f(CHEF, worse)
+               for f in (skills_factor, years_factor, degree_factor, place_factor, field_factor)]
     product = 0.95
     for f in factors:
         product *= f
@@ -277,7 +301,8 @@ def test_true_match_is_the_match_of_the_texts():
     rng = random.Random(0)
     for _ in range(500):
         person, job = draw_person(rng), draw_job(rng)
-        found = true_match(write_cv(person, rng.randrange(len(CV_LAYOUTS))), write_jd(job, rng.randrange(len(JD_LAYOUTS))))
+        found = true_match(write_cv(person, rng.randrange(len(CV_LAYOUTS))),
+                           write_jd(job, rng.randrange(len(JD_LAYOUTS))))
         assert found == match(person, job) and 0 <= found <= 0.95
 
 
@@ -289,12 +314,13 @@ def test_a_cv_of_another_market_is_refused_in_one_line():
 
 def test_fits_title():
     cv = write_cv(CHEF, 1)
-    waiter, plumber = (replace(KITCHEN, title=t, duty=BY_TITLE[t].duties[0]) for t in ("waiter", "plumber"))
+    waiter, plumber = (replace(KITCHEN, title=t, duty=BY_TITLE[t].duties[0])
+                       for t in ("waiter", "plumber"))
     assert fits_title(cv, write_jd(KITCHEN, 0)) and fits_title(cv, write_jd(waiter, 2))
     assert not fits_title(cv, write_jd(plumber, 1)) and not fits_title(cv, "Wanted: chef")
 
 
-# ---------------------------------------------------------------------------------------------------- what is drawn
+# ------------------------------------------------------------------------------------ what is drawn
 def decisions_of(split):
     return [(parse_cv(r.cv), parse_jd(r.jd), r.accepted) for r in split[0]]
 
@@ -321,7 +347,8 @@ KINDS = {
     "the wrong city": lambda p, j: j.place != REMOTE and j.place != p.city,
     "remote against the wish": lambda p, j: j.place == REMOTE and not p.remote,
     "the wrong skills": lambda p, j: p.title == j.title and coverage(p, j) <= 0.5,
-    "a neighbour's job": lambda p, j: p.title != j.title and BY_TITLE[p.title].field == BY_TITLE[j.title].field,
+    "a neighbour's job": lambda p, j: p.title != j.title
+    and BY_TITLE[p.title].field == BY_TITLE[j.title].field,
     "the wrong field": lambda p, j: BY_TITLE[p.title].field != BY_TITLE[j.title].field,
 }
 
@@ -379,7 +406,8 @@ def test_a_spoiled_copy_of_a_perfect_job_is_worth_nothing(title):
         person = replace(person, title=title, skills=skills)
         job = replace(oracle(person), skills=skills[:rng.choice((4, 5))])
         layout = rng.randrange(len(JD_LAYOUTS))
-        assert match(person, job) > 0.9 and true_match(write_cv(person, 0), spoil(rng, job, layout)) <= 0.1
+        assert match(person, job) > 0.9
+        assert true_match(write_cv(person, 0), spoil(rng, job, layout)) <= 0.1
 
 
 def test_a_sibling_differs_in_at_most_one_field():
@@ -405,25 +433,31 @@ def test_the_same_seed_draws_the_same_market():
 def test_the_same_seed_draws_the_same_market_in_another_process():
     """The order of a set of texts differs between processes: a market drawn from one would too."""
     script = ("import random, hashlib; from market import draw_split;"
-              "print(hashlib.sha256(repr(draw_split(random.Random(1), 20, 600, 5)).encode()).hexdigest())")
+              "print(hashlib.sha256(repr(draw_split(random.Random(1), 20, 600, 5)).encode())"
+              ".hexdigest())")
     root = str(Path(market.__file__).parent)
-    found = {subprocess.run([sys.executable, "-c", script], cwd=root, env=os.environ | {"PYTHONHASHSEED": seed},
-                            capture_output=True, text=True, check=True).stdout for seed in ("1", "2")}
+    found = {subprocess.run([sys.executable, "-c", script], cwd=root,
+                            env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True,
+                            text=True, check=True).stdout for seed in ("1", "2")}
     assert len(found) == 1
 
 
 def test_a_smaller_market_has_the_first_fields_of_work_alone():
     """Decisions and probes: no word of another field stands in them."""
-    decisions, probes = draw_split(random.Random(1), people=200, jobs=1000, n_applications=6, fields=2)
+    decisions, probes = draw_split(random.Random(1), people=200, jobs=1000, n_applications=6,
+                                   fields=2)
     mine = {title for field in list(OCCUPATIONS)[:2] for title in OCCUPATIONS[field]}
-    assert {parse_cv(r.cv).title for r in decisions} == {parse_jd(r.jd).title for r in decisions} == mine
-    others = [t for t in BY_TITLE if t not in mine] + [d for t in BY_TITLE if t not in mine for d in BY_TITLE[t].duties]
+    assert {parse_cv(r.cv).title for r in decisions} == mine
+    assert {parse_jd(r.jd).title for r in decisions} == mine
+    others = ([t for t in BY_TITLE if t not in mine]
+              + [d for t in BY_TITLE if t not in mine for d in BY_TITLE[t].duties])
     assert len(probes) > 20 and not [r for r in probes for text in others if text in r.jd]
 
 
 @pytest.mark.parametrize("kind", ["cv", "jd"])
 def test_taken_texts_are_not_used_again(split, kind):
-    """The same draw, were some of its texts in another split already: none of them may come back."""
+    """The same draw, were some of its texts in another split already: none of them may come
+    back."""
     taken = {getattr(r, kind) for r in split[0][:400]}
     again, _ = draw_split(random.Random(1), people=300, jobs=3000, n_applications=8, taken=taken)
     assert again and not taken & {text for r in again for text in (r.cv, r.jd)}
@@ -435,17 +469,21 @@ def test_pools_hold_the_jobs_of_a_title_and_place():
     for title in BY_TITLE:
         assert pools[title, None] == [i for i, job in enumerate(jobs) if job.title == title]
         for place in [*CITIES, REMOTE]:
-            assert pools[title, place] == [i for i, job in enumerate(jobs) if (job.title, job.place) == (title, place)]
+            assert pools[title, place] == [i for i, job in enumerate(jobs)
+                                           if (job.title, job.place) == (title, place)]
 
 
 def test_who_would_work_from_home_looks_at_remote_jobs_too():
-    """Three fitting remote jobs among 3,000 elsewhere, of which only 20 are looked at: the others miss them nearly always."""
+    """Three fitting remote jobs among 3,000 elsewhere, of which only 20 are looked at: the others
+    miss them nearly always."""
     away = replace(draw_job(random.Random(0), "data analyst"), place="Exeter")
-    jobs = [away] * 3000 + [replace(away, place=REMOTE, skills=ANALYST.skills[:4], years=2, degree=ANALYST.degree)] * 3
+    jobs = [away] * 3000 + [replace(away, place=REMOTE, skills=ANALYST.skills[:4], years=2,
+                                    degree=ANALYST.degree)] * 3
     pools, seen = in_pools(jobs), {}
     for remote in (True, False):
         person = replace(ANALYST, remote=remote)
-        seen[remote] = sum(j >= 3000 for i in range(20) for j in applications(random.Random(i), person, jobs, pools, 6))
+        seen[remote] = sum(j >= 3000 for i in range(20)
+                           for j in applications(random.Random(i), person, jobs, pools, 6))
     assert seen[True] >= 40 and seen[False] <= 3
 
 
@@ -463,36 +501,43 @@ def test_a_slip_has_one_value_in_the_place_of_another(monkeypatch):
     for _ in range(200):
         job, layout = draw_job(rng), rng.randrange(len(JD_LAYOUTS))
         good, slipped = write_jd(job, layout), spoil(rng, job, layout)
-        values = [job.title, job.place, DEGREES[job.degree], job.duty, f"{job.pay[0]}k", market.years_text(job.years, "+"), *job.skills]
+        values = [job.title, job.place, DEGREES[job.degree], job.duty, f"{job.pay[0]}k",
+                  market.years_text(job.years, "+"), *job.skills]
         assert slipped in {good.replace(a, b, 1) for a in values for b in values if a != b}
 
 
 def test_people_apply_by_taste_and_now_and_then_at_random():
-    away = replace(KITCHEN, place="Exeter", skills=("allergen control", "cost control", "food safety", "menu planning"))
+    away = replace(KITCHEN, place="Exeter",
+                   skills=("allergen control", "cost control", "food safety", "menu planning"))
     jobs = [KITCHEN] * 200 + [away] * 200
-    chosen = [j for seed in range(100) for j in applications(random.Random(seed), CHEF, jobs, in_pools(jobs), 6)]
+    chosen = [j for seed in range(100)
+              for j in applications(random.Random(seed), CHEF, jobs, in_pools(jobs), 6)]
     assert 60 < sum(j >= 200 for j in chosen) < 0.5 * len(chosen)
 
 
 def test_who_applies_for_a_favourite_applies_for_the_posting_next_to_it():
-    """Of one title: that is the other posting of the same employer. A neighbour of another title is not."""
+    """Of one title: that is the other posting of the same employer. A neighbour of another title is
+    not."""
     far = replace(KITCHEN, place="Exeter", skills=draw_job(random.Random(0), "electrician").skills)
     jobs = [far] * 300
     jobs[100], jobs[200] = KITCHEN, draw_job(random.Random(0), "electrician")
     for favourite, beside in ((100, {99, 101}), (199, {198})):
         jobs[100], jobs[favourite] = far, KITCHEN
         for seed in range(20):
-            assert {favourite} | beside <= set(applications(random.Random(seed), CHEF, jobs, in_pools(jobs), 6))
-    asked = [200 in applications(random.Random(seed), CHEF, jobs, in_pools(jobs), 6) for seed in range(200)]
-    assert sum(asked) < 10                                      # only as the one random job of any occupation
+            assert {favourite} | beside <= set(applications(random.Random(seed), CHEF, jobs,
+                                                            in_pools(jobs), 6))
+    asked = [200 in applications(random.Random(seed), CHEF, jobs, in_pools(jobs), 6)
+             for seed in range(200)]
+    assert sum(asked) < 10  # only as the one random job of any occupation
 
 
-# ------------------------------------------------------------------------------------------------------- yardsticks
+# --------------------------------------------------------------------------------------- yardsticks
 def same_but(job, other, *names):
     return replace(job, **{n: getattr(other, n) for n in names}) == other
 
 
-@pytest.mark.parametrize("field, may_change", [("skills", ["skills"]), ("years", ["years", "pay"]), ("degree", ["degree"]),
+@pytest.mark.parametrize("field, may_change", [("skills", ["skills"]), ("years", ["years", "pay"]),
+                                               ("degree", ["degree"]),
                                                ("city", ["place"]), ("field", ["title", "duty"])])
 def test_worsen_makes_one_field_worse(field, may_change):
     rng, done = random.Random(0), 0
@@ -500,14 +545,15 @@ def test_worsen_makes_one_field_worse(field, may_change):
         person = draw_person(rng)
         job = oracle(person)
         if field == "skills":       # also jobs that the person covers in part
-            job = replace(job, skills=tuple(rng.sample(BY_TITLE[person.title].skills, rng.choice((4, 5)))))
+            job = replace(job, skills=tuple(rng.sample(BY_TITLE[person.title].skills,
+                                                       rng.choice((4, 5)))))
         worse = worsen(rng, person, job, field)
         if worse is None or match(person, job) == 0:
             continue
         done += 1
         assert match(person, worse) <= 0.6 * match(person, job)
         assert same_but(job, worse, *may_change) and worse != job
-        assert parse_jd(write_jd(worse, 0)) == worse                        # still a job of this market
+        assert parse_jd(write_jd(worse, 0)) == worse  # still a job of this market
         assert len(worse.skills) == len(set(worse.skills)) == len(job.skills)
     assert done > 200
     assert field in FIELDS and len(FIELDS) == 5
@@ -520,7 +566,8 @@ def test_worsen_swaps_half_of_the_covered_skills():
 
 
 def test_worsen_gives_up_where_nothing_is_worse():
-    hopeless = replace(KITCHEN, skills=("allergen control", "cost control", "food safety", "menu planning"))
+    hopeless = replace(KITCHEN,
+                       skills=("allergen control", "cost control", "food safety", "menu planning"))
     assert match(CHEF, hopeless) == 0
     assert [worsen(random.Random(0), CHEF, hopeless, field) for field in FIELDS] == [None] * 5
 
@@ -538,13 +585,15 @@ def test_echo_by_hand():
     job = echo(ANALYST)
     assert (job.title, job.years, job.degree, job.place) == ("data analyst", 3, 2, "Leeds")
     assert job.skills == ANALYST.skills[:4] and job.duty in BY_TITLE["data analyst"].duties
-    assert match(ANALYST, job) == pytest.approx(0.95 * years_factor(ANALYST, replace(KITCHEN, years=3)))
+    assert (match(ANALYST, job)
+            == pytest.approx(0.95 * years_factor(ANALYST, replace(KITCHEN, years=3))))
 
 
 def test_best_constants_by_brute_force():
     rng = random.Random(0)
     people, jobs = [draw_person(rng) for _ in range(150)], [draw_job(rng) for _ in range(300)]
-    best = best_constants(random.Random(0), people, jobs)       # few enough that all of them are looked at
+    # Few enough that all of them are looked at.
+    best = best_constants(random.Random(0), people, jobs)
     assert set(best) == {p.title for p in people} & {j.title for j in jobs} and len(best) > 12
     for title, job in best.items():
         mine = [p for p in people if p.title == title]
@@ -553,9 +602,11 @@ def test_best_constants_by_brute_force():
 
 
 def test_same_occupation():
-    cv, plumber = write_cv(CHEF, 0), replace(KITCHEN, title="plumber", duty=BY_TITLE["plumber"].duties[0])
+    cv = write_cv(CHEF, 0)
+    plumber = replace(KITCHEN, title="plumber", duty=BY_TITLE["plumber"].duties[0])
     waiter = replace(KITCHEN, title="waiter", duty=BY_TITLE["waiter"].duties[0])
-    assert [same_occupation(Record(cv, write_jd(j, 0), True)) for j in (KITCHEN, waiter, plumber)] == [True, False, False]
+    assert ([same_occupation(Record(cv, write_jd(j, 0), True)) for j in (KITCHEN, waiter, plumber)]
+            == [True, False, False])
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -566,14 +617,16 @@ def test_one_changes_come_from_accepted_decisions_and_keep_the_layout(split, fie
     for cv, jd, worse in changes:
         assert (cv, jd) in accepted and 0 <= true_match(cv, worse) <= 0.6 * true_match(cv, jd)
         frame, new_frame = (re.sub(r"[^:\n]*(: |\n|$)", r"\1", text) for text in (jd, worse))
-        assert parse_jd(worse) and frame == new_frame                       # the same punctuation around other words
+        assert parse_jd(worse) and frame == new_frame  # the same punctuation around other words
 
 
 def test_rules_write_what_they_stand_for_and_are_ordered(split):
     cvs, jds = sorted({r.cv for r in split[0]}), sorted({r.jd for r in split[0]})
     found = rules(random.Random(0), cvs, jds, cvs)
     mean = {name: sum(map(true_match, cvs, theirs)) / len(cvs) for name, theirs in found.items()}
-    assert mean["oracle"] == pytest.approx(0.95) and 0 < mean["constant"] < mean["echo"] < mean["oracle"]
-    assert mean["echo"] == pytest.approx(sum(match(p, echo(p)) for p in map(parse_cv, cvs)) / len(cvs))
+    assert mean["oracle"] == pytest.approx(0.95)
+    assert 0 < mean["constant"] < mean["echo"] < mean["oracle"]
+    assert (mean["echo"]
+            == pytest.approx(sum(match(p, echo(p)) for p in map(parse_cv, cvs)) / len(cvs)))
     assert len(set(found["constant"])) <= len(BY_TITLE)                     # one job for each title
     assert rules(random.Random(0), cvs[:5], [], cvs[:5])["constant"] == [""] * 5

@@ -1,4 +1,5 @@
-"""The transformer against plain loops; the cache, padding and sampling; its own weights in and out."""
+"""The transformer against plain loops; the cache, padding and sampling; its own weights in and
+out."""
 import json
 import math
 
@@ -14,8 +15,9 @@ from plumbing.weights import load_model, save_model
 def tiny(kind=LanguageModel, seed=0, **changes):
     """A model of 2 layers whose weights are large enough that every token matters."""
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=64, rope_theta=500.0, initializer_range=0.4)
+    sizes = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                 rope_theta=500.0, initializer_range=0.4)
     model = kind(Config(**sizes | changes)).eval()
     with torch.no_grad():       # a gain of all ones would hide a gain that is not used
         for name, p in model.named_parameters():
@@ -28,7 +30,7 @@ def random_ids(*shape, seed=0):
     return torch.randint(2, 40, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ------------------------------------------------------------------------------------------- against plain loops
+# ------------------------------------------------------------------------------ against plain loops
 def slow_norm(x, norm, eps):
     return x / math.sqrt(sum(float(v) ** 2 for v in x) / len(x) + eps) * norm.weight
 
@@ -45,14 +47,16 @@ def slow_rotate(x, position, theta):
 
 
 def slow_attention(xs, layer, c):
-    """xs: one vector per token. Each head by itself, each token looking at itself and those before it."""
+    """xs: one vector per token. Each head by itself, each token looking at itself and those before
+    it."""
     H, K, D = c.num_attention_heads, c.num_key_value_heads, c.hidden_size // c.num_attention_heads
     q, k, v = ([p.weight @ x for x in xs] for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     outputs = []
     for t in range(len(xs)):
         heads = []
         for h in range(H):
-            mine, theirs = slice(h * D, (h + 1) * D), slice(h // (H // K) * D, (h // (H // K) + 1) * D)
+            mine = slice(h * D, (h + 1) * D)
+            theirs = slice(h // (H // K) * D, (h // (H // K) + 1) * D)
             query = slow_rotate(q[t][mine], t, c.rope_theta)
             keys = [slow_rotate(k[s][theirs], s, c.rope_theta) for s in range(t + 1)]
             scores = [math.exp(float(query @ key) / math.sqrt(D)) for key in keys]
@@ -66,13 +70,16 @@ def slow_logits(model, ids):
     c = model.config
     xs = [model.model.embed_tokens.weight[i] for i in ids]
     for layer in model.model.layers:
-        seen = slow_attention([slow_norm(x, layer.input_layernorm, c.rms_norm_eps) for x in xs], layer.self_attn, c)
+        seen = slow_attention([slow_norm(x, layer.input_layernorm, c.rms_norm_eps) for x in xs],
+                              layer.self_attn, c)
         xs = [x + y for x, y in zip(xs, seen)]
         for t, x in enumerate(xs):
             n = slow_norm(x, layer.post_attention_layernorm, c.rms_norm_eps)
             gate = layer.mlp.gate_proj.weight @ n
-            xs[t] = x + layer.mlp.down_proj.weight @ (gate / (1 + (-gate).exp()) * (layer.mlp.up_proj.weight @ n))
-    return torch.stack([model.lm_head.weight @ slow_norm(x, model.model.norm, c.rms_norm_eps) for x in xs])
+            xs[t] = x + layer.mlp.down_proj.weight @ (
+                gate / (1 + (-gate).exp()) * (layer.mlp.up_proj.weight @ n))
+    return torch.stack(
+        [model.lm_head.weight @ slow_norm(x, model.model.norm, c.rms_norm_eps) for x in xs])
 
 
 @pytest.mark.parametrize("K", [4, 2, 1])
@@ -83,7 +90,8 @@ def test_forward_equals_plain_loops(K, tied):
     with torch.no_grad():
         logits = model(ids)
     for b in range(2):
-        torch.testing.assert_close(logits[b], slow_logits(model, ids[b].tolist()), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits[b], slow_logits(model, ids[b].tolist()),
+                                   atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -97,14 +105,16 @@ def test_states_that_are_asked_for_are_those_of_the_whole_forward(checkpointing)
         states = model.model(ids, asked=these)
         states = states[asked] if these is None else states
         states.square().sum().backward()
-        found.append((states, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        found.append((states,
+                      {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     torch.testing.assert_close(found[0], found[1])
 
 
 def test_the_last_block_computes_what_is_asked_for_and_no_more():
     model, ids, tokens = tiny(), random_ids(3, 7), []
     for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda module, inputs, output: tokens.append(output.shape[:-1].numel()))
+        layer.mlp.register_forward_hook(
+            lambda module, inputs, output: tokens.append(output.shape[:-1].numel()))
     model.model(ids, asked=ids.eq(ids[0, 0]) & (torch.arange(7) == 0))
     assert tokens == [21, int((ids[:, 0] == ids[0, 0]).sum())]
     tokens.clear()
@@ -161,7 +171,7 @@ def test_reward_is_read_at_the_last_real_token_and_centred():
     torch.testing.assert_close(model(ids, lengths), scores - 0.5)
 
 
-# ------------------------------------------------------------------------------------------------------ generation
+# --------------------------------------------------------------------------------------- generation
 @torch.no_grad()
 def slow_greedy(model, prompt, max_new):
     """Greedy text without a cache, a mask or a batch: the whole forward for each token."""
@@ -210,13 +220,15 @@ def test_cached_logits_equal_the_full_forward(monkeypatch):
 def test_attention_of_one_query_is_that_of_the_library(H, K):
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, heads, n, 8, generator=draw) for heads, n in ((H, 1), (K, 6), (K, 6)))
-    visible = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]]).bool()[:, None, None]
+    visible = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1],
+                            [0, 0, 0, 0, 0, 1]]).bool()[:, None, None]
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, visible, enable_gqa=True)
     torch.testing.assert_close(attend_once(q, k, v, visible), expected)
 
 
 def test_a_cache_gives_back_what_was_put_in_and_drops_rows():
-    c, draw = Config(40, 32, num_attention_heads=4, num_key_value_heads=2), torch.Generator().manual_seed(0)
+    c = Config(40, 32, num_attention_heads=4, num_key_value_heads=2)
+    draw = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 3, 2, 7, 8, generator=draw)
     cache = Cache(3, c, 9, "cpu", torch.float32)
     cache.append(k[:, :, :4], v[:, :, :4])
@@ -233,11 +245,12 @@ def test_left_padding_changes_no_logits():
     with torch.no_grad():
         logits = model(padded, mask)
         torch.testing.assert_close(logits[:, 4:], model(ids), atol=1e-5, rtol=1e-4)
-    assert logits.isfinite().all()                  # at the pads too: a NaN would spread in training
+    assert logits.isfinite().all()              # at the pads too: a NaN would spread in training
 
 
 def test_a_gigabyte_of_rows_fits():
-    assert rows_that_fit(10, 2 ** 27) == 2 and rows_that_fit(1, 2 ** 27) == 1 and rows_that_fit(10, 2 ** 40) == 1
+    assert rows_that_fit(10, 2 ** 27) == 2
+    assert rows_that_fit(1, 2 ** 27) == 1 and rows_that_fit(10, 2 ** 40) == 1
 
 
 def test_a_row_is_the_same_alone_and_in_a_padded_batch():
@@ -256,10 +269,12 @@ def test_finished_rows_leave_the_batch_and_the_others_do_not_notice():
     end = model.config.eos_token_id = endless[1][2]
     expected = [t[:t.index(end) + 1] if end in t else t for t in endless]
     lengths = [len(t) for t in expected]
-    assert min(lengths) <= 3 and max(lengths) == 12     # the example is one: some stop early, some never
+    # The example is one: some stop early, some never.
+    assert min(lengths) <= 3 and max(lengths) == 12
 
     rows = []
-    hook = model.model.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    hook = model.model.register_forward_hook(
+        lambda module, inputs, output: rows.append(len(output)))
     assert generate(model, prompts, 12, temperature=0) == expected
     hook.remove()
     assert rows == [sum(n > t for n in lengths) for t in range(12)]
@@ -286,10 +301,13 @@ def test_pad_and_eos_ids_inside_a_prompt_are_real_tokens():
 def test_prompts_that_do_not_fit_at_once_are_continued_in_parts(monkeypatch):
     model, prompts = tiny(), [random_ids(n, seed=n).tolist() for n in (3, 9, 6, 1, 4)]
     at_once, widths = generate(model, prompts, 10, temperature=0), []
-    monkeypatch.setattr("model.rows_that_fit", lambda most, numbers: widths.append((most, numbers)) or min(most, 2))
+    monkeypatch.setattr("model.rows_that_fit",
+                        lambda most, numbers: widths.append((most, numbers)) or min(most, 2))
     assert generate(model, prompts, 10, temperature=0) == at_once
-    # 2 layers, 2 key heads of 8 numbers, keys and values, 19 tokens; then each part of at most 2 prompts is asked again.
-    assert widths == [(5, 2 * 2 * 2 * 8 * 19), (2, 2 * 2 * 2 * 8 * 19), (2, 2 * 2 * 2 * 8 * 16), (1, 2 * 2 * 2 * 8 * 14)]
+    # 2 layers, 2 key heads of 8 numbers, keys and values, 19 tokens; then each part of at most 2
+    # prompts is asked again.
+    assert widths == [(5, 2 * 2 * 2 * 8 * 19), (2, 2 * 2 * 2 * 8 * 19), (2, 2 * 2 * 2 * 8 * 16),
+                      (1, 2 * 2 * 2 * 8 * 14)]
 
 
 def test_parts_are_sampled_with_the_same_settings(monkeypatch):
@@ -303,14 +321,16 @@ def test_parts_are_sampled_with_the_same_settings(monkeypatch):
 
 def test_generation_repeats_with_the_same_generator():
     model, prompts = tiny(initializer_range=0.1), [[3, 4], [5, 6, 7]]
-    one, two, other = (generate(model, prompts, 10, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    one, two, other = (generate(model, prompts, 10, generator=torch.Generator().manual_seed(s))
+                       for s in (1, 1, 2))
     assert one == two != other
 
 
 def test_temperature_0_is_greedy():
     logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, -1.0, 4.9]])
     for seed in range(20):
-        assert sample(logits, temperature=0, generator=torch.Generator().manual_seed(seed)).tolist() == [1, 0]
+        assert sample(logits, temperature=0,
+                      generator=torch.Generator().manual_seed(seed)).tolist() == [1, 0]
 
 
 def frequencies(logits, n=20000, **settings):
@@ -322,11 +342,12 @@ def frequencies(logits, n=20000, **settings):
 def test_frequencies_match_the_softmax(temperature):
     logits = torch.tensor([0.5, 2.0, -1.0, 1.0])
     weights = torch.tensor([math.exp(v / temperature) for v in logits.tolist()])
-    torch.testing.assert_close(frequencies(logits, temperature=temperature), weights / weights.sum(), atol=0.012, rtol=0)
+    torch.testing.assert_close(frequencies(logits, temperature=temperature),
+                               weights / weights.sum(), atol=0.012, rtol=0)
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.01, {2}), (0.4, {2}), (0.6, {2, 0}), (0.9, {2, 0, 3}), (0.97, {2, 0, 3, 1}),
-                                         (1.0, {2, 0, 3, 1})])
+@pytest.mark.parametrize("top_p, kept", [(0.01, {2}), (0.4, {2}), (0.6, {2, 0}), (0.9, {2, 0, 3}),
+                                         (0.97, {2, 0, 3, 1}), (1.0, {2, 0, 3, 1})])
 def test_top_p_keeps_the_smallest_nucleus(top_p, kept):
     probs = torch.tensor([0.3, 0.05, 0.5, 0.15])
     found = frequencies(probs.log(), top_p=top_p)
@@ -337,7 +358,8 @@ def test_top_p_keeps_the_smallest_nucleus(top_p, kept):
 
 def test_top_p_is_per_row():
     logits = torch.tensor([[0.9, 0.05, 0.05], [0.1, 0.3, 0.6]]).log()
-    drawn = {tuple(sample(logits, top_p=0.8, generator=torch.Generator().manual_seed(s)).tolist()) for s in range(50)}
+    drawn = {tuple(sample(logits, top_p=0.8, generator=torch.Generator().manual_seed(s)).tolist())
+             for s in range(50)}
     assert drawn == {(0, 1), (0, 2)}
 
 
@@ -367,7 +389,7 @@ def test_fresh_adapters_change_nothing_and_merging_changes_nothing():
     assert (adapted - plain).abs().max() > 0.1
 
 
-# --------------------------------------------------------------------------------------------- weights in and out
+# ------------------------------------------------------------------------------- weights in and out
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load_a_language_model(tmp_path, tied):
     model = tiny(tie_word_embeddings=tied)
@@ -417,8 +439,9 @@ def test_truncated_weights_are_refused(tmp_path, size):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"vocab_size": 41}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3},
-                                    {"intermediate_size": 50}, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize("change",
+                         [{"vocab_size": 41}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3},
+                          {"intermediate_size": 50}, {"tie_word_embeddings": False}])
 def test_weights_that_do_not_fit_the_config_are_refused(tmp_path, change):
     path = saved(tmp_path) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -439,8 +462,9 @@ def test_a_garbage_config_is_refused(tmp_path, content):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("sizes", [{"hidden_size": 30}, {"num_key_value_heads": 3}, {"num_key_value_heads": 8},
-                                   {"hidden_size": 12}, {"num_attention_heads": 0}, {"num_key_value_heads": 0}])
+@pytest.mark.parametrize(
+    "sizes", [{"hidden_size": 30}, {"num_key_value_heads": 3}, {"num_key_value_heads": 8},
+              {"hidden_size": 12}, {"num_attention_heads": 0}, {"num_key_value_heads": 0}])
 def test_sizes_that_do_not_divide_are_refused(sizes):
     good = dict(vocab_size=40, hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
     Config(**good)

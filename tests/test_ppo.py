@@ -1,7 +1,8 @@
-"""What a correct PPO satisfies, statement by statement (04 to 08, on the reward model, are in test_reward.py).
+"""What a correct PPO satisfies, statement by statement (04 to 08, on the reward model, are in
+test_reward.py).
 
-Each piece of mathematics is tested against another way to its answer: a loop over single tokens, an exact sum, a model
-that sees one row at a time without padding or cache."""
+Each piece of mathematics is tested against another way to its answer: a loop over single tokens, an
+exact sum, a model that sees one row at a time without padding or cache."""
 import copy
 import math
 from dataclasses import replace
@@ -24,21 +25,23 @@ CPU = torch.device("cpu")
 EOS = 1
 
 
-# ------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 def equal(a, b, tolerance=1e-5):
-    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=tolerance,
+                               rtol=tolerance)
 
 
 def roll(policy, reference, reward_model, prompts, codec, beta=0.05, critic=None, draw=0, **flags):
     """A rollout, its responses, and its log."""
     critic = critic or ppo.Critic(reward_model.config.hidden_size)
-    e, log = ppo.roll_out(policy, reference, reward_model, critic, prompts, codec, PPOFlags(**flags),
-                          beta, generator(draw), CPU)
+    e, log = ppo.roll_out(policy, reference, reward_model, critic, prompts, codec,
+                          PPOFlags(**flags), beta, generator(draw), CPU)
     return e, [tokens[mask].tolist() for tokens, mask in zip(e.tokens, e.mask)], log
 
 
 def drift(e):
-    """Pretend that the policy has moved since the rollout: other log-probabilities and advantages."""
+    """Pretend that the policy has moved since the rollout: other log-probabilities and
+    advantages."""
     torch.manual_seed(4)
     logp, advantages = (x + 0.3 * torch.randn_like(x) for x in (e.logp, e.advantages))
     return e._replace(logp=logp, advantages=advantages)
@@ -91,7 +94,7 @@ def spy(monkeypatch, owner, name, look):
     monkeypatch.setattr(owner, name, wrapped)
 
 
-# ------------------------------------------------------------------------------------------ tokens: masks, positions
+# ------------------------------------------------------------------------- tokens: masks, positions
 def test_01_masks_come_from_lengths_not_ids():
     """A pad id, or an end-of-text, that a text really contains is a real token."""
     e = ppo.make_rollout([[2, 5, 4], [2, 4]], [[7, 0, EOS], [0, 0, 8, 0, 0]], CPU)
@@ -101,7 +104,8 @@ def test_01_masks_come_from_lengths_not_ids():
 def test_01_generate_hides_no_end_of_text_where_pad_is_end_of_text(config, monkeypatch):
     torch.manual_seed(0)
     lm = LanguageModel(replace(config, pad_token_id=EOS))
-    prompts = [[EOS, 5, EOS, 6], [2, 5, 6, 7, 8, 9, 4]]     # the first is padded with three end-of-text on the left
+    # The first is padded with three end-of-text on the left.
+    prompts = [[EOS, 5, EOS, 6], [2, 5, 6, 7, 8, 9, 4]]
     seen = []
     spy(monkeypatch, model, "sample", lambda token, logits, *rest: seen.append(logits))
     generate(lm, prompts, max_new=1)
@@ -109,14 +113,15 @@ def test_01_generate_hides_no_end_of_text_where_pad_is_end_of_text(config, monke
         equal(seen[0][b], lm(torch.tensor([prompt]))[0, -1].detach())
 
 
-def test_02_prompts_are_left_padded_and_positions_are_the_same_in_rollout_and_update(config, monkeypatch):
+def test_02_prompts_are_left_padded_and_positions_are_the_same_in_rollout_and_update(
+        config, monkeypatch):
     lm = LanguageModel(replace(config, eos_token_id=99))    # never ends: all rows stay in the batch
     prompts = [[5, 6], [5, 6, 7, 8, 9]]
     positions, inputs = [], []
     spy(monkeypatch, model, "rotary_table", lambda table, at, *rest: positions.append(at))
     lm.model.embed_tokens.register_forward_hook(lambda m, args, out: inputs.append(args[0]))
     responses = generate(lm, prompts, max_new=3, generator=generator(0))
-    in_rollout = torch.cat([p.squeeze(1) for p in positions], dim=1)                         # [B, P + max_new - 1]
+    in_rollout = torch.cat([p.squeeze(1) for p in positions], dim=1)        # [B, P + max_new - 1]
     assert inputs[0].tolist() == [[0, 0, 0, 5, 6], [5, 6, 7, 8, 9]]
     assert in_rollout.tolist() == [[0, 0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]]
 
@@ -124,8 +129,9 @@ def test_02_prompts_are_left_padded_and_positions_are_the_same_in_rollout_and_up
     ppo.response_states(lm.model, ppo.make_rollout(prompts, responses, CPU))
     in_update = positions[0].expand_as(inputs[0])
     assert inputs[0].tolist() == [prompts[0] + responses[0] + [0, 0, 0], prompts[1] + responses[1]]
-    assert in_update[0, :4].tolist() == in_rollout[0, 3:].tolist()      # the same tokens: two of the prompt, and
-    assert in_update[1, :7].tolist() == in_rollout[1].tolist()          # the answer but its last token
+    # The same tokens: two of the prompt, and the answer but its last token.
+    assert in_update[0, :4].tolist() == in_rollout[0, 3:].tolist()
+    assert in_update[1, :7].tolist() == in_rollout[1].tolist()
 
 
 def test_03_more_padding_on_either_side_changes_no_logits(policy):
@@ -139,11 +145,11 @@ def test_03_more_padding_on_either_side_changes_no_logits(policy):
             equal(policy(torch.tensor([row + [0] * pads]), mask.flip(1))[0, :n], alone)
 
 
-# ------------------------------------------------------------------------------------------------------- rollout
+# ------------------------------------------------------------------------------------------ rollout
 def test_09_no_dropout_anywhere(policy, reward_model, prompts):
     e = ppo.make_rollout(prompts, [[8, 9, EOS]] * len(prompts), CPU)
     ids, lengths = pad_right(prompts)
-    for m in (policy.train(), reward_model.train()):        # reference and policy are the same class
+    for m in (policy.train(), reward_model.train()):    # reference and policy are the same class
         assert not any("dropout" in type(part).__name__.lower() for part in m.modules())
     for a, b in zip(ppo.evaluate_policy(policy, e, 1.0), ppo.evaluate_policy(policy, e, 1.0)):
         assert torch.equal(a, b)
@@ -151,12 +157,14 @@ def test_09_no_dropout_anywhere(policy, reward_model, prompts):
 
 
 def test_10_rollout_samples_the_full_distribution(policy, reference, reward_model, prompts, codec):
-    """Some tokens lie outside the nucleus that holds 80 % of the probability; about one in five should."""
+    """Some tokens lie outside the nucleus that holds 80 % of the probability; about one in five
+    should."""
     e, _, _ = roll(policy, reference, reward_model, prompts * 4, codec)
     with torch.no_grad():
-        probs = ppo.to_rows(policy.lm_head(ppo.response_states(policy.model, e)).softmax(-1), e)    # [B, R, V]
-    own = probs.gather(-1, e.tokens[..., None])                                              # [B, R, 1]
-    more_likely = (probs * (probs > own)).sum(-1)           # probability of all tokens before this one
+        logits = policy.lm_head(ppo.response_states(policy.model, e))               # [tokens, V]
+        probs = ppo.to_rows(logits.softmax(-1), e)                                  # [B, R, V]
+    own = probs.gather(-1, e.tokens[..., None])                                     # [B, R, 1]
+    more_likely = (probs * (probs > own)).sum(-1)       # probability of all tokens before this one
     outside = float(((more_likely >= 0.8) & e.mask).sum() / e.mask.sum())
     assert 0.05 < outside < 0.3
 
@@ -170,13 +178,13 @@ def test_10_rollout_asks_for_the_full_distribution_at_its_temperature(
     assert asked == {(0.7, 1.0)}
 
 
-def test_11_temperature_divides_the_logits_of_rollout_reference_and_update(policy, reference, reward_model, prompts,
-                                                                            codec):
+def test_11_temperature_divides_the_logits_of_rollout_reference_and_update(
+        policy, reference, reward_model, prompts, codec):
     T = 0.6
     e, responses, log = roll(policy, reference, reward_model, prompts, codec, temperature=T)
 
     def by_hand(lm, b):
-        logits = lm(torch.tensor([prompts[b] + responses[b]]))[0, len(prompts[b]) - 1:-1]    # [R, V]
+        logits = lm(torch.tensor([prompts[b] + responses[b]]))[0, len(prompts[b]) - 1:-1]   # [R, V]
         return (logits / T).log_softmax(-1)[torch.arange(len(responses[b])), responses[b]].detach()
     kl = [by_hand(policy, b).sum() - by_hand(reference, b).sum() for b in range(len(prompts))]
     for b, response in enumerate(responses):
@@ -186,7 +194,8 @@ def test_11_temperature_divides_the_logits_of_rollout_reference_and_update(polic
     assert sums["approx_kl"] == pytest.approx(0, abs=1e-8)
 
 
-def test_11_temperature_divides_the_logits_that_are_sampled(policy, reference, reward_model, prompts, codec):
+def test_11_temperature_divides_the_logits_that_are_sampled(policy, reference, reward_model,
+                                                            prompts, codec):
     """Nearly 0, the rollout is the greedy answer, which takes the most likely token."""
     _, responses, _ = roll(policy, reference, reward_model, prompts, codec, temperature=1e-4)
     assert responses == generate(policy, prompts, codec.max_jd, temperature=0)
@@ -197,7 +206,7 @@ def test_12_logits_and_values_stand_one_position_before_each_response_token(
     weight = critic.weight()
     e, responses, _ = roll(policy, reference, reward_model, prompts, codec, critic=critic)
     for b, t in real_tokens(e):
-        so_far = torch.tensor([prompts[b] + responses[b][:t]])          # no model sees the token itself
+        so_far = torch.tensor([prompts[b] + responses[b][:t]])      # no model sees the token itself
         logp = policy.lm_head(policy.model(so_far)[0, -1]).log_softmax(-1)
         equal(e.logp[b, t], logp[responses[b][t]])
         total = reward_model.model(so_far)[0, len(prompts[b]) - 1:].sum(0)                   # [C]
@@ -212,12 +221,13 @@ def test_12_a_value_depends_on_no_later_token(reward_model, critic):
     _, _, states = ppo.score_responses(reward_model, e, EOS, -3.0)
     values = critic.values(states)
     for other in (1, 2):
-        equal(values[0, :4], values[other, :4])             # the fourth stands before the token that differs
+        equal(values[0, :4], values[other, :4])    # the fourth stands before the token that differs
     assert abs(values[0, 4] - values[1, 4]) > 1e-3
     assert len(set(values[0, :4].tolist())) == 4
 
 
-def test_13_after_the_first_end_of_text_all_is_pad_and_masked(policy, reference, reward_model, prompts, codec):
+def test_13_after_the_first_end_of_text_all_is_pad_and_masked(policy, reference, reward_model,
+                                                              prompts, codec):
     e, responses, _ = roll(policy, reference, reward_model, prompts, codec)
     ended = [r for r in responses if EOS in r]
     assert 0 < len(ended) < len(responses)                  # both kinds are in this rollout
@@ -229,11 +239,13 @@ def test_13_after_the_first_end_of_text_all_is_pad_and_masked(policy, reference,
         assert e.ids[b, len(prompt) + n:].eq(0).all()
 
 
-def test_13_what_stands_in_pads_changes_no_loss_and_no_mean(policy, reference, reward_model, prompts, codec):
+def test_13_what_stands_in_pads_changes_no_loss_and_no_mean(policy, reference, reward_model,
+                                                            prompts, codec):
     e, _, _ = roll(policy, reference, reward_model, prompts, codec)
     e = drift(e)
     loss, sums = ppo.minibatch_loss(policy, e, PPOFlags(), 10)
-    other = e._replace(tokens=e.tokens.where(e.mask, torch.tensor(9)), logp=e.logp.where(e.mask, torch.tensor(7.0)),
+    other = e._replace(tokens=e.tokens.where(e.mask, torch.tensor(9)),
+                       logp=e.logp.where(e.mask, torch.tensor(7.0)),
                        advantages=e.advantages.where(e.mask, torch.tensor(7.0)))
     again, sums_again = ppo.minibatch_loss(policy, other, PPOFlags(), 10)
     equal(loss.detach(), again.detach())
@@ -260,21 +272,24 @@ def test_14_the_penalty_is_the_one_that_the_flags_name(
     assert 0 < by_hand.count(-7.0) < len(by_hand)
 
 
-def test_15_reference_and_reward_model_are_bit_identical_before_and_after(policy, reward_model, codec, stage,
-                                                                         monkeypatch):
+def test_15_reference_and_reward_model_are_bit_identical_before_and_after(
+        policy, reward_model, codec, stage, monkeypatch):
     references = []
-    spy(monkeypatch, ppo, "roll_out", lambda result, policy, reference, *rest: references.append(reference))
+    spy(monkeypatch, ppo, "roll_out",
+        lambda result, policy, reference, *rest: references.append(reference))
     start, reward_start = snapshot(policy), snapshot(reward_model)
-    ppo.train(policy, reward_model, codec, CVS, PPOFlags(iterations=3, episodes=8, minibatch=4), 0, stage, CPU)
+    ppo.train(policy, reward_model, codec, CVS, PPOFlags(iterations=3, episodes=8, minibatch=4),
+              0, stage, CPU)
 
     assert len(references) == 4 and all(r is references[0] for r in references)
     assert all(torch.equal(p, start[name]) for name, p in references[0].state_dict().items())
     assert all(torch.equal(p, reward_start[name]) for name, p in reward_model.state_dict().items())
-    assert all(not torch.equal(p, start[name]) for name, p in policy.state_dict().items())    # the policy did learn
+    # The policy did learn.
+    assert all(not torch.equal(p, start[name]) for name, p in policy.state_dict().items())
 
 
-# -------------------------------------------------------------------------------------------- rewards and advantages
-MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()                       # [B, R]
+# --------------------------------------------------------------------------- rewards and advantages
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()                      # [B, R]
 
 
 def random_rows(*names):
@@ -342,7 +357,8 @@ def test_18_k1_and_k3_average_to_the_exact_kl():
 
 
 def test_19_kl_is_zero_at_the_first_step(policy, reward_model, codec, stage):
-    ppo.train(policy, reward_model, codec, CVS, PPOFlags(iterations=3, episodes=8, minibatch=4), 0, stage, CPU)
+    ppo.train(policy, reward_model, codec, CVS, PPOFlags(iterations=3, episodes=8, minibatch=4),
+              0, stage, CPU)
     assert stage.rows[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert stage.rows[0]["kl_k3"] == pytest.approx(0, abs=1e-5)
     assert stage.rows[2]["kl_k3"] > 1e-3                    # later it is not
@@ -363,7 +379,7 @@ def test_19_a_persistently_negative_kl_is_a_fault(kls, faults):
 
 def test_19_the_fault_is_logged_and_reported(policy, reward_model, codec, stage, monkeypatch):
     """From the fifth iteration on, until one outweighs the others."""
-    kls = iter([9.0] + [-0.15] * 6 + [5.0])                 # the first is of the critic's own rollout
+    kls = iter([9.0] + [-0.15] * 6 + [5.0])             # the first is of the critic's own rollout
     spy(monkeypatch, ppo, "roll_out",
         lambda result, *args: result[1].update(kl=next(kls), kl_error=0.1))
     train(policy, reward_model, codec, stage, CVS[:2], iterations=7, ppo_epochs=1)
@@ -472,7 +488,7 @@ def test_23_rewards_are_not_whitened(policy, reference, reward_model, critic, pr
     scores = torch.tensor(scores_by_hand(reward_model, prompts, responses))
     kl = (e.logp - ref_log_probs(reference, e)) * e.mask
     total = scores - 0.2 * kl.sum(1)
-    assert len(given) == 2                                  # for the advantages, and for the returns
+    assert len(given) == 2                              # for the advantages, and for the returns
     for rewards in given:
         equal(rewards.sum(1), total)
     assert log["total"] == pytest.approx(float(total.mean()), abs=1e-5)
@@ -480,35 +496,38 @@ def test_23_rewards_are_not_whitened(policy, reference, reward_model, critic, pr
     assert "reward whitening" in ppo.__doc__                # the code says so
 
 
-def test_23_advantages_are_whitened_over_the_rollout_not_the_minibatch(policy, reference, reward_model, prompts, codec,
-                                                                      monkeypatch):
+def test_23_advantages_are_whitened_over_the_rollout_not_the_minibatch(
+        policy, reference, reward_model, prompts, codec, monkeypatch):
     e, _, _ = roll(policy, reference, reward_model, prompts, codec)
     real = e.advantages[e.mask]
     assert float(real.mean()) == pytest.approx(0, abs=1e-5)
     assert float((real ** 2).mean()) == pytest.approx(1, abs=1e-4)
 
     used = []
-    monkeypatch.setattr(ppo, "policy_loss", lambda log_ratio, advantages, clip: used.append(advantages) or log_ratio)
+    monkeypatch.setattr(ppo, "policy_loss",
+                        lambda log_ratio, advantages, clip: used.append(advantages) or log_ratio)
     ppo.minibatch_loss(policy, e.rows(slice(0, 3)), PPOFlags(), 1)
     assert torch.equal(used[0], e.advantages[:3])      # a minibatch takes them as they are
     assert abs(float(used[0][e.mask[:3]].mean())) > 0.01    # and its own mean is not 0
 
 
-# -------------------------------------------------------------------------------------------------------- update
-def test_24_cached_rollout_and_uncached_update_give_the_same_log_probabilities(policy, reference, reward_model, prompts,
-                                                                              codec, monkeypatch):
-    sampled_from = []                                       # logits [alive, V] at each step of the rollout
-    spy(monkeypatch, model, "sample", lambda token, logits, *rest: sampled_from.append(logits.log_softmax(-1)))
+# ------------------------------------------------------------------------------------------- update
+def test_24_cached_rollout_and_uncached_update_give_the_same_log_probabilities(
+        policy, reference, reward_model, prompts, codec, monkeypatch):
+    sampled_from = []                               # logits [alive, V] at each step of the rollout
+    spy(monkeypatch, model, "sample",
+        lambda token, logits, *rest: sampled_from.append(logits.log_softmax(-1)))
     e, responses, _ = roll(policy, reference, reward_model, prompts, codec)
     for t, logp in enumerate(sampled_from):
-        alive = [b for b, r in enumerate(responses) if len(r) > t]      # finished rows have left the batch
+        # Finished rows have left the batch.
+        alive = [b for b, r in enumerate(responses) if len(r) > t]
         for i, b in enumerate(alive):
             equal(e.logp[b, t], logp[i, responses[b][t]])
 
 
 @pytest.mark.parametrize("lr", [0.0, 1e-2])
-def test_24_first_minibatch_has_ratio_1_with_learning_rate_0_every_one(lr, policy, reference, reward_model, prompts,
-                                                                       codec, monkeypatch):
+def test_24_first_minibatch_has_ratio_1_with_learning_rate_0_every_one(
+        lr, policy, reference, reward_model, prompts, codec, monkeypatch):
     e, _, _ = roll(policy, reference, reward_model, prompts, codec)
     seen = []
     spy(monkeypatch, ppo, "minibatch_loss", lambda result, policy, e, *rest: seen.append(
@@ -524,7 +543,8 @@ def test_24_first_minibatch_has_ratio_1_with_learning_rate_0_every_one(lr, polic
         assert seen[-1]["approx_kl"] > 1e-4
 
 
-def test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective(policy, reference, reward_model, prompts, codec):
+def test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective(policy, reference, reward_model,
+                                                                    prompts, codec):
     e, _, _ = roll(policy, reference, reward_model, prompts, codec)
     e, logp = drift(e), ppo.evaluate_policy(policy, e, 1.0)[0].detach()
     losses, clipped = [], 0
@@ -539,24 +559,28 @@ def test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective(policy, refe
 
 
 def test_25_outside_of_the_clip_there_is_no_gradient_where_the_step_would_go_further():
-    """Ratios 1.5, 1.5, 0.5, 0.5 with advantages of both signs; only where the loss pulls back does it pull."""
+    """Ratios 1.5, 1.5, 0.5, 0.5 with advantages of both signs; only where the loss pulls back does
+    it pull."""
     log_ratio = torch.tensor([1.5, 1.5, 0.5, 0.5]).log().requires_grad_()
     ppo.policy_loss(log_ratio, torch.tensor([1.0, -1.0, 1.0, -1.0]), clip=0.2).sum().backward()
     equal(log_ratio.grad, [0.0, 1.5, -0.5, 0.0])
 
 
 def least_squares(states, returns, weights):
-    """What torch's own solver finds: states [N, C], returns [N], and a weight for each token -> [C + 1]."""
+    """What torch's own solver finds: states [N, C], returns [N], and a weight for each token
+    -> [C + 1]."""
     root = weights.double().sqrt()[:, None]
     x = torch.cat((states, torch.ones(len(states), 1)), dim=1).double()
     return torch.linalg.lstsq(root * x, root * returns.double()[:, None]).solution[:, 0].float()
 
 
 def random_rollout(*name, C=3, B=6, R=7):
-    """States and returns that go with them, and masks of several lengths: [B, R, C], [B, R] twice."""
+    """States and returns that go with them, and masks of several lengths: [B, R, C], [B, R]
+    twice."""
     draw = generator(0, *name)
     states = torch.randn(B, R, C, generator=draw)
-    returns = states @ torch.tensor([1.0, -2.0, 0.5]) + 0.7 + 0.3 * torch.randn(B, R, generator=draw)
+    returns = (states @ torch.tensor([1.0, -2.0, 0.5]) + 0.7
+               + 0.3 * torch.randn(B, R, generator=draw))
     return states, returns, torch.arange(R) < torch.tensor([7, 1, 3, 5, 7, 2])[:, None]
 
 
@@ -571,7 +595,7 @@ def test_26_the_critic_is_the_least_squares_fit_over_the_real_tokens(monkeypatch
 
     def squares(w):
         return (states @ w[:3] + w[3] - returns)[mask].square().sum()
-    for away in 0.01 * torch.eye(4):                        # a minimum: each step away from it costs
+    for away in 0.01 * torch.eye(4):                    # a minimum: each step away from it costs
         assert squares(critic.weight()) < min(squares(weight + away), squares(weight - away))
 
 
@@ -597,13 +621,15 @@ def test_26_a_rollout_counts_0_7_of_the_one_after_it(monkeypatch):
 
 
 def test_26_the_ridge_keeps_the_solution_finite_and_is_small():
-    """Two numbers that are always alike share a weight; without a ridge there is no one solution."""
+    """Two numbers that are always alike share a weight; without a ridge there is no one
+    solution."""
     states, returns, mask = random_rollout("a")
     states[..., 1] = states[..., 0]
     critic = ppo.Critic(3)
     critic.fit(states, returns, mask)
     weight, x = critic.weight(), F.pad(states[mask], (0, 1), value=1.0).double()
-    ridge = 1e-2 * (x[:, :3] ** 2).sum() / 3 * torch.tensor([1.0, 1, 1, 0]).double().diag()  # the bias stays free
+    # The bias stays free.
+    ridge = 1e-2 * (x[:, :3] ** 2).sum() / 3 * torch.tensor([1.0, 1, 1, 0]).double().diag()
     equal(weight, (torch.linalg.inv(x.T @ x + ridge) @ x.T @ returns[mask].double()).float(), 1e-4)
     assert float(weight[0]) == pytest.approx(float(weight[1]), abs=1e-4)
     best = least_squares(states[mask][:, [0, 2]], returns[mask], torch.ones(25))
@@ -612,7 +638,8 @@ def test_26_the_ridge_keeps_the_solution_finite_and_is_small():
 
 def test_26_a_state_that_knows_the_score_explains_a_new_rollout(
         policy, reward_model, prompts, codec, monkeypatch):
-    """At beta 0 each return is the score of its text. One number of the state holds it; 31 are noise."""
+    """At beta 0 each return is the score of its text. One number of the state holds it; 31 are
+    noise."""
     real, draw = ppo.score_responses, generator(0, "noise")
 
     def known(*args):
@@ -631,17 +658,19 @@ def test_26_a_state_that_knows_the_score_explains_a_new_rollout(
 
 def test_27_the_code_says_how_the_critic_starts_how_it_is_fitted_and_why():
     said = " ".join(ppo.__doc__.split())
-    for statement in ("The critic is a linear head on the sum of the frozen reward model's states so far,",
-                      "The sum holds more than the last state: the contribution of each token stays in it.",
-                      "Least squares fits the head: the solution is exact, and there is no learning rate to choose.",
-                      "Before iteration 1 the SFT model writes one rollout that only the critic sees.",
-                      "no value knows the returns that it is compared with."):
+    for statement in (
+            "The critic is a linear head on the sum of the frozen reward model's states so far,",
+            "The sum holds more than the last state: the contribution of each token stays in it.",
+            "Least squares fits the head: the solution is exact, and there is no "
+            "learning rate to choose.",
+            "Before iteration 1 the SFT model writes one rollout that only the critic sees.",
+            "no value knows the returns that it is compared with."):
         assert statement in said
 
 
 def lambda_returns(earned, values, lam=0.95):
-    """What GAE's advantages + values are, from what was earned at gamma 1, backwards: G_t = r_t + (1 - lam) V_{t+1} + lam G_{t+1}.
-    [B, R] each, 0 at pads."""
+    """What GAE's advantages + values are, from what was earned at gamma 1, backwards:
+    G_t = r_t + (1 - lam) V_{t+1} + lam G_{t+1}. [B, R] each, 0 at pads."""
     found, following, later, next_value = torch.zeros_like(earned), 0.0, 0.0, 0.0
     for t in reversed(range(earned.shape[1])):
         reward = earned[:, t] - later
@@ -656,7 +685,8 @@ def test_27_the_values_of_a_rollout_come_from_the_fit_before_it(
     before = critic.weight()
     e, _, log = roll(policy, reference, reward_model, prompts, codec, critic=critic)
     equal(critic.said, critic.states @ before[:-1] + before[-1])
-    assert not torch.allclose(critic.said, critic.values(critic.states))        # by now it has learned from them
+    # By now it has learned from them.
+    assert not torch.allclose(critic.said, critic.values(critic.states))
 
     fresh, by_hand = NotedCritic(32), ppo.Critic(32)
     _, _, log = roll(policy, reference, reward_model, prompts, codec, critic=fresh)
@@ -724,7 +754,8 @@ def test_27_the_optimizer_moves_the_policy_and_the_loss_knows_no_value(
     assert all(p.grad is None for m in (reference, reward_model) for p in m.parameters())
 
 
-def test_28_adam_eps_is_1e_5_and_the_learning_rate_falls_linearly_to_0(policy, reward_model, codec, stage, monkeypatch):
+def test_28_adam_eps_is_1e_5_and_the_learning_rate_falls_linearly_to_0(policy, reward_model, codec,
+                                                                       stage, monkeypatch):
     rates = []
     spy(monkeypatch, ppo, "update", lambda result, policy, optimizer, *rest: rates.append(
         optimizer.param_groups[0]["lr"]))
@@ -733,7 +764,8 @@ def test_28_adam_eps_is_1e_5_and_the_learning_rate_falls_linearly_to_0(policy, r
     assert type(optimizer) is torch.optim.Adam      # AdamW, a subclass, pulls the weights toward 0
     assert all(group["weight_decay"] == 0 for group in optimizer.param_groups)
     assert [group["eps"] for group in optimizer.param_groups] == [1e-5]
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in policy.parameters()}
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
+        id(p) for p in policy.parameters()}
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])     # the next would be 0
 
 
@@ -743,12 +775,14 @@ def test_28_adam_remembers_its_moments_over_all_iterations(policy, reward_model,
     assert {int(state["step"]) for state in optimizer.state.values()} == {3 * 2 * 2}
 
 
-def test_29_every_epoch_is_a_fresh_permutation_with_each_episode_once(policy, reference, reward_model, prompts, codec,
-                                                                     monkeypatch):
+def test_29_every_epoch_is_a_fresh_permutation_with_each_episode_once(
+        policy, reference, reward_model, prompts, codec, monkeypatch):
     e, _, _ = roll(policy, reference, reward_model, prompts, codec)
-    e, seen = e._replace(prompt_lengths=torch.arange(12)), []           # a number that travels with its episode
+    # A number that travels with its episode.
+    e, seen = e._replace(prompt_lengths=torch.arange(12)), []
     monkeypatch.setattr(ppo, "minibatch_loss", lambda policy, e, *rest: (
-        seen.append(e.prompt_lengths.tolist()), (policy.lm_head.weight.sum() * 0, {"ratio_mean": 1.0, "ratio_var": 0.0}))[1])
+        seen.append(e.prompt_lengths.tolist()),
+        (policy.lm_head.weight.sum() * 0, {"ratio_mean": 1.0, "ratio_var": 0.0}))[1])
     flags = PPOFlags(minibatch=5, ppo_epochs=3)
     ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), e, flags, generator(0), CPU)
 
@@ -800,7 +834,8 @@ def test_29_another_seed_is_another_run_and_the_same_seed_the_same(
 
 
 def step_taken(policy, e, **flags):
-    """By how much one SGD step with learning rate 1 moves the parameters: the gradient with the sign turned."""
+    """By how much one SGD step with learning rate 1 moves the parameters: the gradient with the
+    sign turned."""
     policy = copy.deepcopy(policy)
     before = nn.utils.parameters_to_vector(policy.parameters()).detach()
     flags = PPOFlags(minibatch=len(e.ids), ppo_epochs=1, **flags)
@@ -808,9 +843,11 @@ def step_taken(policy, e, **flags):
     return nn.utils.parameters_to_vector(policy.parameters()).detach() - before
 
 
-def test_30_gradient_accumulation_equals_the_big_batch(policy, reference, reward_model, prompts, codec):
+def test_30_gradient_accumulation_equals_the_big_batch(policy, reference, reward_model, prompts,
+                                                       codec):
     e, _, _ = roll(policy, reference, reward_model, prompts, codec)
-    assert len(set(e.mask.sum(1).tolist())) > 2             # lengths differ: a mean of means would be another gradient
+    # Lengths differ: a mean of means would be another gradient.
+    assert len(set(e.mask.sum(1).tolist())) > 2
     whole = step_taken(policy, drift(e), accumulate=1, max_grad_norm=math.inf)
     assert float(whole.norm()) > 0.01
     for pieces in (4, 5, 12):
@@ -866,7 +903,8 @@ def test_31_adaptive_kl_controller_by_hand():
     c = ppo.KLController(beta=0.1, target=2.0, horizon=1000)
     c.update(kl=2.2, episodes=100)                          # error 0.1
     assert c.beta == pytest.approx(0.1 * 1.01)
-    for kl, factor in ((50.0, 1.02), (-3.0, 0.98), (0.0, 0.98), (2.0, 1.0)):        # errors 0.2, -0.2, -0.2, 0
+    # Errors 0.2, -0.2, -0.2, 0.
+    for kl, factor in ((50.0, 1.02), (-3.0, 0.98), (0.0, 0.98), (2.0, 1.0)):
         before = c.beta
         c.update(kl, 100)
         assert c.beta == pytest.approx(before * factor)
@@ -901,7 +939,8 @@ def test_32_log_softmax_is_in_float32(config):
     """The head's logits are bfloat16 under autocast; their log-softmax would be off by 1 %."""
     torch.manual_seed(0)
     lm = LanguageModel(config).bfloat16()
-    states = torch.randn(1, 32, dtype=torch.bfloat16).expand(config.vocab_size, 32)     # one state, asked for each token in turn
+    # One state, asked for each token in turn.
+    states = torch.randn(1, 32, dtype=torch.bfloat16).expand(config.vocab_size, 32)
     logp, entropy = ppo.log_probs(lm, states, torch.arange(config.vocab_size), 1.0)
     assert logp.dtype == entropy.dtype == torch.float32
     assert logp.exp().sum().item() == pytest.approx(1, abs=1e-5)
@@ -911,7 +950,8 @@ def test_32_log_softmax_is_in_float32(config):
 def test_32_log_ratio_is_bounded(policy, reference, reward_model, prompts, codec):
     e, _, _ = roll(policy, reference, reward_model, prompts, codec)
     for far in (-1000.0, 1000.0):
-        loss, sums = ppo.minibatch_loss(policy, e._replace(logp=e.logp + far), PPOFlags(), float(e.mask.sum()))
+        loss, sums = ppo.minibatch_loss(policy, e._replace(logp=e.logp + far), PPOFlags(),
+                                        float(e.mask.sum()))
         assert torch.isfinite(loss) and all(math.isfinite(x) for x in sums.values())
 
 
@@ -923,20 +963,23 @@ def test_32_gradients_are_clipped(policy, reference, reward_model, prompts, code
     equal(short, free * 0.01 / free.norm(), 1e-6)           # shorter, in the same direction
 
 
-def test_32_a_gradient_that_is_not_finite_is_not_silently_skipped(policy, reference, reward_model, prompts, codec):
+def test_32_a_gradient_that_is_not_finite_is_not_silently_skipped(policy, reference, reward_model,
+                                                                  prompts, codec):
     e, _, _ = roll(policy, reference, reward_model, prompts, codec)
     e.advantages[0, 0] = math.nan
     with pytest.raises(ppo.NotFinite):
         step_taken(policy, e)
 
 
-# ------------------------------------------------------------------------------------------------------- the log
-def test_33_means_of_the_update_are_those_of_the_real_tokens(policy, reference, reward_model, prompts, codec):
+# ------------------------------------------------------------------------------------------ the log
+def test_33_means_of_the_update_are_those_of_the_real_tokens(policy, reference, reward_model,
+                                                             prompts, codec):
     e, responses, _ = roll(policy, reference, reward_model, prompts, codec)
     e = drift(e)
     e.logp.sub_(0.2)                        # the ratio's mean is not 1
     flags = PPOFlags(minibatch=5, accumulate=2, ppo_epochs=2, clip=0.1)
-    means = ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), e, flags, generator(0), CPU)
+    means = ppo.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), e, flags,
+                       generator(0), CPU)
 
     with torch.no_grad():
         logp, _ = ppo.evaluate_policy(policy, e, 1.0)
@@ -968,8 +1011,8 @@ def test_33_means_of_the_rollout_are_those_of_the_texts(policy, reference, rewar
     d = (e.logp - ref_logp)
     assert log["reward"] == pytest.approx(mean(scores), abs=1e-5)
     assert log["kl"] == pytest.approx(sum(float(d[b, t]) for b, t in real_tokens(e)) / n, abs=1e-5)
-    assert log["kl_k3"] == pytest.approx(sum(math.exp(-d[b, t]) - 1 + float(d[b, t]) for b, t in real_tokens(e)) / n,
-                                         abs=1e-4)
+    assert log["kl_k3"] == pytest.approx(sum(math.exp(-d[b, t]) - 1 + float(d[b, t])
+                                             for b, t in real_tokens(e)) / n, abs=1e-4)
     assert log["length"] == pytest.approx(sum(map(len, responses)) / n)
     assert log["eos_rate"] == pytest.approx(sum(r[-1] == EOS for r in responses) / n)
 
@@ -982,20 +1025,23 @@ def test_33_means_of_the_rollout_are_those_of_the_texts(policy, reference, rewar
 
 def test_33_explained_variance_of_a_perfect_and_an_ignorant_critic():
     returns, = random_rows("returns")
-    assert float(ppo.explained_variance(returns + 3 * MASK, returns, MASK)) == pytest.approx(1)      # a shift is free
-    assert float(ppo.explained_variance(torch.full_like(returns, 7.0), returns, MASK)) == pytest.approx(0, abs=1e-6)
+    # A shift is free.
+    assert float(ppo.explained_variance(returns + 3 * MASK, returns, MASK)) == pytest.approx(1)
+    assert (float(ppo.explained_variance(torch.full_like(returns, 7.0), returns, MASK))
+            == pytest.approx(0, abs=1e-6))
 
 
 def test_33_every_iteration_logs_all_of_it(policy, reward_model, codec, stage):
     flags = PPOFlags(iterations=2, episodes=8, minibatch=4)
-    ppo.train(policy, reward_model, codec, CVS, flags, 0, stage, CPU, true_match=lambda cv, jd: len(jd) > 0)
-    names = {"iteration", "kl", "kl_k3", "reward", "total", "approx_kl", "clip_frac", "entropy", "ratio_mean",
-             "ratio_var", "explained_variance", "eos_rate", "length", "policy_loss", "beta",
-             "true_match", "kl_fault", "kl_error"}
+    ppo.train(policy, reward_model, codec, CVS, flags, 0, stage, CPU,
+              true_match=lambda cv, jd: len(jd) > 0)
+    names = {"iteration", "kl", "kl_k3", "reward", "total", "approx_kl", "clip_frac", "entropy",
+             "ratio_mean", "ratio_var", "explained_variance", "eos_rate", "length", "policy_loss",
+             "beta", "true_match", "kl_fault", "kl_error"}
     assert [row["iteration"] for row in stage.rows] == [1, 2]
     for row in stage.rows:
         assert names == set(row) and all(math.isfinite(row[name]) for name in names)
-    assert sum(line.startswith("ppo ") for line in stage.lines) == 2    # one line for each iteration
+    assert sum(line.startswith("ppo ") for line in stage.lines) == 2    # a line for each iteration
 
 
 def test_33_the_true_match_is_that_of_each_cv_and_its_own_jd(policy, reward_model, codec, stage,
@@ -1005,7 +1051,8 @@ def test_33_the_true_match_is_that_of_each_cv_and_its_own_jd(policy, reward_mode
         (cv_of[str(p)], codec.text(r)) for p, r in zip(prompts, responses)))
     train(policy, reward_model, codec, stage, iterations=2, episodes=5, ppo_epochs=1,
           true_match=lambda cv, jd: asked.append((cv, jd)) or len(asked))
-    assert asked == written[5:] and len(set(asked)) > 5     # the critic's own rollout is not asked about
+    # The critic's own rollout is not asked about.
+    assert asked == written[5:] and len(set(asked)) > 5
     assert [row["true_match"] for row in stage.rows] == [mean(range(1, 6)), mean(range(6, 11))]
 
 
@@ -1056,7 +1103,7 @@ def test_25_training_makes_what_is_paid_for_more_frequent(policy, reward_model, 
 def exact_kl(policy, reference, e):
     """KL(pi || pi_ref) of the next token, summed over the vocabulary; its mean over these texts."""
     with torch.no_grad():
-        p, q = (lm.lm_head(ppo.response_states(lm.model, e)).log_softmax(-1)                 # [tokens, V]
+        p, q = (lm.lm_head(ppo.response_states(lm.model, e)).log_softmax(-1)        # [tokens, V]
                 for lm in (policy, reference))
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
@@ -1097,7 +1144,8 @@ def test_a_rollout_that_is_computed_in_parts_is_the_same_rollout(
     found = []
     for minibatch, accumulate in ((12, 1), (10, 2), (1, 1)):
         critic = NotedCritic(32)
-        e, _, log = roll(policy, reference, reward_model, prompts, codec, critic=critic, minibatch=minibatch, accumulate=accumulate)
+        e, _, log = roll(policy, reference, reward_model, prompts, codec, critic=critic,
+                         minibatch=minibatch, accumulate=accumulate)
         found.append((e.logp * e.mask, e.advantages, critic.states[e.mask], critic.returns,
                       torch.tensor([*log.values()])))
     for other in found[1:]:
@@ -1107,8 +1155,10 @@ def test_a_rollout_that_is_computed_in_parts_is_the_same_rollout(
 
 def test_equal_scores_within_a_part_of_a_rollout_are_no_constant_reward_model(
         policy, reward_model, prompts, codec, monkeypatch):
-    """Each part holds the same text twice, as it may happen; the scores of the whole rollout differ."""
-    monkeypatch.setattr(ppo, "generate", lambda lm, prompts, *rest, **more: [[8, EOS]] * len(prompts))
+    """Each part holds the same text twice, as it may happen; the scores of the whole rollout
+    differ."""
+    monkeypatch.setattr(ppo, "generate",
+                        lambda lm, prompts, *rest, **more: [[8, EOS]] * len(prompts))
     twice = [p for p in prompts for _ in range(2)]
     assert roll(policy, policy, reward_model, twice, codec, minibatch=2)[2]["eos_rate"] == 1
     with pytest.raises(BadInput, match="gives all 24 finished JDs of a rollout the same score"):

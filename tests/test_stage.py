@@ -29,24 +29,29 @@ def test_the_device_is_one_that_is_here(monkeypatch):
     assert pick_device().type == "cpu"
     for other in ("mps", "gpu", ""):
         monkeypatch.setenv("GIRL_DEVICE", other)
-        with pytest.raises(BadInput, match=f"GIRL_DEVICE={other}: there is no such device here; choose one of cuda, cpu"):
+        with pytest.raises(BadInput, match=f"GIRL_DEVICE={other}: there is no such device here; "
+                                           "choose one of cuda, cpu"):
             pick_device()
 
 
-@pytest.mark.parametrize("command, seconds", [(["sft"], 60), (["ppo"], 60), (["train"], 60), (["sft", "--smoke"], 2), (["train", "--smoke"], 2)])
-def test_a_state_is_saved_at_the_first_step_after_so_many_seconds(tmp_path, monkeypatch, command, seconds):
+@pytest.mark.parametrize("command, seconds", [(["sft"], 60), (["ppo"], 60), (["train"], 60),
+                                              (["sft", "--smoke"], 2), (["train", "--smoke"], 2)])
+def test_a_state_is_saved_at_the_first_step_after_so_many_seconds(
+        tmp_path, monkeypatch, command, seconds):
     clock, save_seconds = [1000.0], girl.parse(command).save_seconds
-    monkeypatch.setattr(plumbing.stage, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    monkeypatch.setattr(plumbing.stage, "time",
+                        SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
     with Stage(tmp_path, "sft", save_seconds) as stage:
         stage.begin({}, {})
         stage.total(100)
-        clock[0] += 500                         # models are loaded; the time counts from the first step
+        clock[0] += 500  # models are loaded; the time counts from the first step
         stage.resume({}, [])
         saved = []
         for step in range(1, 9):
             clock[0] += seconds / 4 + 0.01
             stage.checkpoint(step)
-            saved.append(read_json(tmp_path / "sft" / "state.json")["step"] if (tmp_path / "sft" / "state.json").exists() else None)
+            saved.append(read_json(tmp_path / "sft" / "state.json")["step"]
+                         if (tmp_path / "sft" / "state.json").exists() else None)
     assert saved == [None, None, None, 4, 4, 4, 4, 8]
 
 
@@ -59,13 +64,14 @@ def test_a_state_keeps_the_time_and_refuses_another_model(tmp_path):
     with Stage(tmp_path, "sft", 0) as stage:
         assert stage.begin({}, {})
         for other in (torch.nn.Linear(2, 4), torch.nn.Bilinear(2, 2, 2)):
-            with pytest.raises(BadInput, match="state-1.safetensors: of another model or version, model.weight is missing or has another shape"):
+            with pytest.raises(BadInput, match="state-1.safetensors: of another model or version, "
+                                               "model.weight is missing or has another shape"):
                 stage.resume({"model": other}, [])
         stage.resume({"model": torch.nn.Linear(2, 3)}, [])
         assert 100 <= stage.seconds() < 110
 
 
-# ---------------------------------------------------------------------------------------------------- atomic files
+# ------------------------------------------------------------------------------------- atomic files
 def test_write_bytes_makes_folders_and_replaces(tmp_path):
     path = tmp_path / "a" / "b" / "file"
     write_bytes(path, b"old")
@@ -77,7 +83,8 @@ def test_write_bytes_makes_folders_and_replaces(tmp_path):
 @pytest.mark.parametrize("call", ["fsync", "replace"])      # the disk is full; the folder went away
 @pytest.mark.parametrize("error, raised", [(OSError(28, "No space left on device"), BadInput),
                                            (KeyboardInterrupt(), KeyboardInterrupt)])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call, error, raised):
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+        tmp_path, monkeypatch, call, error, raised):
     path = tmp_path / "file"
     write_bytes(path, b"old")
 
@@ -98,7 +105,8 @@ def test_the_old_file_is_whole_until_the_new_one_is(tmp_path, monkeypatch):
     path, seen = tmp_path / "file", []
     write_bytes(path, b"old")
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda f: (seen.append((path.read_bytes(), os.path.isdir(f"/proc/self/fd/{f}"))), fsync(f)))
+    monkeypatch.setattr(os, "fsync", lambda f: (
+        seen.append((path.read_bytes(), os.path.isdir(f"/proc/self/fd/{f}"))), fsync(f)))
     write_bytes(path, b"new")
     save_tensors(path, {"a": torch.zeros(1)})
     assert [(content[:3], folder) for content, folder in seen] == [
@@ -127,9 +135,10 @@ def test_a_file_system_that_cannot_sync_a_folder_will_do(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("name, of_folders, remedy", [
-    ("EIO", True, "; choose another folder"), ("ENOSPC", True, "; free some space or choose another"),
-    ("EDQUOT", True, "; free some space or choose another"), ("EIO", False, "; choose another folder"),
-    ("EROFS", False, "; choose another folder"),
+    ("EIO", True, "; choose another folder"),
+    ("ENOSPC", True, "; free some space or choose another"),
+    ("EDQUOT", True, "; free some space or choose another"),
+    ("EIO", False, "; choose another folder"), ("EROFS", False, "; choose another folder"),
     *((name, False, "; choose another folder") for name in CANNOT_SYNC)])
 def test_what_is_not_on_the_disk_is_refused(tmp_path, monkeypatch, name, of_folders, remedy):
     """A fault when a folder is synced, and any error when a file is."""
@@ -168,8 +177,8 @@ def test_a_folder_that_cannot_be_locked_is_refused(tmp_path, monkeypatch, number
     with pytest.raises(BadInput) as caught:
         Stage(tmp_path / "run", "sft")
     assert str(caught.value) == (
-        f"{tmp_path / 'run' / 'sft'}: cannot be locked, as on NFS and some other shared file systems "
-        f"({os.strerror(number)}); choose a folder on a disk of this machine")
+        f"{tmp_path / 'run' / 'sft'}: cannot be locked, as on NFS and some other shared file "
+        f"systems ({os.strerror(number)}); choose a folder on a disk of this machine")
     assert len(os.listdir("/dev/fd")) == before
 
 
@@ -214,10 +223,11 @@ def test_tensors_round_trip(tmp_path):
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([float("inf"), -0.0])}
     save_tensors(tmp_path / "x.safetensors", tensors)
     again = load_file(tmp_path / "x.safetensors")
-    assert again.keys() == tensors.keys() and all(torch.equal(again[n], tensors[n]) for n in tensors)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[n], tensors[n]) for n in tensors)
 
 
-# ------------------------------------------------------------------------------------------------------------ code
+# --------------------------------------------------------------------------------------------- code
 CODE = '''"""A module."""
 TABLE = {"a": 1.5}
 
@@ -228,10 +238,12 @@ def rule(x):
 
 
 @pytest.mark.parametrize("old, new, same", [
-    ("A module", "Another word", True), ("Twice", "Thrice", True), ("1.5}", "1.5}      # a comment", True),
-    ("\n\ndef", "\n\n\n\ndef", True), ('{"a": 1.5}', "{\n    'a': 1.50,\n}", True), ("2 * x", "(2) * x", True),
-    ("1.5", "1.6", False), ("2 *", "3 *", False), ("+ 1", "- 1", False), ("rule(x)", "rule(x, y=0)", False), ('"a"', '"b"', False),
-    ("f\"{2", "f\" {2", False), ("    return", "    x += 1\n    return", False), ("def rule", "def role", False)])
+    ("A module", "Another word", True), ("Twice", "Thrice", True),
+    ("1.5}", "1.5}      # a comment", True), ("\n\ndef", "\n\n\n\ndef", True),
+    ('{"a": 1.5}', "{\n    'a': 1.50,\n}", True), ("2 * x", "(2) * x", True),
+    ("1.5", "1.6", False), ("2 *", "3 *", False), ("+ 1", "- 1", False),
+    ("rule(x)", "rule(x, y=0)", False), ('"a"', '"b"', False), ("f\"{2", "f\" {2", False),
+    ("    return", "    x += 1\n    return", False), ("def rule", "def role", False)])
 def test_the_checksum_of_code_sees_what_runs_and_nothing_else(old, new, same, tmp_path):
     (tmp_path / "a.py").write_text(CODE)
     assert old in CODE
@@ -239,7 +251,7 @@ def test_the_checksum_of_code_sees_what_runs_and_nothing_else(old, new, same, tm
     assert (code_checksum(tmp_path / "a.py") == code_checksum(tmp_path / "b.py")) == same
 
 
-# ------------------------------------------------------------------------------------------------------ randomness
+# --------------------------------------------------------------------------------------- randomness
 def draw(*where):
     return torch.rand(8, generator=generator(*where)).tolist()
 
@@ -248,7 +260,8 @@ def test_a_generator_depends_on_its_arguments_alone():
     first = draw(1, "sft", 7)
     torch.manual_seed(99), torch.rand(5), random.random(), draw(1, "sft", 8)
     assert draw(1, "sft", 7) == first
-    for other in ((2, "sft", 7), (1, "ppo", 7), (1, "sft", 8), (1, "sft"), (1, "sft", 7, 0), (1, "sft", "7")):
+    for other in ((2, "sft", 7), (1, "ppo", 7), (1, "sft", 8), (1, "sft"), (1, "sft", 7, 0),
+                  (1, "sft", "7")):
         assert draw(*other) != first
 
 
@@ -264,7 +277,7 @@ def test_generators_of_many_steps_differ():
     assert len({generator(0, "ppo", i).initial_seed() for i in range(1000)}) == 1000
 
 
-# ------------------------------------------------------------------------------------------------ learning rate
+# ------------------------------------------------------------------------------------ learning rate
 def test_cosine_schedule_by_hand():
     # 4 steps of warm-up, then 8 down: half-way at step 8.
     factors = [lr_factor(step, 12, 4) for step in range(13)]
@@ -283,7 +296,7 @@ def test_cosine_schedule_at_its_edges():
     assert all(0 <= lr_factor(step, 7, 2) <= 1 for step in range(8))
 
 
-# ---------------------------------------------------------------------------------------------------------- a stage
+# ------------------------------------------------------------------------------------------ a stage
 def test_a_stage_leaves_metrics_and_a_summary(tmp_path):
     with Stage(tmp_path / "run", "sft") as stage:
         for step in range(1, stage.total(3) + 1):

@@ -1,4 +1,5 @@
-"""What every text goes through: the same text wherever it was read, and contacts, but nothing else, replaced."""
+"""What every text goes through: the same text wherever it was read, and contacts, but nothing else,
+replaced."""
 import json
 import random
 import re
@@ -291,11 +292,13 @@ def test_a_telephone_number_is_replaced_and_the_text_around_it_stays(text):
     before, rest = text.split("<")
     number, after = rest.split(">")
     count = Counter()
-    assert hide_contacts(before + number + after, count) == f"{before}[PHONE]{after}" and +count == {"PHONE": 1}
+    assert hide_contacts(before + number + after, count) == f"{before}[PHONE]{after}"
+    assert +count == {"PHONE": 1}
 
 
 def test_numbers_in_a_row_are_all_replaced():
-    for text, hidden in (("Tel. 030 1234567 / 0170 1234567", "Tel. [PHONE] / [PHONE]"), ("Phone: 415-555-0199, Fax: 415-555-0200", "Phone: [PHONE], Fax: [PHONE]"),
+    for text, hidden in (("Tel. 030 1234567 / 0170 1234567", "Tel. [PHONE] / [PHONE]"),
+                         ("Phone: 415-555-0199, Fax: 415-555-0200", "Phone: [PHONE], Fax: [PHONE]"),
                          ("Tel +49 30 1234567 or +49 170 1234567.", "Tel [PHONE] or [PHONE].")):
         assert hide_contacts(text, Counter()) == hidden
 
@@ -307,12 +310,16 @@ def test_what_may_be_anything_else_stays(text):
 
 
 @pytest.mark.parametrize("text, hidden", [
-    ("Write to ann.lee+jobs@mail.example.co.uk, please", "Write to [EMAIL], please"), ("ann@example.org, bob@example.org", "[EMAIL], [EMAIL]"),
-    ("see https://example.org/me?x=1#y. Or www.me.dev/cv", "see [LINK]. Or [LINK]"), ("(github.com/ann)", "([LINK])"),
-    ("ann@example.org/path", "[EMAIL]/path"), ("linkedin.com/in/x, LinkedIn.com/in/x", "[LINK], [LINK]"), ("github.com/Name, GitHub.com/Ann", "[LINK], [LINK]"),
+    ("Write to ann.lee+jobs@mail.example.co.uk, please", "Write to [EMAIL], please"),
+    ("ann@example.org, bob@example.org", "[EMAIL], [EMAIL]"),
+    ("see https://example.org/me?x=1#y. Or www.me.dev/cv", "see [LINK]. Or [LINK]"),
+    ("(github.com/ann)", "([LINK])"), ("ann@example.org/path", "[EMAIL]/path"),
+    ("linkedin.com/in/x, LinkedIn.com/in/x", "[LINK], [LINK]"),
+    ("github.com/Name, GitHub.com/Ann", "[LINK], [LINK]"),
     ("Ann-Lee.dev/Work/cv, Ann.com/Cv.pdf, Me.dev/cv, T.me/Ann", "[LINK], [LINK], [LINK], [LINK]"),
     ("Monday.com/Jira, Salesforce.com/CRM. Crates.io/Rust or Open.ai/GPT", None),
-    ("react@18.2.0, @types/node@18.0.0-beta.next, 10@2.50", None), ("ASP.net/C#, VB.NET/SQL, Node.js/React, C/C++.net/", None),
+    ("react@18.2.0, @types/node@18.0.0-beta.next, 10@2.50", None),
+    ("ASP.net/C#, VB.NET/SQL, Node.js/React, C/C++.net/", None),
     ("and/or, TCP/IP, 24/7, Socket.io/Express, me@home", None), ("3.5/4.0, 60.000/70.000", None)])
 def test_links_and_addresses_are_replaced_and_versions_stay(text, hidden):
     assert hide_contacts(text, Counter()) == (hidden or text)
@@ -320,19 +327,25 @@ def test_links_and_addresses_are_replaced_and_versions_stay(text, hidden):
 
 def test_what_programs_do_to_a_text_is_undone():
     text = "Café cook\n\nSkills: crème brûlée"
-    for other in (text.replace("\n", "\r\n"), text.replace("\n", "\r"), "\ufeff" + text, f" \n{text}\t\r\n", f"\u200b \u2060{text} \u200b\n", text.replace("c", "\u200bc\u2060"), text.replace(" ", "\u00a0"),
-                  unicodedata.normalize("NFD", text), " \ufeff " + unicodedata.normalize("NFD", text).replace("\n", "\r\n")):
+    for other in (text.replace("\n", "\r\n"), text.replace("\n", "\r"), "\ufeff" + text,
+                  f" \n{text}\t\r\n", f"\u200b \u2060{text} \u200b\n",
+                  text.replace("c", "\u200bc\u2060"), text.replace(" ", "\u00a0"),
+                  unicodedata.normalize("NFD", text),
+                  " \ufeff " + unicodedata.normalize("NFD", text).replace("\n", "\r\n")):
         assert other != text and normalize(other, False) == text
 
 
 def test_what_somebody_typed_stays():
-    for text in ("x\u2003y  z", "a\tb \n c", "５ ｙｅａｒｓ", "ﬁne ½ ²", "a\0b", "“so” – ‘so’", "ann@example.org +49 30 1234567"):
+    for text in ("x\u2003y  z", "a\tb \n c", "５ ｙｅａｒｓ", "ﬁne ½ ²", "a\0b", "“so” – ‘so’",
+                 "ann@example.org +49 30 1234567"):
         assert normalize(text, False) == text
 
 
 def test_contacts_are_replaced_where_it_is_asked_for_and_counted():
-    text, count = "Ann, ann@example.org, +49 30 1234567,\r\nwww.example.org and www.example.org/b", Counter()
-    assert normalize(text, True, count) == normalize(text, True) == "Ann, [EMAIL], [PHONE],\n[LINK] and [LINK]"
+    text, count = ("Ann, ann@example.org, +49 30 1234567,\r\nwww.example.org and www.example.org/b",
+                   Counter())
+    assert (normalize(text, True, count) == normalize(text, True)
+            == "Ann, [EMAIL], [PHONE],\n[LINK] and [LINK]")
     assert count == {"EMAIL": 1, "PHONE": 1, "LINK": 2}
 
 
@@ -340,7 +353,8 @@ def test_twice_gives_the_same_as_once():
     assert normalize("+49.030.1234567a.com/x", True) == "[PHONE][LINK]"
     assert normalize("tel 030\u200b123\u200b4567", True) == "tel [PHONE]"
     draw = random.Random(0)
-    pieces = ["tel ", "Phone: ", "[PHONE]", "(", "+49 ", "030", "1234567", " ", "/", "-", ".", "2015", "ann@x.org", "www.a.de/x", "\r", "\n", "\ufeff", "\u200b",
+    pieces = ["tel ", "Phone: ", "[PHONE]", "(", "+49 ", "030", "1234567", " ", "/", "-", ".",
+              "2015", "ann@x.org", "www.a.de/x", "\r", "\n", "\ufeff", "\u200b",
               "e", "\u0301", "\u00a0", "(415)", "555-0199", "a.com/", "@", ",", "x"]
     for _ in range(5000):
         text = "".join(draw.choices(pieces, k=draw.randint(1, 12)))
@@ -351,14 +365,17 @@ def test_twice_gives_the_same_as_once():
 
 def test_utf_16_is_known_by_its_zeros():
     for text in ("a cook", "Köchin für Cafés\n" * 10, "cook, " + "厨师 " * 3):
-        assert is_utf16(text.encode("utf-16-le")) and is_utf16(text.encode("utf-16-be")) and not is_utf16(text.encode())
+        assert is_utf16(text.encode("utf-16-le"))
+        assert is_utf16(text.encode("utf-16-be")) and not is_utf16(text.encode())
     assert not is_utf16(b"a\0cook\0") and not is_utf16(b"")
 
 
 # ------------------------------------------------------------------------- wherever a text comes in
-CV = "Profile: cook, senior, 9 years.\nPlace: Bath, Café 9.\nWrite to x@example.org or +49 30 1234567"
+CV = ("Profile: cook, senior, 9 years.\nPlace: Bath, Café 9.\n"
+      "Write to x@example.org or +49 30 1234567")
 JD = "Wanted: cook, Bath.\nCafé. Mail y@example.org"
-OTHERS = [lambda t: t.replace("\n", "\r\n"), lambda t: t.replace("\n", "\r"), lambda t: "\ufeff" + t, lambda t: f"\n {t}\r\n\t", lambda t: t.replace(" ", "\u00a0"),
+OTHERS = [lambda t: t.replace("\n", "\r\n"), lambda t: t.replace("\n", "\r"),
+          lambda t: "\ufeff" + t, lambda t: f"\n {t}\r\n\t", lambda t: t.replace(" ", "\u00a0"),
           lambda t: unicodedata.normalize("NFD", t), lambda t: normalize(t, True)]
 
 
@@ -366,7 +383,8 @@ def score(reward, folder, capsys, cv=CV, jd=JD):
     for name, text in (("cv", cv), ("jd", jd)):
         (folder / f"{name}.txt").write_bytes(text.encode())
     capsys.readouterr()
-    assert girl.main(["score", "--reward", str(reward), "--cv", str(folder / "cv.txt"), "--jd", str(folder / "jd.txt")]) == 0
+    assert girl.main(["score", "--reward", str(reward), "--cv", str(folder / "cv.txt"),
+                      "--jd", str(folder / "jd.txt")]) == 0
     return capsys.readouterr().out
 
 
@@ -374,18 +392,23 @@ def test_one_text_has_one_score_however_it_was_saved(whole, tmp_path, capsys):
     reward = whole / "run" / "reward"
     first = score(reward, tmp_path, capsys)
     for other in OTHERS:
-        assert other(CV) != CV and score(reward, tmp_path, capsys, cv=other(CV)) == score(reward, tmp_path, capsys, jd=other(JD)) == first
+        assert other(CV) != CV
+        assert (score(reward, tmp_path, capsys, cv=other(CV))
+                == score(reward, tmp_path, capsys, jd=other(JD)) == first)
     assert score(reward, tmp_path, capsys, cv=CV.replace("cook", "nurse")) != first
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "cp1252"])
 def test_a_cv_in_another_encoding_is_refused(whole, tmp_path, capsys, encoding):
-    (tmp_path / "cv.txt").write_bytes((CV if encoding == "cp1252" else "A cook, 9 years, Bath.").encode(encoding))
-    refused(capsys, ["generate", "--model", str(whole / "run" / "ppo"), "--cv", str(tmp_path / "cv.txt")], "cv.txt: ", "save the file as UTF-8")
+    (tmp_path / "cv.txt").write_bytes((CV if encoding == "cp1252"
+                                       else "A cook, 9 years, Bath.").encode(encoding))
+    refused(capsys, ["generate", "--model", str(whole / "run" / "ppo"),
+                     "--cv", str(tmp_path / "cv.txt")], "cv.txt: ", "save the file as UTF-8")
 
 
 def test_a_pool_holds_each_text_once(tmp_path):
-    (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"jd": text}) + "\n" for text in [JD, " "] + [other(JD) for other in OTHERS]))
+    (tmp_path / "pool.jsonl").write_text("".join(
+        json.dumps({"jd": text}) + "\n" for text in [JD, " "] + [other(JD) for other in OTHERS]))
     assert read_pool(tmp_path / "pool.jsonl", True) == [normalize(JD, True)]
     assert read_pool(tmp_path / "pool.jsonl", False) == [JD, normalize(JD, True)]
 
@@ -402,15 +425,20 @@ def by_hand(whole, tmp_path_factory):
     return folder / "run"
 
 
-def test_all_models_of_a_run_keep_contacts_or_hide_them_as_its_data_do(whole, by_hand, tmp_path, capsys):
+def test_all_models_of_a_run_keep_contacts_or_hide_them_as_its_data_do(
+        whole, by_hand, tmp_path, capsys):
     for stage in ("sft", "reward", "judge", "ppo"):
-        assert read_config(by_hand / stage)[0].keep_contacts is True and read_config(whole / "run" / stage)[0].keep_contacts is False
+        assert read_config(by_hand / stage)[0].keep_contacts is True
+        assert read_config(whole / "run" / stage)[0].keep_contacts is False
     hidden = normalize(CV, True)
-    assert score(by_hand / "reward", tmp_path, capsys, cv=hidden) != score(by_hand / "reward", tmp_path, capsys)
-    assert score(by_hand / "reward", tmp_path, capsys) == score(by_hand / "reward", tmp_path, capsys, cv=CV.replace("\n", "\r\n"))
+    assert (score(by_hand / "reward", tmp_path, capsys, cv=hidden)
+            != score(by_hand / "reward", tmp_path, capsys))
+    assert (score(by_hand / "reward", tmp_path, capsys)
+            == score(by_hand / "reward", tmp_path, capsys, cv=CV.replace("\n", "\r\n")))
 
 
-def test_after_a_stage_1_that_did_not_note_it_the_data_say_whether_contacts_are_kept(by_hand, tmp_path, monkeypatch):
+def test_after_a_stage_1_that_did_not_note_it_the_data_say_whether_contacts_are_kept(
+        by_hand, tmp_path, monkeypatch):
     """As an earlier version of stage 1 did not."""
     def without_the_note(*args, **more):
         model = load_model(*args, **more)
@@ -427,20 +455,26 @@ def test_each_model_reads_the_cv_as_its_own_data_were(whole, by_hand, tmp_path, 
     real, seen = Codec.prompt, []
     monkeypatch.setattr(Codec, "prompt", lambda self, cv: seen.append(cv) or real(self, cv))
     (tmp_path / "cv.txt").write_text(CV)
-    for generator, reward, texts in ((by_hand, whole / "run", [CV, normalize(CV, True)]), (whole / "run", by_hand, [normalize(CV, True), CV])):
+    for generator, reward, texts in ((by_hand, whole / "run", [CV, normalize(CV, True)]),
+                                     (whole / "run", by_hand, [normalize(CV, True), CV])):
         seen.clear()
-        assert girl.main(["generate", "--model", str(generator / "ppo"), "--reward", str(reward / "reward"), "--cv", str(tmp_path / "cv.txt")]) == 0
+        assert girl.main(["generate", "--model", str(generator / "ppo"),
+                          "--reward", str(reward / "reward"),
+                          "--cv", str(tmp_path / "cv.txt")]) == 0
         assert seen == texts
 
 
 def test_recommend_reads_cv_and_pool_as_the_data_were(whole, by_hand, tmp_path, monkeypatch):
     found = []
-    monkeypatch.setattr(girl.recommend, "find_jobs", lambda models, cv, pool, *rest: found.append((cv, pool)))
+    monkeypatch.setattr(girl.recommend, "find_jobs",
+                        lambda models, cv, pool, *rest: found.append((cv, pool)))
     (tmp_path / "cv.txt").write_text(CV)
     (tmp_path / "pool.jsonl").write_text(json.dumps({"jd": JD}))
     for run in (whole / "run", by_hand):
         data = whole / "data" if run != by_hand else by_hand.parent / "data"
-        assert girl.main(["recommend", "--run", str(run), "--data", str(data), "--cv", str(tmp_path / "cv.txt"), "--pool", str(tmp_path / "pool.jsonl")]) == 0
+        assert girl.main(["recommend", "--run", str(run), "--data", str(data),
+                          "--cv", str(tmp_path / "cv.txt"),
+                          "--pool", str(tmp_path / "pool.jsonl")]) == 0
     assert found == [(normalize(CV, True), [normalize(JD, True)]), (CV, [JD])]
 
 
@@ -450,7 +484,8 @@ def test_a_pretrained_model_keeps_contacts_as_its_data_do(whole, by_hand, tmp_pa
     save_model(tmp_path / "base", lm)
     save_tokenizer(tmp_path / "base", codec)
     start = ["--init", str(tmp_path / "base"), *flags]
-    assert girl.main(argv("sft", tmp_path / "run", by_hand.parent / "data", "--max-cv", "40", "--max-jd", "40", *start)) == 0
+    assert girl.main(argv("sft", tmp_path / "run", by_hand.parent / "data", "--max-cv", "40",
+                          "--max-jd", "40", *start)) == 0
     assert girl.main(argv("reward", tmp_path / "run", by_hand.parent / "data", *start)) == 0
     for stage in ("sft", "reward"):
         assert read_config(tmp_path / "run" / stage)[0].keep_contacts is True
@@ -468,9 +503,12 @@ def test_a_model_without_the_field_hides_contacts(whole, tmp_path):
 def test_a_dense_table_feeds_all_stages(tmp_path):
     """Split by CV, both halves have what stages 1 and 2 learn from."""
     draw = random.Random(0)
-    rows = [json.dumps({"cv": f"Cook {p // 40}", "jd": f"Kitchen {p % 40}", "fit": draw.choice(["yes", "no"])}) for p in draw.sample(range(60 * 40), 900)]
+    rows = [json.dumps({"cv": f"Cook {p // 40}", "jd": f"Kitchen {p % 40}",
+                        "fit": draw.choice(["yes", "no"])})
+            for p in draw.sample(range(60 * 40), 900)]
     (tmp_path / "t.jsonl").write_text("\n".join(rows))
-    assert girl.main(["data", "--from", str(tmp_path / "t.jsonl"), "--cv", "cv", "--jd", "jd", "--accepted", "fit", "--split-by", "cv",
+    assert girl.main(["data", "--from", str(tmp_path / "t.jsonl"), "--cv", "cv", "--jd", "jd",
+                      "--accepted", "fit", "--split-by", "cv",
                       "--out", str(tmp_path / "data")]) == 0
     for stage in ("sft", "reward", "judge"):
         assert girl.main(argv(stage, tmp_path / "run", tmp_path / "data")) == 0
@@ -483,12 +521,16 @@ def test_generate_scores_a_jd_as_score_does(whole, tmp_path, capsys, monkeypatch
     (tmp_path / "jd").write_text("Wanted:\u00a0cook \n")
     codec = load_codec(whole / "run" / "sft", read_config(whole / "run" / "sft")[0])
     monkeypatch.setattr(girl, "generate", lambda *rest: [codec.jd("Wanted:\u00a0cook \n")])
-    assert girl.main(["generate", "--model", model, "--reward", scorer, "--cv", str(tmp_path / "cv")]) == 0
+    assert girl.main(["generate", "--model", model, "--reward", scorer,
+                      "--cv", str(tmp_path / "cv")]) == 0
     shown = re.match(r"\[([+-][\d.]+)\]\n", capsys.readouterr().out)[1]
-    assert girl.main(["score", "--reward", scorer, "--cv", str(tmp_path / "cv"), "--jd", str(tmp_path / "jd")]) == 0
+    assert girl.main(["score", "--reward", scorer, "--cv", str(tmp_path / "cv"),
+                      "--jd", str(tmp_path / "jd")]) == 0
     assert float(capsys.readouterr().out) == pytest.approx(float(shown), abs=6e-4)
 
 
-@pytest.mark.parametrize("content", [b"\x00", b"\x18\x00", b"\x00Sf", b"\xdd\x96\x00", b"A cook\x00\x00\x00"])
+@pytest.mark.parametrize("content",
+                         [b"\x00", b"\x18\x00", b"\x00Sf", b"\xdd\x96\x00", b"A cook\x00\x00\x00"])
 def test_a_nul_or_three_in_a_short_text_are_no_utf16(content):
-    assert not is_utf16(content) and is_utf16("A cook".encode("utf-16-le")) and is_utf16("A cook".encode("utf-16-be"))
+    assert not is_utf16(content)
+    assert is_utf16("A cook".encode("utf-16-le")) and is_utf16("A cook".encode("utf-16-be"))

@@ -297,6 +297,7 @@ def run_all(args, device):
                                      "measured": measured_checksums(evaluation)})
     measures = [name for name in evaluate.MEASURES if not (args.quick and name == "recommend")]
     run_apart(run, {name: [name] + common for name in measures}, device)
+    run_apart(run, {"report": ["report", "--run", args.run, "--data", args.data]}, device)
     if args.smoke:
         print("\nThis was a toy run: it shows that every stage runs, not that anything was "
               "learned. Its figures mean nothing; those of bash train.sh do.")
@@ -365,6 +366,9 @@ def is_done(run, name, command, device):
     with other flags."""
     if name in evaluate.MEASURES:
         return is_measured(run, parse(command))
+    if name == "report":
+        page = run / "report.html"
+        return page.exists() and page.stat().st_mtime > (run / "results.json").stat().st_mtime
     if finished(run, name):
         run_stage(parse(command), device)
     return finished(run, name)
@@ -432,7 +436,20 @@ def trace_run(args, device):
     if args.cv:
         cv = as_trained(read_text(args.cv), load_model(need(run, "sft"), LanguageModel))
         truth = truth if truth and the_market.parse_cv(cv) else None
-    trace.show(trace.trace(run, folder, args.iteration, args.episode, device, truth, cv), args.cv)
+    replay = trace.Replay(run, folder, device, truth)
+    iteration = args.iteration or replay.kept[0]
+    trace.show(replay.trace(iteration, args.episode, cv), cv)
+
+
+def report_run(args, device):
+    """`report`: one HTML file about one run, or several."""
+    from measure.report import write_picture, write_report      # here: they import matplotlib
+    args.run, runs = args.run[0], list(map(Path, args.run))
+    if args.picture:
+        return write_picture(runs[0], Path(args.picture))
+    run, folder, truth = folders(args)
+    write_report(runs, folder, Path(args.file or run / "report.html"), device,
+                 truth and truth.true_match)
 
 
 def recommend_run(args, device):
@@ -503,6 +520,7 @@ HELP = {
     "ppo": "stage 3: learn to generate JDs that the reward model scores high",
     "trace": "do a kept iteration of PPO again, and show one of its texts token by token: KL, "
              "reward, value, advantage, ratio",
+    "report": "write an HTML page about one run, or about several: texts, curves, tables, the trace",
     "show": "print a held-out CV and everything that was written for it",
     "generate": "generate JDs for a CV",
     "score": "score one JD for one CV",
@@ -511,7 +529,7 @@ HELP = {
     "evaluate": "measure a run on held-out CVs, write results.json",
     "recommend": "measure how much the generated JDs help a recommender, and how well they find "
                  "posted jobs; or find jobs for one CV",
-    "train": "all stages, the evaluation and the recommender"}
+    "train": "all stages, the evaluation, the recommender and the report"}
 
 
 def size_of(args):
@@ -568,6 +586,7 @@ def build_parser():
     add_evaluate_flags(parsers["evaluate"])
     add_recommend_flags(parsers["recommend"])
     add_trace_flags(parsers["trace"])
+    add_report_flags(parsers["report"])
     parsers["show"].add_argument("--cv", type=number(int, 0), default=0, metavar="N",
                                  dest="number", help="which CV, counted from 0 (default 0)")
     add_generate_flags(parsers["generate"])
@@ -580,7 +599,7 @@ def add_common_flags(parser, name):
     """The flags that the command `name` shares with others."""
     parser.add_argument("--seed", type=number(int, 0), default=0,
                         help="the same seed gives the same result on the same machine (default 0)")
-    if name not in ("generate", "score", "export", "trace", "show"):
+    if name not in ("generate", "score", "export", "trace", "show", "report"):
         add_size_flags(parser, name)
     if name in (*STAGES, "evaluate", "recommend", "train", "trace", "show"):
         parser.add_argument("--run", "--out", default="runs/default", metavar="DIR",
@@ -688,6 +707,17 @@ def add_trace_flags(parser):
                         help="which text of its rollout, counted from 0 (default 0)")
     parser.add_argument("--cv", metavar="FILE",
                         help="a text file whose CV takes the place of the episode's")
+
+
+def add_report_flags(parser):
+    parser.add_argument("--run", nargs="+", default=["runs/default"], metavar="RUN",
+                        help="the folders of one or several runs (default runs/default)")
+    parser.add_argument("--data", metavar="DIR",
+                        help="folder of the first run's data (default RUN/data)")
+    parser.add_argument("--file", metavar="FILE",
+                        help="where to write it (default RUN/report.html, of the first run)")
+    parser.add_argument("--picture", metavar="FILE.svg",
+                        help="only draw one picture of the first run")
 
 
 def add_generate_flags(parser):
@@ -800,7 +830,7 @@ def run_command(args):
         return 0
     command = {"generate": write_for, "score": score_one, "export": export,
                "evaluate": evaluate_run, "recommend": recommend_run, "train": run_all,
-               "trace": trace_run, "show": show_run}[args.command]
+               "trace": trace_run, "show": show_run, "report": report_run}[args.command]
     return command(args, device) or 0
 
 

@@ -50,11 +50,6 @@ class Trace(NamedTuple):
                 if value != self.row.get(name)]
 
 
-def kept_iterations(run):
-    """The numbers of the iterations that can be done again."""
-    return sorted(int(path.stem) for path in (run / "ppo" / KEPT).glob("*.json"))
-
-
 def read_row(run, iteration):
     """The row of this iteration in metrics.csv, without its warning: {name: number or None}."""
     with (run / "ppo" / "metrics.csv").open() as file:
@@ -95,64 +90,87 @@ def columns_of(rollout, k, flags):
     return {name: x[mask].tolist() for name, x in columns.items()}
 
 
-def trace(run, folder, iteration, episode, device, true_match=None, cv=None):
-    """Do a kept iteration again: the Trace of one of its episodes. `cv`: a text that takes the
-    place of the episode's CV. `true_match(cv, jd)`: a number, or None."""
-    flags, seed = begun_flags(run, folder)
-    if not (numbers := kept_iterations(run)):
-        raise BadInput(f"{run / 'ppo' / KEPT}: no iteration was kept, by an earlier version or with "
-                       f"--keep 0; delete {run / 'ppo'} and run the stage again")
-    iteration = iteration or numbers[0]
-    if iteration not in numbers:
-        raise BadInput(f"trace: iteration {iteration} was not kept; kept are "
-                       f"{', '.join(map(str, numbers))} (see --keep of ppo)")
-    remedy = f"delete {run / 'ppo'} and run the stage again"
-    path = run / "ppo" / KEPT / f"{iteration}.json"
-    kept = read_checked(path, remedy)
-    policy, reward_model, codec, cvs = ppo.load(run, folder, device)
-    reference, optimizer, critic = ppo.prepare(policy, reward_model, flags)
-    restore(path.with_suffix(".safetensors"), kept["sha256"],
-            {"policy": policy, "critic": critic}, [optimizer], remedy)
+class Replay:
+    """The iterations of a finished PPO that were kept, to do them again. `true_match(cv, jd)`: a
+    number, or None."""
 
-    # From here on as in ppo.train.
-    i, beta = iteration - 1, kept["numbers"]["beta"]
-    rng = generator(seed, "ppo", i)
-    chosen = ppo.draw_cvs(cvs, flags.episodes, rng)
-    if not 0 <= episode < len(chosen):
-        raise BadInput(f"trace: --episode {episode} must be at most {len(chosen) - 1}; the "
-                       f"iteration has {len(chosen)} episodes, counted from 0")
-    chosen[episode] = cv or chosen[episode]
-    optimizer.param_groups[0]["lr"] = ppo.learning_rate(i, flags)
-    rollout, log = ppo.roll_out(policy, reference, reward_model, critic,
-                                [codec.prompt(cv) for cv in chosen], codec, flags, beta,
-                                generator(seed, "ppo-sample", i, device=device), device)
-    ratios = []
+    def __init__(self, run, folder, device, true_match=None):
+        self.run, self.device, self.true_match = run, device, true_match
+        self.flags, self.seed = begun_flags(run, folder)
+        self.kept = sorted(int(path.stem) for path in (run / "ppo" / KEPT).glob("*.json"))
+        if not self.kept:
+            raise BadInput(f"{run / 'ppo' / KEPT}: no iteration was kept, by an earlier version or "
+                           f"with --keep 0; delete {run / 'ppo'} and run the stage again")
+        self.policy, self.reward_model, self.codec, self.cvs = ppo.load(run, folder, device)
+        prepared = ppo.prepare(self.policy, self.reward_model, self.flags)
+        self.reference, self.optimizer, self.critic = prepared
 
-    def note_ratios(*_):
-        ratios.append(ratios_now(policy, rollout, episode, flags, device))
-    note_ratios()
-    optimizer.register_step_post_hook(note_ratios)
-    log |= ppo.update(policy, optimizer, rollout, flags, rng, device)
+    def restore(self, iteration):
+        """The state before this iteration. Returns its beta."""
+        if iteration not in self.kept:
+            raise BadInput(f"trace: iteration {iteration} was not kept; kept are "
+                           f"{', '.join(map(str, self.kept))} (see --keep of ppo)")
+        remedy = f"delete {self.run / 'ppo'} and run the stage again"
+        path = self.run / "ppo" / KEPT / f"{iteration}.json"
+        kept = read_checked(path, remedy)
+        restore(path.with_suffix(".safetensors"), kept["sha256"],
+                {"policy": self.policy, "critic": self.critic}, [self.optimizer], remedy)
+        return kept["numbers"]["beta"]
 
-    texts = [codec.text(row[m].tolist()) for row, m in zip(rollout.tokens, rollout.mask)]
-    matches = list(map(true_match, chosen, texts)) if true_match else [None] * len(texts)
-    log["true_match"] = sum(matches) / len(matches) if true_match else None
-    tokens = rollout.tokens[episode][rollout.mask[episode]].tolist()
-    return Trace(
-        iteration, flags.iterations, episode, chosen[episode],
-        [END if t == codec.eos else codec.tokenizer.decode([t], skip_special_tokens=False)
-         for t in tokens],
-        columns_of(rollout, episode, flags), ratios, flags.clip, beta,
-        float(rollout.scores[episode]), matches[episode], log, read_row(run, iteration))
+    def roll_out(self, iteration, episode=0, cv=None):
+        """The rollout of this iteration, as in ppo.train: its CVs, the Rollout, the log, and the
+        generator that the update goes on with. `cv`: a text that takes the place of the episode's
+        CV."""
+        i, beta = iteration - 1, self.restore(iteration)
+        rng = generator(self.seed, "ppo", i)
+        chosen = ppo.draw_cvs(self.cvs, self.flags.episodes, rng)
+        if episode >= len(chosen):
+            raise BadInput(f"trace: --episode {episode} must be at most {len(chosen) - 1}; the "
+                           f"iteration has {len(chosen)} episodes, counted from 0")
+        chosen[episode] = cv or chosen[episode]
+        prompts = [self.codec.prompt(cv) for cv in chosen]
+        rollout, log = ppo.roll_out(
+            self.policy, self.reference, self.reward_model, self.critic, prompts, self.codec,
+            self.flags, beta, generator(self.seed, "ppo-sample", i, device=self.device),
+            self.device)
+        return chosen, rollout, log, rng
 
+    def texts(self, rollout):
+        """The JDs of a rollout."""
+        return [self.codec.text(row[m].tolist()) for row, m in zip(rollout.tokens, rollout.mask)]
 
-@torch.no_grad()
-def ratios_now(policy, rollout, k, flags, device):
-    """The ratio of each token of episode k, with the policy as it is now."""
-    one = rollout.rows([k])
-    with autocast(device):
-        logp, _ = ppo.evaluate_policy(policy, one, flags.temperature)               # [1, R]
-    return (logp - one.logp)[one.mask].exp().tolist()
+    def trace(self, iteration, episode=0, cv=None):
+        """Do the whole iteration again: the Trace of one of its episodes."""
+        chosen, rollout, log, rng = self.roll_out(iteration, episode, cv)
+        ratios = [self.ratios(rollout, episode)]
+        self.optimizer.param_groups[0]["lr"] = ppo.learning_rate(iteration - 1, self.flags)
+        hook = self.optimizer.register_step_post_hook(
+            lambda *_: ratios.append(self.ratios(rollout, episode)))
+        log |= ppo.update(self.policy, self.optimizer, rollout, self.flags, rng, self.device)
+        hook.remove()
+        matches = [None] * len(chosen)
+        if self.true_match:
+            matches = list(map(self.true_match, chosen, self.texts(rollout)))
+            log["true_match"] = sum(matches) / len(matches)
+        tokens = rollout.tokens[episode][rollout.mask[episode]].tolist()
+        return Trace(
+            iteration, self.flags.iterations, episode, chosen[episode],
+            [self.show_token(t) for t in tokens], columns_of(rollout, episode, self.flags), ratios,
+            self.flags.clip, log["beta"], float(rollout.scores[episode]), matches[episode], log,
+            read_row(self.run, iteration))
+
+    def show_token(self, t):
+        if t == self.codec.eos:
+            return END
+        return self.codec.tokenizer.decode([t], skip_special_tokens=False)
+
+    @torch.no_grad()
+    def ratios(self, rollout, episode):
+        """The ratio of each token of an episode, with the policy as it is now."""
+        one = rollout.rows([episode])
+        with autocast(self.device):
+            logp, _ = ppo.evaluate_policy(self.policy, one, self.flags.temperature)  # [1, R]
+        return (logp - one.logp)[one.mask].exp().tolist()
 
 
 # --------------------------------------------------------------------------------------- printing

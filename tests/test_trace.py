@@ -19,21 +19,21 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("iteration", [1, 2])
 def test_a_kept_iteration_equals_its_row_of_metrics_bit_for_bit(whole, iteration):
     run, data = whole / "run", whole / "data"
-    t = trace.trace(run, data, iteration, 3, CPU, market.true_match)
+    t = trace.Replay(run, data, CPU, market.true_match).trace(iteration, 3)
     assert t.differences() == [] and len(t.log) > 14 and t.log["true_match"] is not None
     assert t.log["reward"] == trace.read_row(run, iteration)["reward"]
     assert "bit for bit" in trace.same_as_logged(t)
 
 
 def test_a_figure_that_is_not_the_logged_one_is_named(whole):
-    t = trace.trace(whole / "run", whole / "data", 1, 0, CPU)
+    t = trace.Replay(whole / "run", whole / "data", CPU).trace(1, 0)
     other = t._replace(log=t.log | {"kl": 9.0})
-    assert [name for name, *_ in other.differences()] == ["kl", "true_match"]   # no truth was given
+    assert [name for name, *_ in other.differences()] == ["kl"]
     assert "differs from metrics.csv: kl 9.0 instead of" in trace.same_as_logged(other)
 
 
 def test_what_is_shown_of_a_text_adds_up(whole):
-    t = trace.trace(whole / "run", whole / "data", 2, 5, CPU, market.true_match)
+    t = trace.Replay(whole / "run", whole / "data", CPU, market.true_match).trace(2, 5)
     c, n = t.columns, len(t.tokens)
     assert n > 3 and all(len(column) == n for column in [*c.values(), *t.ratios])
     assert sum(c["reward"]) == pytest.approx(t.score - t.beta * sum(c["kl"]), abs=1e-4)
@@ -52,14 +52,14 @@ def test_what_is_shown_of_a_text_adds_up(whole):
 
 
 def test_the_ratio_is_1_before_the_update_and_moves_with_each_step(whole):
-    t = trace.trace(whole / "run", whole / "data", 2, 1, CPU)
+    t = trace.Replay(whole / "run", whole / "data", CPU).trace(2, 1)
     assert t.ratios[0] == pytest.approx([1.0] * len(t.tokens), abs=1e-5)
     assert len(t.ratios) == 1 + 2 * 2                   # two epochs of two minibatches
     assert len({str(column) for column in t.ratios}) == len(t.ratios)
 
 
 def test_the_score_comes_with_the_last_token(whole):
-    t = trace.trace(whole / "run", whole / "data", 1, 2, CPU)
+    t = trace.Replay(whole / "run", whole / "data", CPU).trace(1, 2)
     assert t.columns["reward"][-1] == pytest.approx(t.score, abs=1e-4)      # the KL is 0 so far
     assert t.columns["reward"][:-1] == pytest.approx([0.0] * (len(t.tokens) - 1), abs=1e-4)
 
@@ -68,14 +68,14 @@ def test_trace_prints_the_table_the_sums_and_the_comparison(whole, capsys):
     where = ["--run", str(whole / "run"), "--data", str(whole / "data")]
     assert girl.main(["trace", *where, "--iteration", "2", "--episode", "1"]) == 0
     out = capsys.readouterr().out
-    t = trace.trace(whole / "run", whole / "data", 2, 1, CPU, market.true_match)
+    t = trace.Replay(whole / "run", whole / "data", CPU, market.true_match).trace(2, 1)
     assert all(line in out for line in trace.table(t)) and "The rewards add up to" in out
     assert t.cv in out and f"true match {t.true_match:.3f}" in out
     assert "Iteration 2 of 2, done again: reward" in out and "bit for bit" in out
 
 
 def test_a_ratio_outside_the_clip_range_is_marked(whole):
-    t = trace.trace(whole / "run", whole / "data", 1, 0, CPU)._replace(ratios=[[1.0, 1.3, 0.79]])
+    t = trace.Replay(whole / "run", whole / "data", CPU).trace(1, 0)._replace(ratios=[[1.0, 1.3, 0.79]])
     t = t._replace(tokens=t.tokens[:3])
     assert [line.split()[-1] for line in trace.table(t)[1:]] == ["1.00", "1.30*", "0.79*"]
 
@@ -122,7 +122,7 @@ def test_keep_changes_no_result_and_may_change_when_a_stage_resumes(whole, tmp_p
     files = ["model.safetensors", "metrics.csv", "value_head.safetensors"]
     assert all((run / "ppo" / f).read_bytes() == (whole / "run/ppo" / f).read_bytes() for f in files)
     assert girl.main(argv("ppo", run, data, "--keep", "3")) == 0            # finished already
-    t = trace.trace(run, data, 1, 0, CPU, market.true_match)
+    t = trace.Replay(run, data, CPU, market.true_match).trace(1, 0)
     assert t.differences() == []
 
 

@@ -1,0 +1,646 @@
+"""RUN/report.html: what a run did, to look at.
+
+    python girl.py report --run RUN [RUN ...]
+
+One file without network, for wide and narrow screens, light and dark. Several runs are drawn over
+one another; texts, the trace and the tables are then those of the first. What a run does not have
+is left out: the truth on real data, the recommender in a quick run. Only this file imports
+matplotlib.
+"""
+import csv
+import html
+import io
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from measure import evaluate
+from measure.trace import END, TITLES, Replay
+from model import RewardModel
+from plumbing.files import BadInput, read_json, write_bytes
+from plumbing.stage import finished, read_summary
+from plumbing.weights import load_model
+
+# Colours that the browser replaces: the page's style sheet has a light and a dark set of them.
+INK, FAINT, SERIES = "#000001", "#000002", [f"#00001{k}" for k in range(6)]
+plt.rcParams |= {
+    "svg.fonttype": "none", "svg.hashsalt": "girl", "font.size": 9, "axes.titlesize": 9,
+    "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT,
+    "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "axes.prop_cycle": matplotlib.cycler(color=SERIES), "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8,
+    "figure.constrained_layout.use": True}
+
+# ----------------------------------------------------------------------------------- what there is
+class Run(NamedTuple):
+    """What is known of a run. An empty dictionary, or None, where there is nothing."""
+    path: Path
+    label: str              # what this run has and others have not
+    metrics: dict           # {stage: {column: numbers}}, of metrics.csv
+    summaries: dict         # {stage: summary.json}
+    config: dict            # {stage: flags}
+    results: dict
+    answers: list           # answers.jsonl
+
+
+def read_metrics(path):
+    """{column: numbers} of a metrics.csv; a cell without a number is NaN."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in rows[0] if name != "kl_fault"]
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
+
+
+def load_run(path):
+    stages = [stage for stage in evaluate.STAGES if finished(path, stage)]
+    metrics = {stage: read_metrics(path / stage / "metrics.csv") for stage in stages
+               if (path / stage / "metrics.csv").exists()}
+    if not metrics:
+        raise BadInput(f"{path}: no stage is finished; give the folder of a run")
+    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    results, answers = {}, []
+    if (path / "results.json").exists():
+        results = evaluate.read_results(path)
+    if "answers" in results:
+        answers = evaluate.read_answers(path)
+    summaries = {stage: read_summary(path / stage) for stage in stages}
+    return Run(path, path.name, metrics, summaries, config, results, answers)
+
+
+def label_runs(runs):
+    """Name each run by the flags in which it differs from others; by its folder if by none."""
+    def flags(run):
+        return {f"{name}" if name == "seed" else f"{stage} --{name.replace('_', '-')}": value
+                for stage, asked in run.config.items() for name, value in asked.items()
+                if name not in ("data", "init")}
+    all_flags = [flags(run) for run in runs]
+    differ = [name for name in dict.fromkeys(name for f in all_flags for name in f)
+              if len({str(f.get(name)) for f in all_flags}) > 1]
+    labels = [", ".join(f"{name} {f.get(name)}" for name in differ[:3]) for f in all_flags]
+    if len(set(labels)) < len(runs):
+        labels = [str(run.path) for run in runs]
+    return [run._replace(label=label) for run, label in zip(runs, labels)]
+
+
+# ---------------------------------------------------------------------------------------- drawing
+VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)"} | {
+    colour: f"var(--c{k})" for k, colour in enumerate(SERIES)}
+
+
+def svg(figure, colours=VARIABLES):
+    """A figure as inline SVG, in these colours: {ours: the page's}."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    drawing = text.getvalue()
+    drawing = drawing[drawing.index("<svg"):]
+    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.S)
+    drawing = re.sub(r'<g id="[^"]*">', "<g>", drawing)
+    drawing = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", drawing)
+    for ours, colour in colours.items():
+        drawing = drawing.replace(ours, colour)
+    return re.sub(r'width="[^"]*" height="[^"]*"', 'role="img"', drawing, count=1)
+
+
+def figure(title, sentence, draw, height=2.7, rows=1):
+    """A titled figure with one sentence that says what to see. `draw` gets the axes: one, or a list
+    of them from top to bottom."""
+    drawn, axes = plt.subplots(rows, 1, sharex=rows > 1, figsize=(4.4, height))
+    draw(axes)
+    return (f"<figure><h3>{html.escape(title)}</h3>{svg(drawn)}"
+            f"<figcaption>{sentence}</figcaption></figure>")
+
+
+def smooth(y):
+    """The mean over a window of a fiftieth of the steps."""
+    n = max(1, len(y) // 50)
+    return np.convolve(y, np.ones(n) / n, mode="valid")
+
+
+def curves(runs, stage, column, ylabel, smoothed=False, labelled=True):
+    """A function that draws a column of metrics.csv for each run."""
+    def draw(ax):
+        for k, run in enumerate(runs):
+            y = run.metrics[stage][column]
+            if smoothed:
+                y = smooth(y)
+            x = np.arange(1, len(y) + 1) + len(run.metrics[stage][column]) - len(y)
+            ax.plot(x, y, color=SERIES[k % 6], lw=1.4,
+                    label=run.label if len(runs) > 1 and labelled else None)
+        ax.set_xlabel("step" if stage != "ppo" else "iteration")
+        ax.set_ylabel(ylabel)
+        if len(runs) > 1 and labelled:
+            legend(ax)
+    return draw
+
+
+def legend(ax):
+    """Above the axes, where it hides no curve."""
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+
+
+def having(runs, stage, column):
+    """The runs whose metrics.csv has numbers in this column."""
+    return [run for run in runs if column in run.metrics.get(stage, {})
+            and not np.isnan(run.metrics[stage][column]).all()]
+
+
+def level(ax, value, label, style, colour=INK):
+    ax.axhline(value, color=colour, lw=1, ls=style, label=label)
+
+
+# ------------------------------------------------------------------------------ 1. what one gets
+def mark_common(text, cv):
+    """The text as HTML, with the words of the CV marked. Words of one or two letters are not."""
+    words = set(re.findall(r"\w[\w'+#/-]{2,}", cv.lower()))
+    pieces = re.split(r"(\w[\w'+#/-]{2,})", text)
+    return "".join(f"<mark>{html.escape(piece)}</mark>" if piece.lower() in words
+                   else html.escape(piece) for piece in pieces)
+
+
+def suggestions(run):
+    """Three held-out CVs with what SFT and PPO wrote for them."""
+    if not run.answers:
+        return ""
+    cards = []
+    for line in run.answers[:3]:
+        columns = [f"<div><h3>CV</h3><p class=text>{html.escape(line['cv'])}</p></div>"]
+        for name, title in (("base", "before training"), ("sft", "after SFT"),
+                            ("ppo", "after PPO")):
+            if name in line["answers"]:
+                answer = line["answers"][name]
+                columns.append(
+                    f"<div><h3>{title} ({answer['how']})</h3>"
+                    f"<p class=text>{mark_common(answer['jd'], line['cv'])}</p>"
+                    f"<p class=scores>{scores_of(answer)}</p></div>")
+        cards.append(f"<div class=card>{''.join(columns)}</div>")
+    return section("What a job seeker gets", "The first three CVs of the "
+                   f"{run.results['split']} split, one sample each at temperature 1. "
+                   "<mark>Marked</mark> words occur in the CV.", cards, "")
+
+
+def scores_of(answer):
+    truth = answer["true_match"]
+    shown = "" if truth is None else f"true match <b>{truth:.2f}</b>, "
+    return f"{shown}reward {answer['reward']:+.2f}, judge {answer['judge']:+.2f}"
+
+
+# ------------------------------------------------------------------------------------ 2. the story
+def story(runs, judged):
+    """True match, reward and judge over iterations and over KL."""
+    runs = having(runs, "ppo", "reward")
+    if not runs:
+        return ""
+    with_truth, parts = having(runs, "ppo", "true_match"), []
+    single = runs[0].results if len(runs) == 1 else {}
+    if with_truth:
+        def truth(ax):
+            curves(with_truth, "ppo", "true_match", "true match")(ax)
+            if single:
+                levels = {"PPO, held-out CVs": single["ppo"]["true_match"],
+                          "best of 16 SFT samples": single["sft_best16"]["true_match"],
+                          "accepted jobs": single["data"]["accepted_true_match"],
+                          "SFT, held-out CVs": single["sft"]["true_match"]}
+                for (name, value), style in zip(levels.items(), ("-", "--", ":", "-.")):
+                    level(ax, value, name, style)
+                legend(ax)
+        parts.append(figure("The truth", "The probability that the recruiter accepts what the policy"
+                            " writes for training CVs. PPO never sees it: it should rise all the "
+                            "same.", truth, 3.0))
+
+    def scores(ax):
+        curves(runs, "ppo", "reward", "score (std of SFT's samples)")(ax)
+        if len(runs) == 1:
+            ax.lines[0].set_label("reward")
+            if judged:
+                ax.plot(*zip(*judged), "o", color=SERIES[1], ms=4, label="judge")
+            for name, style in (("sft_best16", "--"), ("sft", "-.")):
+                if name in single:
+                    level(ax, single[name]["reward"], f"reward, {SHORT[name]}", style)
+            legend(ax)
+    parts.append(figure("Reward and judge", "The reward rises because PPO learns from it. The judge "
+                        "learned from other people: if it stays behind, the policy pleases the "
+                        "reward model alone.", scores, 3.0))
+    over = [("reward", "reward")] + ([("true_match", "true match")] if with_truth else [])
+
+    def over_kl(axes):
+        for ax, (column, name) in zip(np.atleast_1d(axes), over):
+            for k, run in enumerate(runs):
+                if column in run.metrics["ppo"]:
+                    kl = run.metrics["ppo"]["kl"]
+                    ax.plot(kl, run.metrics["ppo"][column], ".-", color=SERIES[k % 6], lw=1, ms=4,
+                            label=run.label)
+            ax.set_ylabel(name)
+        np.atleast_1d(axes)[-1].set_xlabel("KL to the SFT model, nats per text")
+        if len(runs) > 1:
+            legend(np.atleast_1d(axes)[0])
+    sentence = "How far the policy went, and what that brought."
+    if with_truth:
+        sentence += (" Where reward rises and truth does not, the policy pleases the model, not the "
+                     "recruiter.")
+    parts.append(figure("Over KL", sentence, over_kl, 3.6 if with_truth else 2.7, len(over)))
+    return section("The story", "Each point is an iteration of PPO.", parts)
+
+
+SHORT = {"sft_best16": "best of 16", "sft": "SFT"}
+
+
+def judge_scores(run, replay, device):
+    """[(iteration, mean judge)] of the rollouts of the kept iterations."""
+    if not finished(run, "judge"):
+        return []
+    judge = load_model(run / "judge", RewardModel, device,
+                       share_base_with=replay.reference).eval()
+    found = []
+    for iteration in replay.kept:
+        cvs, rollout, _, _ = replay.roll_out(iteration)
+        rows = list(zip(map(replay.codec.prompt, cvs),
+                        (row[m].tolist() for row, m in zip(rollout.tokens, rollout.mask))))
+        found.append((iteration, float(evaluate.score(judge, rows).mean())))
+    return found
+
+
+# ------------------------------------------------------------------------------------- 3. the stages
+STAGE_FIGURES = [
+    ("sft", "loss", "SFT: loss", "NLL of a JD token, nats", "Falls fast, then slowly; the dot is the "
+     "valid split at the end. Far above the curve, it says that the model learned by heart."),
+    ("sft", "reading", "SFT: reading loss", "loss", "A plateau, then a fall: the moment at which the "
+     "model learns to compare two texts."),
+    ("reward", "loss", "Reward model: ranking loss", "loss", "Starts at ln 2 = 0.69, where it knows "
+     "nothing."),
+    ("reward", "accuracy", "Reward model: accuracy", "share of pairs", "The share of comparisons in "
+     "which the accepted text scores higher; the dot is the valid split."),
+    ("ppo", "kl", "PPO: KL to the SFT model", "nats per text", "Grows and levels off. Far above 10: "
+     "beta is too small, or its sign is wrong."),
+    ("ppo", "entropy", "PPO: entropy", "nats per token", "Falls as the policy makes up its mind. Near "
+     "0 it has collapsed: every text is the same."),
+    ("ppo", "clip_frac", "PPO: clipped ratios", "share", "Below 0.2 is usual. Above 0.3 the steps "
+     "are too large."),
+    ("ppo", "explained_variance", "PPO: explained variance", "share", "What the critic knows of the "
+     "returns. Near 0 it reads the wrong states."),
+    ("ppo", "length", "PPO: length", "tokens per JD", "Should stay near that of real JDs. A drift says "
+     "that the reward model likes long or short texts."),
+    ("ppo", "eos_rate", "PPO: JDs that end", "share", "Near 1. If it falls, texts are cut off at the "
+     "limit, and get the penalty.")]
+
+
+def stages(runs):
+    parts = []
+    for stage, column, title, ylabel, sentence in STAGE_FIGURES:
+        found = having(runs, stage, column)
+        if not found or stage == "sft" and column == "reading" and not found[0].metrics[stage][
+                column].any():
+            continue
+        at_end = {"loss": "valid_nll", "accuracy": "pair_accuracy"}.get(column)
+
+        def draw(ax):
+            curves(found, stage, column, ylabel, smoothed=stage != "ppo")(ax)
+            for k, run in enumerate(found):
+                if (value := run.summaries[stage].get(at_end)) is not None:
+                    n = len(run.metrics[stage][column])
+                    ax.plot(n, value, "o", color=SERIES[k % 6], ms=5)
+                    if column == "loss":        # the first steps would flatten the rest
+                        ax.set_ylim(0, 3 * value)
+        parts.append(figure(title, sentence, draw))
+        if (stage, column) == ("reward", "accuracy") and (drawn := reliability(runs[0])):
+            parts.append(drawn)
+    return section("Each stage", "Curves of stages 1 and 2 are means over a fiftieth of the steps.",
+                   parts)
+
+
+def reliability(run):
+    """Score against true match, in deciles of the score."""
+    if not run.answers or run.answers[0]["answers"]["sft"]["true_match"] is None:
+        return ""
+
+    def draw(ax):
+        for k, name in enumerate(("sft", "ppo")):
+            rows = sorted((line["answers"][name]["reward"], line["answers"][name]["true_match"])
+                          for line in run.answers)
+            tenths = np.array_split(np.array(rows), min(10, len(rows)))
+            x, y = zip(*(part.mean(0) for part in tenths))
+            ax.plot(x, y, "o-", color=SERIES[k], lw=1.2, ms=4, label=f"{name.upper()}'s samples")
+        ax.set_xlabel("reward, mean of a tenth of the samples")
+        ax.set_ylabel("true match")
+        legend(ax)
+    return figure("Is the score to be trusted?", "If PPO's points lie below SFT's, the same score is "
+                  "worth less there: the policy found what the model overrates.", draw)
+
+
+# ------------------------------------------------------------------------------- 4. distributions
+def distributions(run):
+    if not run.answers:
+        return ""
+    parts = []
+    names = {"true_match": ("true match", "PPO should empty the left side."),
+             "reward": ("reward", "The whole distribution moves, not only its mean."),
+             "words": ("words per JD", "About the same before and after.")}
+    for key, (title, sentence) in names.items():
+        values = {}
+        for name in ("sft", "ppo"):
+            answers = [line["answers"][name] for line in run.answers]
+            values[name] = [len(a["jd"].split()) if key == "words" else a[key] for a in answers]
+        if None in values["sft"]:
+            continue
+
+        def draw(ax):
+            bins = np.histogram_bin_edges(values["sft"] + values["ppo"], 20)
+            for k, (name, numbers) in enumerate(values.items()):
+                ax.hist(numbers, bins, color=SERIES[k], alpha=0.5, label=name.upper())
+            ax.set_xlabel(title)
+            ax.set_ylabel("CVs")
+            legend(ax)
+        parts.append(figure(title[0].upper() + title[1:], sentence, draw))
+    return section("Before and after", f"One sample for each of {len(run.answers)} held-out CVs.",
+                   parts)
+
+
+# ------------------------------------------------------------------------------------- 5. tables
+def tables(run):
+    if not run.results.get("wins"):
+        return ""
+    parts = [figure_of_wins(run.results["wins"], by, title) for by, title in
+             (("true", "true match"), ("judge", "judge"))
+             if any(row.get(by) for row in run.results["wins"].values())]
+    if (recommend := run.results.get("recommend")) and recommend.get("cvs"):
+        parts += [figure_of_recommender(recommend["cvs"]["rows"], kind)
+                  for kind in ("dot", "mlp")]
+    if grounding := run.results.get("grounding"):
+        parts.append(figure_of_grounding(grounding))
+    return section("What it is worth", table_of_answers(run.results), parts)
+
+
+def table_of_answers(results):
+    """The compared answers as an HTML table."""
+    columns = {"true_match": "true match", "judge": "judge", "reward": "reward",
+               "format_rate": "format", "distinct_2": "distinct-2", "copy_rate": "copied",
+               "length": "tokens"}
+    columns = {key: title for key, title in columns.items() if results["ppo"][key] is not None}
+    head = "".join(f"<th>{title}</th>" for title in columns.values())
+    body = ""
+    for name in (name for name in evaluate.ANSWERS if name in results):
+        cells = "".join(f"<td>{cell_of(results[name], key)}</td>" for key in columns)
+        body += f"<tr><th>{name} <small>({evaluate.how_written(name)})</small></th>{cells}</tr>"
+    return (f"{results['cvs']} CVs of the {results['split']} split, 95% intervals over CVs."
+            f"<div class=scroll><table><tr><th></th>{head}</tr>{body}</table></div>")
+
+
+def cell_of(row, key):
+    shown = f"{row[key]:.3f}" if row[key] is not None else "-"
+    if interval := row.get(f"{key}_ci95"):
+        shown += f"<br><small>{interval[0]:.2f} to {interval[1]:.2f}</small>"
+    return shown
+
+
+CONTRAST_NAMES = {
+    "girl_vs_sft": "SFT", "girl_vs_nearest": "nearest JD", "girl_vs_random": "random JD",
+    "girl_vs_constant": "best single JD", "girl_vs_echo": "echo of the CV",
+    "girl_vs_best16": "best of 16 of SFT", "girl_greedy_vs_sft_greedy": "SFT, both greedy",
+    "girl_vs_base": "untrained", "girl_greedy_vs_base_greedy": "untrained, both greedy"}
+
+
+def figure_of_wins(wins, by, title):
+    """Win, tie and lose against each answer, as bars."""
+    rows = {CONTRAST_NAMES[name]: row[by] for name, row in wins.items()
+            if name in CONTRAST_NAMES and row.get(by)}
+
+    def draw(ax):
+        left = np.zeros(len(rows))
+        for part, name, colour in zip(zip(*rows.values()), ("win", "tie", "lose"),
+                                      (SERIES[0], FAINT, SERIES[1])):
+            ax.barh(list(rows), part, left=left, color=colour, label=name, alpha=0.8)
+            left += part
+        ax.invert_yaxis()
+        ax.set_xlim(0, 1)
+        ax.set_xlabel("share of CVs")
+        ax.figure.legend(loc="outside upper center", ncols=3)
+    return figure(f"GIRL against other answers, by {title}", "Where blue is longer than orange, PPO's "
+                  "JD is the better one for more CVs.", draw, 0.7 + 0.32 * len(rows) + 0.6)
+
+
+def figure_of_recommender(rows, kind):
+    """What each kind of generated JD adds to a recommender, by the share of labels."""
+    rows = [row for row in rows if row["kind"] == kind and row["k"] == 1]
+    base = {row["labels"]: row for row in rows if row["mode"] == "none"}
+
+    def draw(ax):
+        for k, (mode, name) in enumerate((("girl", "GIRL"), ("sft", "SFT"),
+                                          ("shuffled", "of another CV"))):
+            points = [(row["labels"], row["auc"][0] - base[row["labels"]]["auc"][0],
+                       row["auc"][1] + base[row["labels"]]["auc"][1])
+                      for row in rows if row["mode"] == mode and row["labels"] in base]
+            if points:
+                x, y, error = zip(*points)
+                ax.errorbar(x, y, error, fmt="o-", color=SERIES[k], ms=4, lw=1.2, label=name)
+        level(ax, 0, None, "-", FAINT)
+        ax.set_xscale("log")
+        ax.set_xlabel("labels")
+        ax.set_ylabel("gain of AUC over none")
+        legend(ax)
+    return figure(f"A recommender with generated JDs ({kind})", "Few labels: generated JDs help. "
+                  "JDs of another CV must not. (Bars: both intervals, over trainings.)", draw)
+
+
+def figure_of_grounding(grounding):
+    """NDCG@10 of finding posted jobs, with intervals."""
+    pool = list(grounding["pools"])[-1]
+    rows = grounding["pools"][pool]["accepted"]["rows"]
+
+    def draw(ax):
+        for i, (name, row) in enumerate(rows.items()):
+            low, high = row["ndcg_10_ci95"]
+            ax.plot((low, high), (i, i), color=SERIES[0], lw=2)
+            ax.plot(row["ndcg_10"], i, "o", color=SERIES[0], ms=5)
+        ax.set_yticks(range(len(rows)), list(rows))
+        ax.invert_yaxis()
+        ax.set_xlabel("NDCG@10")
+    return figure(f"Finding posted jobs, of {pool}", "Which query finds the jobs that accepted the "
+                  "person? Lines are 95% intervals over CVs.", draw, 0.9 + 0.26 * len(rows))
+
+
+# ------------------------------------------------------------------------------------ 6. the trace
+def traces(replay, kept):
+    """The first and the last kept iteration, token by token."""
+    shown, data = [], []
+    for k, t in enumerate(kept):
+        spans = "".join(f'<span data-i={i}>{html.escape(token)}</span>'
+                        for i, token in enumerate(t.tokens))
+        truth = "" if t.true_match is None else f", true match {t.true_match:.2f}"
+        shown.append(
+            f"<div class=trace data-t={k}><h3>Iteration {t.iteration} of {t.iterations}</h3>"
+            f"<p class=scores>{html.escape(t.cv)}</p>"
+            f"<p class=text tabindex=0 role=application aria-label='the text, token by token: "
+            f"left and right arrow'>{spans}</p><p class=numbers aria-live=polite></p>"
+            f"<p class=scores>score {t.score:+.2f}{truth}</p></div>")
+        columns = t.columns | {"ratio": t.ratios[-1]}
+        data.append({"tokens": t.tokens, "columns": columns, "ratios": t.ratios, "clip": t.clip})
+    choices = {"kl": "KL", "value": "value", "whitened": "advantage", "ratio": "ratio"}
+    buttons = "".join(f"<label><input type=radio name=colour value={key}"
+                      f"{' checked' if key == 'whitened' else ''}> {name}</label> "
+                      for key, name in choices.items())
+    titles = TITLES | {"ratio": "ratio after the update"}
+    numbers = json.dumps({"traces": data, "titles": titles}).replace("<", "\\u003c")
+    return section(
+        "PPO, token by token", "One text of a rollout, as training saw it; blue is above 0, orange "
+        "below (a ratio: above or below 1). Choose what colours it; point at a token, tap it, or "
+        f"use the arrow keys. <p class=choice>{buttons}</p>", shown, "",
+        f"<script type=application/json id=traces>{numbers}</script>")
+
+
+# ----------------------------------------------------------------------------------- 7. the record
+def record(run):
+    """Flags, seconds, memory, versions."""
+    parts = []
+    if seconds := run.results.get("seconds"):
+        cells = ", ".join(f"{name} {value:g}" for name, value in seconds.items())
+        parts.append(f"<p>Seconds: {cells}. Peak memory {run.results['peak_rss_mb']} MB.</p>")
+    for stage, summary in run.summaries.items():
+        flags = ", ".join(f"--{name.replace('_', '-')} {value}"
+                          for name, value in summary["asked"].items())
+        where = ", ".join(f"{k} {v}" for k, v in summary.get("machine", {}).items())
+        parts.append(f"<details><summary>{stage}: {summary.get('seconds', 0):g} seconds, "
+                     f"{summary.get('peak_rss_mb', 0)} MB</summary><p class=text>"
+                     f"{html.escape(flags)}</p><p>{html.escape(where)}</p></details>")
+    return section("What was run", html.escape(str(run.path)), parts, "")
+
+
+# ---------------------------------------------------------------------------------------- the page
+def section(title, lead, parts, kind=" class=figures", more=""):
+    parts = [part for part in parts if part]
+    if not parts:
+        return ""
+    return (f"<section><h2>{title}</h2><div class=lead>{lead}</div>"
+            f"<div{kind}>{''.join(parts)}</div>{more}</section>")
+
+
+STYLE = """
+:root { --ink: #1d2430; --faint: #8a93a0; --paper: #ffffff; --card: #f3f5f8; --mark: #ffe9a8;
+  --c0: #1f6fb8; --c1: #c75b12; --c2: #2f8f4e; --c3: #8552b8; --c4: #b8324a; --c5: #5d6b78; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --faint: #7f8996; --paper: #14181e;
+  --card: #1e242d; --mark: #5c4a10; --c0: #6fb3f2; --c1: #f0975a; --c2: #6fcf8e; --c3: #c19af0;
+  --c4: #f08098; --c5: #a7b3c0; } }
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1, h2, h3 { line-height: 1.2; } h3 { font-size: 1rem; margin: .3rem 0; }
+h2 { margin-top: 2.5rem; border-top: 1px solid var(--faint); padding-top: 1rem; }
+svg { width: 100%; height: auto; } svg text { font-family: inherit; }
+figure { margin: 0; padding: .8rem; background: var(--card); border-radius: .5rem; }
+.lead { margin-bottom: .8rem; } figcaption, .lead, .scores, small { font-size: .9rem; }
+.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); }
+.card { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
+  background: var(--card); border-radius: .5rem; padding: .8rem; margin-top: 1rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; } mark { background: var(--mark);
+  color: inherit; border-radius: .2rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+th, td { padding: .2rem .6rem; text-align: right; vertical-align: top; }
+th:first-child { text-align: left; } tr + tr { border-top: 1px solid var(--faint); }
+.trace { background: var(--card); border-radius: .5rem; padding: .8rem; margin-top: 1rem; }
+.trace .text span { border-radius: .2rem; padding: .1rem 0; cursor: pointer; }
+.trace .text span.on { outline: 2px solid var(--ink); }
+.numbers { min-height: 4.5rem; font-variant-numeric: tabular-nums; font-size: .9rem; }
+.choice label { margin-right: 1rem; } summary { cursor: pointer; }
+"""
+
+SCRIPT = """
+const { traces, titles } = JSON.parse(document.getElementById("traces").textContent);
+const boxes = [...document.querySelectorAll(".trace")];
+const chosen = () => document.querySelector("input[name=colour]:checked").value;
+function paint() {
+  boxes.forEach((box, k) => {
+    const column = traces[k].columns[chosen()].map(x => chosen() == "ratio" ? Math.log(x) : x);
+    const most = Math.max(1e-9, ...column.map(Math.abs));
+    box.querySelectorAll("span").forEach((span, i) => {
+      const part = Math.round(70 * Math.abs(column[i]) / most);
+      const colour = column[i] >= 0 ? "--c0" : "--c1";
+      span.style.background = `color-mix(in srgb, var(${colour}) ${part}%, transparent)`;
+    });
+  });
+}
+function show(box, k, i) {
+  box.querySelectorAll("span").forEach((span, j) => span.classList.toggle("on", i == j));
+  const { tokens, columns, ratios, clip } = traces[k];
+  const numbers = Object.keys(columns).filter(name => name != "ratio")
+    .map(name => `${titles[name]} ${columns[name][i].toFixed(3)}`).join(", ");
+  const mark = x => x.toFixed(2) + (Math.abs(x - 1) > clip ? " (outside the clip range)" : "");
+  box.querySelector(".numbers").textContent = `${JSON.stringify(tokens[i])}: ${numbers}; ratio ` +
+    `before the update and after each step: ${ratios.map(r => mark(r[i])).join(", ")}`;
+  box.dataset.at = i;
+}
+boxes.forEach((box, k) => {
+  box.querySelectorAll("span").forEach((span, i) => {
+    for (const event of ["mouseenter", "click"]) span.addEventListener(event, () => show(box, k, i));
+  });
+  box.querySelector(".text").addEventListener("keydown", event => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    const n = traces[k].tokens.length, at = box.dataset.at;
+    show(box, k, at == undefined ? 0 : Math.min(n - 1, Math.max(0, +at + step)));
+  });
+  show(box, k, 0);
+});
+document.querySelectorAll("input[name=colour]").forEach(x => x.addEventListener("change", paint));
+paint();
+"""
+
+
+LIGHT = {INK: "#1d2430", FAINT: "#8a93a0"} | dict(zip(SERIES, ("#1f6fb8", "#c75b12", "#2f8f4e")))
+
+
+def write_picture(run, path):
+    """One picture of a run, as an SVG file by itself: what PPO is paid, and what that is worth."""
+    run = load_run(run)
+    if not having([run], "ppo", "true_match") or not run.results:
+        raise BadInput(f"{run.path}: the picture needs a finished PPO on the simulated market, and "
+                       "its evaluation")
+    ppo, results = run.metrics["ppo"], run.results
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+    left.plot(ppo["iteration"], ppo["true_match"], color=SERIES[0], lw=1.8)
+    for name, title, style in (("sft_best16", "best of 16 samples of SFT", "--"),
+                               ("sft", "one sample of SFT", "-.")):
+        level(left, results[name]["true_match"], title, style)
+    level(left, results["data"]["accepted_true_match"], "jobs that people were accepted for", ":")
+    left.set(xlabel="iteration of PPO", ylabel="true match", ylim=(0, 1),
+             title="What the policy writes is truly worth this")
+    left.legend(loc="lower right")
+    points = right.scatter(ppo["kl"], ppo["reward"], c=SERIES[1], s=14, label="reward")
+    right.set(xlabel="KL to the SFT model, nats per text", ylabel="reward",
+              title="The reward that it is paid, over how far it went")
+    points.set_linewidth(0)
+    drawing = svg(drawn, LIGHT)
+    background = '<rect width="100%" height="100%" fill="white"/>'
+    drawing = re.sub(r"(<svg[^>]*>)", r"\1" + background, drawing, count=1)
+    write_bytes(path, drawing.replace("<svg", "<svg font-family='sans-serif'", 1).encode())
+
+
+def write_report(paths, folder, path, device, true_match):
+    """Write the report of these runs to `path`. `folder`: the data of the first run, to do its
+    iterations again."""
+    runs = label_runs([load_run(run) for run in paths])
+    first, judged, kept = runs[0], [], []
+    replay = None
+    try:
+        replay = Replay(paths[0], folder, device, true_match)
+    except BadInput as e:                   # nothing was kept, or the data are gone
+        print(f"report: without the trace: {e}")
+    if replay:
+        if len(runs) == 1:
+            judged = judge_scores(paths[0], replay, device)
+        kept = [replay.trace(n) for n in dict.fromkeys((replay.kept[0], replay.kept[-1]))]
+    sections = [suggestions(first), story(runs, judged), stages(runs), distributions(first),
+                tables(first), traces(replay, kept) if kept else "", *map(record, runs)]
+    title = "GIRL: " + ", ".join(str(run.path) for run in runs)
+    script = f"<script>{SCRIPT}</script>" if kept else ""
+    page = (f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport "
+            f"content='width=device-width, initial-scale=1'><title>{html.escape(title)}</title>"
+            f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
+            f"{''.join(sections)}{script}</body></html>\n")
+    write_bytes(path, page.encode())
+    print(f"report: {path} ({len(page.encode()) // 1000} kB)")

@@ -3,6 +3,7 @@ and a whole tiny run."""
 import copy
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -159,6 +160,16 @@ def whole(tmp_path_factory):
     for name in STAGES:
         assert girl.main(argv(name, folder / "run", folder / "data")) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def evaluated(whole, tmp_path_factory):
+    """A copy of this run, measured on five CVs. To be read only."""
+    run = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(whole / "run", run)
+    command = ["evaluate", "--smoke", "--run", str(run), "--data", str(whole / "data")]
+    assert girl.main([*command, "--cvs", "5"]) == 0
+    return run
 
 
 def refused(capsys, command, *says):

@@ -127,15 +127,6 @@ def test_keep_changes_no_result_and_may_change_when_a_stage_resumes(whole, tmp_p
 
 
 # ------------------------------------------------------------------------------------ answers.jsonl
-@pytest.fixture(scope="module")
-def evaluated(whole, tmp_path_factory):
-    run = tmp_path_factory.mktemp("evaluated") / "run"
-    shutil.copytree(whole / "run", run)
-    command = ["evaluate", "--smoke", "--run", str(run), "--data", str(whole / "data")]
-    assert girl.main([*command, "--cvs", "5"]) == 0
-    return run
-
-
 def test_answers_hold_what_the_results_were_made_of(evaluated):
     results, lines = evaluate.read_results(evaluated), evaluate.read_answers(evaluated)
     assert len(lines) == results["cvs"] == 5

@@ -490,7 +490,8 @@ def test_the_reward_model_takes_up_stage_1_at_size_1_and_reads_as_before(tmp_pat
     # A pretrained model has none of stage 1; and one of another version may have none.
     assert not torch.equal(girl.reward.new_reader(tmp_path, lm, True, flags).weight, reader.weight)
     (tmp_path / "sft/reader.safetensors").unlink()
-    with pytest.raises(BadInput, match="reader.safetensors: no such file, stage 1 was run by another"):
+    with pytest.raises(BadInput,
+                       match="reader.safetensors: no such file, stage 1 was run by another"):
         girl.reward.new_reader(tmp_path, lm, False, flags)
     girl.reward.new_reader(tmp_path, lm, False, replace(flags, reading=0.0))
 

@@ -1,5 +1,5 @@
-"""The list of mutants.py, as far as it can be looked at without running it. In a file of its own: it
-fails for any change of a line in the list, and would hide that no other test does."""
+"""The list of mutants.py, as far as it can be looked at without running it. In a file of its own:
+it fails for any change of a line in the list, and would hide that no other test does."""
 import mutants
 
 

@@ -28,7 +28,8 @@ def nll_by_hand(lm, prompt, jd):
 
 def test_sft_loss_is_on_the_jd_and_its_end_only():
     codec, lm = tiny()
-    rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a"))]
+    rows = [(codec.prompt("a cook"), codec.jd("a job for")),
+            (codec.prompt("a cook with skills"), codec.jd("a"))]
     loss, count, _ = sft.sft_loss(lm, None, [sft.Example(p, j) for p, j in rows], CPU)
     by_hand = sum(sum(nll_by_hand(lm, p, j)[len(p) - 1:]) for p, j in rows)
     assert count == len(rows[0][1]) + len(rows[1][1]) and rows[0][1][-1] == codec.eos
@@ -38,7 +39,8 @@ def test_sft_loss_is_on_the_jd_and_its_end_only():
 def test_sft_loss_reads_every_jd_where_there_is_a_reader():
     codec, lm = tiny()
     reader = torch.nn.Linear(32, 1)
-    rows = [(codec.prompt("a cook"), codec.jd("a job for")), (codec.prompt("a cook with skills"), codec.jd("a"))]
+    rows = [(codec.prompt("a cook"), codec.jd("a job for")),
+            (codec.prompt("a cook with skills"), codec.jd("a"))]
     loss, _, reading = sft.sft_loss(lm, reader, [sft.Example(*row) for row in rows], CPU)
     without = sft.sft_loss(lm, None, [sft.Example(*row) for row in rows], CPU)
     states = torch.cat([lm.model(torch.tensor([p + j]))[0, len(p):] for p, j in rows])
@@ -58,7 +60,8 @@ def test_sft_gradient_accumulation_equals_the_big_batch():
         torch.nn.init.ones_(reader.weight)
         torch.nn.init.zeros_(reader.bias)
         logged.append(sft.sft_step(lm, reader, batch, sft.SFTFlags(accumulate=accumulate), CPU))
-        after.append(torch.cat([p.grad.flatten() for p in [*lm.parameters(), *reader.parameters()]]))
+        after.append(torch.cat([p.grad.flatten()
+                                for p in [*lm.parameters(), *reader.parameters()]]))
     assert torch.allclose(after[0], after[1], atol=1e-6) and after[0].abs().sum() > 0
     assert logged[0] == pytest.approx(logged[1], rel=1e-5) and min(logged[0]) > 0
 
@@ -122,7 +125,8 @@ def test_after_some_steps_the_jd_is_likelier_and_reading_is_better(stage):
 def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last_step():
     batches = sft.schedule([5] * 7, 3, steps=8, seed=0)     # an epoch has three steps
     assert [len(batch) for batch in batches[:6]].count(1) == 2 and len(batches) == 8
-    epochs = [sum(batches[:3], []), sum(batches[3:6], []), sum(sft.schedule([5] * 7, 3, 3, seed=1), [])]
+    epochs = [sum(batches[:3], []), sum(batches[3:6], []),
+              sum(sft.schedule([5] * 7, 3, 3, seed=1), [])]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({str(epoch) for epoch in epochs}) == 3       # another epoch, another seed
     assert len(set(sum(batches[6:], []))) == len(sum(batches[6:], []))
@@ -131,18 +135,23 @@ def test_an_epoch_has_each_pair_once_in_an_order_of_its_own_and_ends_at_the_last
 def test_a_new_model_has_zeros_for_unused_tokens_small_embeddings_and_large_final_states():
     codec, _ = tiny()
     example = sft.Example(codec.prompt("a cook"), codec.jd("a job"))
-    model = sft.new_model(codec, [example], sft.SFTFlags(hidden=64, layers=1, heads=4, kv_heads=4), 0)
+    model = sft.new_model(codec, [example],
+                          sft.SFTFlags(hidden=64, layers=1, heads=4, kv_heads=4), 0)
     rows, used = model.model.embed_tokens.weight, set(example.prompt + example.jd)
     assert [bool(row.any()) for row in rows] == [t in used for t in range(len(rows))]
     assert rows[sorted(used)].std().item() == pytest.approx(0.02, rel=0.1)
-    assert model.model.layers[0].self_attn.q_proj.weight.std().item() == pytest.approx(64 ** -0.5, rel=0.1)
+    assert model.model.layers[0].self_attn.q_proj.weight.std().item() == pytest.approx(64 ** -0.5,
+                                                                                       rel=0.1)
     assert model.model.norm.weight.tolist() == [8.0] * 64
 
 
-def test_stage_1_sees_the_accepted_pairs_of_half_a_for_as_many_epochs_as_it_is_told(tmp_path, monkeypatch):
-    records = [{"cv": f"cook number {i}", "jd": f"job number {i % 7}", "accepted": i % 3 == 0} for i in range(60)]
+def test_stage_1_sees_the_accepted_pairs_of_half_a_for_as_many_epochs_as_it_is_told(
+        tmp_path, monkeypatch):
+    records = [{"cv": f"cook number {i}", "jd": f"job number {i % 7}", "accepted": i % 3 == 0}
+               for i in range(60)]
     for split in ("train", "valid", "test"):
-        own = [r if split == "train" else r | {"cv": f"{split} {r['cv']}", "jd": f"{split} {r['jd']}"} for r in records]
+        own = [r if split == "train"
+               else r | {"cv": f"{split} {r['cv']}", "jd": f"{split} {r['jd']}"} for r in records]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in own))
     seen, validated, optimizers = [], [], []
 
@@ -161,7 +170,8 @@ def test_stage_1_sees_the_accepted_pairs_of_half_a_for_as_many_epochs_as_it_is_t
     monkeypatch.setattr(sft, "Optimizer", Noted)
     monkeypatch.setattr(sft, "sft_step", step)
     monkeypatch.setattr(sft, "mean_nll", lambda model, pairs, *rest: validated.append(pairs) or 1.0)
-    flags = sft.SFTFlags(hidden=32, layers=1, heads=4, kv_heads=4, batch=5, epochs=1.5, checkpointing=True)
+    flags = sft.SFTFlags(hidden=32, layers=1, heads=4, kv_heads=4, batch=5, epochs=1.5,
+                         checkpointing=True)
     with Stage(tmp_path / "run", "sft") as stage:
         sft.run(stage, tmp_path, tmp_path, flags, 0, CPU)
     codec = load_codec(tmp_path / "run/sft", girl.load_model(tmp_path / "run/sft").config)
@@ -170,7 +180,8 @@ def test_stage_1_sees_the_accepted_pairs_of_half_a_for_as_many_epochs_as_it_is_t
     assert len(seen) == optimizers[0].steps == round(1.5 * epoch) > epoch
     pairs = [(e.prompt, e.jd) for batch in seen[:epoch] for e in batch]
     assert sorted(pairs) == sorted((codec.prompt(r["cv"]), codec.jd(r["jd"])) for r in of_a)
-    assert validated == [[(f"valid {r['cv']}", f"valid {r['jd']}") for r in records if r["accepted"]]] * 2
+    assert validated == [[(f"valid {r['cv']}", f"valid {r['jd']}")
+                          for r in records if r["accepted"]]] * 2
 
 
 def test_without_the_loss_of_reading_nothing_is_read():
@@ -179,7 +190,8 @@ def test_without_the_loss_of_reading_nothing_is_read():
 
     def reader(states):
         pytest.fail("read in vain")
-    loss, reading = sft.sft_step(lm, reader, [sft.Example(prompt, jd)], sft.SFTFlags(reading=0.0), CPU)
+    loss, reading = sft.sft_step(lm, reader, [sft.Example(prompt, jd)], sft.SFTFlags(reading=0.0),
+                                 CPU)
     assert loss > 0 and reading == 0
     groups = [reward.Group([(prompt, jd), (prompt, jd[1:])], [True, False])]
     model, flags = reward.RewardModel(lm.config), reward.RewardFlags(reading=0.0)
@@ -226,13 +238,16 @@ def test_no_text_makes_a_token_that_was_added_to_a_pretrained_tokenizer(tmp_path
 
 
 def test_half_of_the_heads_start_with_equal_queries_and_keys():
-    """Also where several query heads share a key head: the first query head of the group is the one that is equal."""
+    """Also where several query heads share a key head: the first query head of the group is the one
+    that is equal."""
     codec, _ = tiny()
     example = sft.Example(codec.prompt("a cook"), codec.jd("a job"))
     for heads, kv_heads in ((4, 4), (4, 2), (2, 1)):
-        model = sft.new_model(codec, [example], sft.SFTFlags(hidden=32, layers=2, heads=heads, kv_heads=kv_heads), 0)
+        model = sft.new_model(
+            codec, [example], sft.SFTFlags(hidden=32, layers=2, heads=heads, kv_heads=kv_heads), 0)
         D = 32 // heads
         for layer in model.model.layers:
             q = layer.self_attn.q_proj.weight.view(kv_heads, heads // kv_heads, D, 32)[:, 0]
             k = layer.self_attn.k_proj.weight.view(kv_heads, D, 32)
-            assert [bool((a == b).all()) for a, b in zip(q, k)] == [i < max(1, kv_heads // 2) for i in range(kv_heads)]
+            assert [bool((a == b).all()) for a, b in zip(q, k)] == [i < max(1, kv_heads // 2)
+                                                                    for i in range(kv_heads)]

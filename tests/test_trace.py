@@ -37,7 +37,8 @@ def test_what_is_shown_of_a_text_adds_up(whole):
     c, n = t.columns, len(t.tokens)
     assert n > 3 and all(len(column) == n for column in [*c.values(), *t.ratios])
     assert sum(c["reward"]) == pytest.approx(t.score - t.beta * sum(c["kl"]), abs=1e-4)
-    assert [a + v for a, v in zip(c["advantage"], c["value"])] == pytest.approx(c["return"], abs=1e-5)
+    assert [a + v for a, v in zip(c["advantage"], c["value"])] == pytest.approx(c["return"],
+                                                                                abs=1e-5)
     assert [p - q for p, q in zip(c["log_pi"], c["log_pi_ref"])] == pytest.approx(c["kl"], abs=1e-6)
     # delta = r + V' - V, and A = delta + lambda A', with gamma 1; after the end both are 0.
     values, advantages, lam = c["value"] + [0.0], c["advantage"] + [0.0], ppo.PPOFlags.lam
@@ -75,7 +76,8 @@ def test_trace_prints_the_table_the_sums_and_the_comparison(whole, capsys):
 
 
 def test_a_ratio_outside_the_clip_range_is_marked(whole):
-    t = trace.Replay(whole / "run", whole / "data", CPU).trace(1, 0)._replace(ratios=[[1.0, 1.3, 0.79]])
+    t = trace.Replay(whole / "run", whole / "data", CPU).trace(1, 0)._replace(
+        ratios=[[1.0, 1.3, 0.79]])
     t = t._replace(tokens=t.tokens[:3])
     assert [line.split()[-1] for line in trace.table(t)[1:]] == ["1.00", "1.30*", "0.79*"]
 
@@ -99,7 +101,8 @@ def test_what_cannot_be_traced_is_refused(whole, tmp_path, capsys):
     refused(capsys, [*command, "--episode", "8"], "--episode 8 must be at most 7")
     path = run / "ppo" / KEPT / "2.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    refused(capsys, [*command, "--iteration", "2"], "2.safetensors", "damaged", f"delete {run / 'ppo'}")
+    refused(capsys, [*command, "--iteration", "2"], "2.safetensors", "damaged",
+            f"delete {run / 'ppo'}")
     shutil.rmtree(run / "ppo" / KEPT)
     refused(capsys, command, "no iteration was kept", f"delete {run / 'ppo'}")
     (run / "ppo" / "summary.json").unlink()
@@ -120,7 +123,8 @@ def test_keep_changes_no_result_and_may_change_when_a_stage_resumes(whole, tmp_p
     assert girl.main(argv("ppo", run, data, "--keep", "1")) == 0
     assert [p.stem for p in (run / "ppo" / KEPT).glob("*.json")] == ["1"]
     files = ["model.safetensors", "metrics.csv", "value_head.safetensors"]
-    assert all((run / "ppo" / f).read_bytes() == (whole / "run/ppo" / f).read_bytes() for f in files)
+    assert all((run / "ppo" / f).read_bytes() == (whole / "run/ppo" / f).read_bytes()
+               for f in files)
     assert girl.main(argv("ppo", run, data, "--keep", "3")) == 0            # finished already
     t = trace.Replay(run, data, CPU, market.true_match).trace(1, 0)
     assert t.differences() == []

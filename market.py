@@ -28,7 +28,7 @@ from pathlib import Path
 from data import Record
 from plumbing.records import clear_data, write_records
 from plumbing.files import BadInput, write_json
-from plumbing.stage import code_checksum
+from plumbing.stage import code_checksum, progress
 
 # --------------------------------------------------------------------------- the tables: edit these
 # The order of DEGREES is the order of levels 0..3.
@@ -685,7 +685,7 @@ def draw_split(rng, people, jobs, n_applications, taken=frozenset(), fields=len(
     if without := [title for title in titles if not pools[title, None]]:
         raise BadInput(f"data: among {jobs} jobs there is none for a {without[0]}; raise --jobs")
     decisions, probes = [], []
-    for _ in range(people):
+    for _ in progress(range(people), "data", "person"):
         person = draw_person(rng, titles)
         cv = write_cv(person, rng.randrange(len(CV_LAYOUTS)))
         if cv in taken:

@@ -34,7 +34,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import ppo
 import reward
@@ -43,7 +42,7 @@ from plumbing.records import json_lines
 from model import LanguageModel, RewardModel, generate, logits_size, rows_that_fit
 from plumbing.files import (BadInput, locked, read_checked, sha256, with_checksum, write_bytes,
                             write_json)
-from plumbing.stage import autocast, generator, peak_rss_mb, read_summary
+from plumbing.stage import autocast, generator, peak_rss_mb, progress, read_summary
 from sft import mean_nll
 from plumbing.weights import load_model
 
@@ -112,8 +111,7 @@ def write_jds(lm, codec, cvs, temperature, seed, name, device, batch_size=256):
     """One response (a token list) for each CV. `name` labels the progress bar; it starts with the
     command."""
     responses = []
-    for k in tqdm(range(0, len(cvs), batch_size), desc=name, unit="batch",
-                  mininterval=1 if sys.stderr.isatty() else 20, dynamic_ncols=True):
+    for k in progress(range(0, len(cvs), batch_size), name, "batch"):
         prompts = [codec.prompt(cv) for cv in cvs[k:k + batch_size]]
         draw = generator(seed, name, k, device=device)
         with autocast(device):

@@ -25,7 +25,7 @@ from measure import evaluate
 from measure.trace import END, TITLES, Replay
 from model import RewardModel
 from plumbing.files import BadInput, read_json, write_bytes
-from plumbing.stage import finished, read_summary
+from plumbing.stage import finished, progress, read_summary
 from plumbing.weights import load_model
 
 # Colours that the browser replaces: the page's style sheet has a light and a dark set of them.
@@ -259,7 +259,7 @@ def judge_scores(run, replay, device):
     judge = load_model(run / "judge", RewardModel, device,
                        share_base_with=replay.reference).eval()
     found = []
-    for iteration in replay.kept:
+    for iteration in progress(replay.kept, "report: judge", "iteration"):
         cvs, rollout, _, _ = replay.roll_out(iteration)
         rows = list(zip(map(replay.codec.prompt, cvs),
                         (row[m].tolist() for row, m in zip(rollout.tokens, rollout.mask))))
@@ -633,7 +633,8 @@ def write_report(paths, folder, path, device, true_match):
     if replay:
         if len(runs) == 1:
             judged = judge_scores(paths[0], replay, device)
-        kept = [replay.trace(n) for n in dict.fromkeys((replay.kept[0], replay.kept[-1]))]
+        shown = dict.fromkeys((replay.kept[0], replay.kept[-1]))
+        kept = [replay.trace(n) for n in progress(shown, "report: trace", "iteration")]
     sections = [suggestions(first), story(runs, judged), stages(runs), distributions(first),
                 tables(first), traces(replay, kept) if kept else "", *map(record, runs)]
     title = "GIRL: " + ", ".join(str(run.path) for run in runs)

@@ -65,16 +65,19 @@ def inputs_of(run, folder, name, init=""):
     return inputs | models_before(run, name)
 
 
-# market.py as it is -> the version before it, which imported other modules: the same rules.
-SAME_RULES = {"cdc44ef5767a507a4ff985cbc15f64c9121e2b05a6dd5b5d9690d3cb6a1b9759":
-              "6e0ff1db6bc481c52fdec62f56aa79cbf4559ac9763fb0229aee7b5d6d80235b"}
+# market.py as it is -> versions before it with the same rules: without a progress bar, and with
+# other imports.
+SAME_RULES = {"755458b125a4043b878ffb992f5b054cae3dd0aa1b6d76614f924f3ac18e8698":
+              ("cdc44ef5767a507a4ff985cbc15f64c9121e2b05a6dd5b5d9690d3cb6a1b9759",
+               "6e0ff1db6bc481c52fdec62f56aa79cbf4559ac9763fb0229aee7b5d6d80235b")}
 
 
 def check_rules(folder):
     """Refuse simulated data that were made by other rules than those that market.py has now."""
     path, rules = Path(folder) / "market.json", code_checksum(MARKET)
     # Earlier versions recorded no rules.
-    if path.exists() and read_json(path).get("rules") not in (None, rules, SAME_RULES.get(rules)):
+    same = (None, rules, *SAME_RULES.get(rules, ()))
+    if path.exists() and read_json(path).get("rules") not in same:
         raise BadInput(f"{path}: market.py changed since these data were made, so their true match "
                        "would differ; restore the old market.py, or make new data in a new run:  "
                        "bash train.sh --out DIR")

@@ -66,6 +66,12 @@ def generator(seed, *where, device="cpu"):
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def progress(items, name, unit="step"):
+    """These items, with a progress bar; on a file instead of a terminal it shows less often."""
+    return tqdm(items, desc=name, unit=unit, mininterval=1 if sys.stderr.isatty() else 20,
+                dynamic_ncols=True)
+
+
 # ------------------------------------------------------------------------------------------ a stage
 STATE = ("state.json", "state-1.safetensors", "state-2.safetensors")
 KEPT = "kept"           # the folder in a stage's folder for the states that are kept for good
@@ -99,8 +105,7 @@ class Stage:
         self.modules, self.optimizers = {}, []
         self.save_seconds, self.saved_at, self.unsaved = save_seconds, time.monotonic(), False
         self.earlier_seconds = 0.0              # of the processes before this one
-        self.bar = tqdm(desc=name, unit="step", mininterval=1 if sys.stderr.isatty() else 20,
-                        dynamic_ncols=True)
+        self.bar = progress(None, name)
 
     def __enter__(self):
         signals = (signal.SIGINT, signal.SIGTERM)

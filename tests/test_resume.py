@@ -486,12 +486,13 @@ def test_a_market_of_an_earlier_version_which_noted_no_rules_is_used(whole, tmp_
     girl.check_rules(tmp_path / "data")
 
 
-def test_a_market_of_the_version_before_this_one_is_used_while_the_rules_are_the_same(
-        whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("k", [0, 1])
+def test_a_market_of_versions_before_this_one_is_used_while_the_rules_are_the_same(
+        whole, tmp_path, monkeypatch, k):
     shutil.copytree(whole / "data", tmp_path / "data")
     path = tmp_path / "data" / "market.json"
     before, = plumbing.inputs.SAME_RULES.values()
-    path.write_text(json.dumps(read_json(path) | {"rules": before}))
+    path.write_text(json.dumps(read_json(path) | {"rules": before[k]}))
     girl.check_rules(tmp_path / "data")
     (tmp_path / "market.py").write_text(
         plumbing.inputs.MARKET.read_text().replace("0.95 *", "0.9 *"))

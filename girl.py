@@ -96,7 +96,7 @@ def write_for(args, device):
     with torch.no_grad(), autocast(device):
         jds = generate(model, prompts, codec.max_jd, temperature, args.top_p,
                        generator(args.seed, "generate", device=device))
-    texts = jds_shown = [codec.text(jd) for jd in jds]
+    texts = shown = [codec.text(jd) for jd in jds]
     report_truncated(args, codec)
     if args.reward:
         reward_model = load_model(args.reward, RewardModel, device).eval()
@@ -104,10 +104,10 @@ def write_for(args, device):
         pairs = [(as_trained(cv, reward_model), as_trained(text, reward_model)) for text in texts]
         scores = reward.score_texts(reward_model, reward_codec, pairs)
         best_first = sorted(zip(scores, texts), key=lambda pair: -pair[0])
-        texts = [f"[{score:+.3f}]\n{text}" for score, text in best_first]
-        jds_shown = [text for _, text in best_first]
-    print("\n\n".join(texts), flush=True)
-    print_true_match(cv, jds_shown)
+        texts = [text for _, text in best_first]
+        shown = [f"[{score:+.3f}]\n{text}" for score, text in best_first]
+    print("\n\n".join(shown), flush=True)
+    print_true_match(cv, texts)
     if unfinished := sum(jd[-1] != codec.eos for jd in jds):
         print(f"{unfinished} of {len(jds)} JDs did not end within {codec.max_jd} tokens",
               file=sys.stderr)
@@ -362,8 +362,8 @@ def run_apart(run, commands, device):
 
 
 def is_done(run, name, command, device):
-    """Is this stage or measurement finished? Says so if it is. Refuses a stage that was finished
-    with other flags."""
+    """Is this stage, measurement or report finished? Says so of the first two. Refuses a stage that
+    was finished with other flags."""
     if name in evaluate.MEASURES:
         return is_measured(run, parse(command))
     if name == "report":
@@ -432,24 +432,42 @@ def show_run(args, _):
 def trace_run(args, device):
     """`trace`: PPO under the lens, token by token."""
     run, folder, the_market = folders(args)
-    cv, truth = None, the_market and the_market.true_match
+    replay, cv = trace.Replay(run, folder, device, the_market and the_market.true_match), None
     if args.cv:
-        cv = as_trained(read_text(args.cv), load_model(need(run, "sft"), LanguageModel))
-        truth = truth if truth and the_market.parse_cv(cv) else None
-    replay = trace.Replay(run, folder, device, truth)
+        cv = as_trained(read_text(args.cv), replay.policy)
+        if the_market and not the_market.parse_cv(cv):
+            replay.true_match = None
     iteration = args.iteration or replay.kept[0]
     trace.show(replay.trace(iteration, args.episode, cv), cv)
+    if cv in replay.codec.cut_cvs:
+        print(f"{args.cv}: the CV was truncated to {replay.codec.max_cv} tokens", file=sys.stderr)
 
 
 def report_run(args, device):
     """`report`: one HTML file about one run, or several."""
-    from measure.report import write_picture, write_report      # here: they import matplotlib
+    try:
+        from measure.report import write_picture, write_report      # here: they import matplotlib
+    except ImportError as e:
+        raise BadInput(f"report: {e.name} is not installed; run  pip install -r requirements.txt")
     args.run, runs = args.run[0], list(map(Path, args.run))
+    run, folder, the_market = folders(args)
+    path = Path(args.picture or args.file or run / "report.html")
+    if path.suffix != (".svg" if args.picture else ".html") or path.is_dir():
+        raise BadInput(f"{path}: must be the name of an .html file, or with --picture of an .svg "
+                       "file")
     if args.picture:
-        return write_picture(runs[0], Path(args.picture))
-    run, folder, truth = folders(args)
-    write_report(runs, folder, Path(args.file or run / "report.html"), device,
-                 truth and truth.true_match)
+        return write_picture(runs[0], path)
+    write_report(runs, folder, path, device, the_market and the_market.true_match)
+
+
+def exercise(args, _):
+    from learn.copies import make_exercises         # here: no other command needs it
+    make_exercises(args.folder)
+
+
+def bughunt(args, _):
+    from learn.bughunt import make_case             # here: no other command needs it
+    make_case(args.folder, args.case)
 
 
 def recommend_run(args, device):
@@ -520,10 +538,12 @@ HELP = {
     "ppo": "stage 3: learn to generate JDs that the reward model scores high",
     "trace": "do a kept iteration of PPO again, and show one of its texts token by token: KL, "
              "reward, value, advantage, ratio",
-    "report": "write an HTML page about one run, or about several: texts, curves, tables, the trace",
+    "report": "write an HTML page about one run or several: texts, curves, tables, the trace",
     "show": "print a held-out CV and everything that was written for it",
     "generate": "generate JDs for a CV",
     "score": "score one JD for one CV",
+    "exercise": "copy the project into a folder, without the functions that you then write",
+    "bughunt": "copy the project into a folder, with one planted fault to find",
     "export": "write a generator or a reward model into a folder of its own, with --merge as plain "
               "weights",
     "evaluate": "measure a run on held-out CVs, write results.json",
@@ -574,8 +594,8 @@ def build_parser():
     top = Parser(prog="girl.py",
                  description="Generative job recommendation: SFT, reward model, PPO.",
                  epilog="The order of a run: data, sft, reward, reward --judge, ppo, evaluate, "
-                        "recommend; or all of it: train. CUDA or MPS is used if available; set "
-                        "GIRL_DEVICE=cpu in the environment to stay on the CPU.")
+                        "recommend, report; or all of it: train. CUDA or MPS is used if available; "
+                        "set GIRL_DEVICE=cpu in the environment to stay on the CPU.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}
     for name, text in HELP.items():
@@ -589,6 +609,10 @@ def build_parser():
     add_report_flags(parsers["report"])
     parsers["show"].add_argument("--cv", type=number(int, 0), default=0, metavar="N",
                                  dest="number", help="which CV, counted from 0 (default 0)")
+    for name in ("exercise", "bughunt"):
+        parsers[name].add_argument("folder", metavar="DIR", help="a folder that does not exist yet")
+    parsers["bughunt"].add_argument("--case", type=number(int, 1), metavar="K",
+                                    help="which fault, counted from 1 (default: a random one)")
     add_generate_flags(parsers["generate"])
     add_score_flags(parsers["score"])
     add_export_flags(parsers["export"])
@@ -597,9 +621,12 @@ def build_parser():
 
 def add_common_flags(parser, name):
     """The flags that the command `name` shares with others."""
-    parser.add_argument("--seed", type=number(int, 0), default=0,
-                        help="the same seed gives the same result on the same machine (default 0)")
-    if name not in ("generate", "score", "export", "trace", "show", "report"):
+    look = ("trace", "show", "report", "exercise", "bughunt")
+    if name not in look:
+        parser.add_argument("--seed", type=number(int, 0), default=0,
+                            help="the same seed gives the same result on the same machine "
+                                 "(default 0)")
+    if name not in ("generate", "score", "export", *look):
         add_size_flags(parser, name)
     if name in (*STAGES, "evaluate", "recommend", "train", "trace", "show"):
         parser.add_argument("--run", "--out", default="runs/default", metavar="DIR",
@@ -706,7 +733,8 @@ def add_trace_flags(parser):
     parser.add_argument("--episode", type=number(int, 0), default=0, metavar="K",
                         help="which text of its rollout, counted from 0 (default 0)")
     parser.add_argument("--cv", metavar="FILE",
-                        help="a text file whose CV takes the place of the episode's")
+                        help="a text file, - for standard input, whose CV takes the place of the "
+                             "episode's")
 
 
 def add_report_flags(parser):
@@ -780,11 +808,13 @@ def parse(argv):
     top, parsers = build_parser()
     args = top.parse_args(argv)
     for name in ("run", "data", "out", "source", "model", "reward", "cv", "jd", "pool", "verdicts",
-                 "export_pairs", "encoding", "delimiter"):
-        value = getattr(args, name, None)
-        if value is not None and (not value or "\0" in value):
-            flag_name = name.replace("_", "-").replace("source", "from")
-            raise BadInput(f"{args.command}: --{flag_name} must name something, found {value!r}")
+                 "export_pairs", "encoding", "delimiter", "file", "picture", "folder"):
+        given = getattr(args, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and (not value or "\0" in value):
+                flag_name = name.replace("_", "-").replace("source", "from")
+                raise BadInput(f"{args.command}: --{flag_name} must name something, found "
+                               f"{value!r}")
     of_size = recipe(args)
     parsers[args.command].set_defaults(**of_size)
     args = top.parse_args(argv)
@@ -830,7 +860,8 @@ def run_command(args):
         return 0
     command = {"generate": write_for, "score": score_one, "export": export,
                "evaluate": evaluate_run, "recommend": recommend_run, "train": run_all,
-               "trace": trace_run, "show": show_run, "report": report_run}[args.command]
+               "report": report_run, "trace": trace_run, "show": show_run,
+               "exercise": exercise, "bughunt": bughunt}[args.command]
     return command(args, device) or 0
 
 

@@ -81,8 +81,8 @@ class PPOFlags:
     cut_off_score: float = flag(-3.0, "score of a JD that was truncated before its end-of-text",
                                 least=-1e9)
     max_grad_norm: float = flag(1.0, "largest norm of the gradient")
-    keep: int = flag(5, "iterations, spread over the run, whose state before them is kept: `trace` "
-                        "does them again", least=0)
+    keep: int = flag(5, "how many iterations, spread over the run, `trace` can do again: the state "
+                        "before each is kept in RUN/ppo/kept", least=0)
     checkpointing: bool = flag(False, "gradient checkpointing: keep the inputs of each block and "
                                       "recompute the rest; less memory, more time")
 
@@ -459,10 +459,10 @@ def learning_rate(i, flags):
 
 
 def kept(flags):
-    """The iterations, counted from 0, whose state is kept: the first and the last among them."""
-    if flags.keep == 1:
-        return {0}
-    return {round(k * (flags.iterations - 1) / (flags.keep - 1)) for k in range(flags.keep)}
+    """The iterations, counted from 0, before which the state is kept: the first and the last among
+    them."""
+    n = min(flags.keep, flags.iterations)
+    return {round(k * (flags.iterations - 1) / max(n - 1, 1)) for k in range(n)}
 
 
 def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match=None):

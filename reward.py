@@ -45,7 +45,7 @@ from model import LanguageModel, RewardModel, copy_trainable, generate, rows_tha
 from plumbing.files import BadInput, load_tensors
 from plumbing.inputs import init_of, need
 from plumbing.records import keeps_contacts
-from plumbing.stage import autocast, flag, generator
+from plumbing.stage import autocast, flag, generator, read_summary
 from plumbing.tokenizer import load_tokenizer, same_tokenizer, save_tokenizer
 from plumbing.weights import (StartFlags, load_checked, load_model, load_pretrained,
                               save_model)
@@ -347,7 +347,7 @@ def new_reward_model(lm, pretrained, seed):
 def new_reader(folder, lm, pretrained, flags):
     """The head of the reading loss. A small model continues with that of stage 1."""
     reader, path = nn.Linear(lm.config.hidden_size, 1), folder / "sft" / "reader.safetensors"
-    if flags.reading and not pretrained:
+    if flags.reading and not pretrained and read_summary(folder / "sft")["asked"]["reading"]:
         if not path.exists():
             raise BadInput(f"{path}: no such file, stage 1 was run by another version; delete "
                            f"{path.parent} and run it again, or give --reading 0")

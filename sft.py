@@ -237,7 +237,7 @@ def run(stage, folder, data, flags, seed, device):
     stage.check_lock()
     save_model(stage.folder, model)
     save_tokenizer(stage.folder, codec)
-    if not flags.init:
+    if flags.reading and not flags.init:
         save_tensors(stage.folder / "reader.safetensors", reader.cpu().state_dict())
     stage.finish(valid_nll=nll, perplexity=math.exp(nll), pairs=len(pairs), steps=len(stage.rows),
                  **nll_before)

@@ -40,8 +40,9 @@ import reward
 from data import Codec, load_codec, read_half, read_records
 from plumbing.records import json_lines
 from model import LanguageModel, RewardModel, generate, logits_size, rows_that_fit
-from plumbing.files import (BadInput, locked, read_checked, sha256, with_checksum, write_bytes,
-                            write_json)
+from plumbing.files import (BadInput, checksum, locked, read_checked, sha256, with_checksum,
+                            write_bytes, write_json)
+from plumbing.inputs import models_before
 from plumbing.stage import autocast, generator, peak_rss_mb, progress, read_summary
 from sft import mean_nll
 from plumbing.weights import load_model
@@ -496,6 +497,13 @@ def read_results(run):
     return read_checked(path, f"run  {command}  again")
 
 
+def check_models(run, results):
+    """Refuse results of other models than those that the run has now."""
+    if results.get("measured", {}).get("models") != checksum(models_before(run, "evaluate")):
+        raise BadInput(f"{run / 'results.json'}: is of other models than {run} has now; run  "
+                       f"python girl.py evaluate --run {run}  again")
+
+
 def write_results(run, results):
     write_json(run / "results.json", with_checksum(results))
 
@@ -601,6 +609,7 @@ def answer_lines(cvs, scored):
 def read_answers(run):
     """The lines of answers.jsonl. Refuses a file that is not the one of results.json."""
     path, results = run / "answers.jsonl", read_results(run)
+    check_models(run, results)
     if "answers" not in results or not path.is_file() or sha256(path) != results["answers"]:
         raise BadInput(f"{path}: missing, damaged, or of another evaluation; run  python girl.py "
                        f"evaluate --run {run}  again")

@@ -2,8 +2,8 @@
 
     python girl.py report --run RUN [RUN ...]
 
-One file without network, for wide and narrow screens, light and dark. Several runs are drawn over
-one another; texts, the trace and the tables are then those of the first. What a run does not have
+One file that needs no network, for wide and narrow screens, light and dark. Several runs are drawn
+over one another; texts, tables and the trace are then those of the first. What a run does not have
 is left out: the truth on real data, the recommender in a quick run. Only this file imports
 matplotlib.
 """
@@ -22,30 +22,31 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from measure import evaluate
-from measure.trace import END, TITLES, Replay
+from measure.trace import TITLES, Replay, same_as_logged
 from model import RewardModel
 from plumbing.files import BadInput, read_json, write_bytes
-from plumbing.stage import finished, progress, read_summary
+from plumbing.inputs import need
+from plumbing.stage import check_folder, finished, progress, read_summary
 from plumbing.weights import load_model
 
 # Colours that the browser replaces: the page's style sheet has a light and a dark set of them.
 INK, FAINT, SERIES = "#000001", "#000002", [f"#00001{k}" for k in range(6)]
-plt.rcParams |= {
+plt.rcParams.update({
     "svg.fonttype": "none", "svg.hashsalt": "girl", "font.size": 9, "axes.titlesize": 9,
     "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT,
     "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "axes.prop_cycle": matplotlib.cycler(color=SERIES), "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8,
-    "figure.constrained_layout.use": True}
+    "figure.constrained_layout.use": True})
 
 # ----------------------------------------------------------------------------------- what there is
 class Run(NamedTuple):
     """What is known of a run. An empty dictionary, or None, where there is nothing."""
     path: Path
-    label: str              # what this run has and others have not
+    label: str              # in what it differs from the other runs; "" for one alone
+    colour: str
     metrics: dict           # {stage: {column: numbers}}, of metrics.csv
     summaries: dict         # {stage: summary.json}
-    config: dict            # {stage: flags}
     results: dict
     answers: list           # answers.jsonl
 
@@ -59,34 +60,49 @@ def read_metrics(path):
 
 
 def load_run(path):
+    """The Run in a folder. Results of other models than it has now are left out."""
     stages = [stage for stage in evaluate.STAGES if finished(path, stage)]
+    for stage in stages:
+        check_folder(path / stage)
     metrics = {stage: read_metrics(path / stage / "metrics.csv") for stage in stages
                if (path / stage / "metrics.csv").exists()}
     if not metrics:
         raise BadInput(f"{path}: no stage is finished; give the folder of a run")
-    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
     results, answers = {}, []
-    if (path / "results.json").exists():
-        results = evaluate.read_results(path)
-    if "answers" in results:
-        answers = evaluate.read_answers(path)
+    try:
+        if (path / "results.json").exists():
+            results = evaluate.read_results(path)
+            evaluate.check_models(path, results)
+        if "answers" in results:
+            answers = evaluate.read_answers(path)
+    except BadInput as e:
+        print(f"report: without the results: {e}")
+        results = {}
+    if "wins" not in results:               # the recommender's alone
+        results = {name: results[name] for name in evaluate.OF_RECOMMEND if name in results}
     summaries = {stage: read_summary(path / stage) for stage in stages}
-    return Run(path, path.name, metrics, summaries, config, results, answers)
+    return Run(path, "", SERIES[0], metrics, summaries, results, answers)
 
 
 def label_runs(runs):
-    """Name each run by the flags in which it differs from others; by its folder if by none."""
+    """Give each of several runs a colour, and name it by the flags in which it differs from others;
+    by its folder if by none."""
+    if len(runs) == 1:
+        return runs
+
     def flags(run):
-        return {f"{name}" if name == "seed" else f"{stage} --{name.replace('_', '-')}": value
-                for stage, asked in run.config.items() for name, value in asked.items()
-                if name not in ("data", "init")}
+        return {name if name == "seed" else f"{stage} --{name.replace('_', '-')}": value
+                for stage, summary in run.summaries.items()
+                for name, value in summary["asked"].items()}
     all_flags = [flags(run) for run in runs]
     differ = [name for name in dict.fromkeys(name for f in all_flags for name in f)
               if len({str(f.get(name)) for f in all_flags}) > 1]
     labels = [", ".join(f"{name} {f.get(name)}" for name in differ[:3]) for f in all_flags]
     if len(set(labels)) < len(runs):
-        labels = [str(run.path) for run in runs]
-    return [run._replace(label=label) for run, label in zip(runs, labels)]
+        labels = [f"run {run.path}" for run in runs]
+    # A dollar would begin a formula.
+    return [run._replace(label=label.replace("$", r"\$"), colour=SERIES[k % len(SERIES)])
+            for k, (run, label) in enumerate(zip(runs, labels))]
 
 
 # ---------------------------------------------------------------------------------------- drawing
@@ -103,7 +119,7 @@ def svg(figure, colours=VARIABLES):
     drawing = drawing[drawing.index("<svg"):]
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.S)
     drawing = re.sub(r'<g id="[^"]*">', "<g>", drawing)
-    drawing = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", drawing)
+    drawing = re.sub(r"font-family: [^;\"]*;? ?", "", drawing)          # the page's
     for ours, colour in colours.items():
         drawing = drawing.replace(ours, colour)
     return re.sub(r'width="[^"]*" height="[^"]*"', 'role="img"', drawing, count=1)
@@ -124,19 +140,17 @@ def smooth(y):
     return np.convolve(y, np.ones(n) / n, mode="valid")
 
 
-def curves(runs, stage, column, ylabel, smoothed=False, labelled=True):
-    """A function that draws a column of metrics.csv for each run."""
+def curves(runs, stage, column, ylabel):
+    """A function that draws a column of metrics.csv for each run; smoothed, but for PPO."""
     def draw(ax):
-        for k, run in enumerate(runs):
+        for run in runs:
             y = run.metrics[stage][column]
-            if smoothed:
-                y = smooth(y)
-            x = np.arange(1, len(y) + 1) + len(run.metrics[stage][column]) - len(y)
-            ax.plot(x, y, color=SERIES[k % 6], lw=1.4,
-                    label=run.label if len(runs) > 1 and labelled else None)
-        ax.set_xlabel("step" if stage != "ppo" else "iteration")
+            drawn = y if stage == "ppo" else smooth(y)
+            x = np.arange(len(y) - len(drawn), len(y)) + 1
+            ax.plot(x, drawn, color=run.colour, lw=1.4, label=run.label or None)
+        ax.set_xlabel("iteration" if stage == "ppo" else "step")
         ax.set_ylabel(ylabel)
-        if len(runs) > 1 and labelled:
+        if runs[0].label:
             legend(ax)
     return draw
 
@@ -182,8 +196,13 @@ def suggestions(run):
                     f"<p class=scores>{scores_of(answer)}</p></div>")
         cards.append(f"<div class=card>{''.join(columns)}</div>")
     return section("What a job seeker gets", "The first three CVs of the "
-                   f"{run.results['split']} split, one sample each at temperature 1. "
+                   f"{run.results['split']} split, one sample each at temperature 1{of_run(run)}. "
                    "<mark>Marked</mark> words occur in the CV.", cards, "")
+
+
+def of_run(run):
+    """Which of several runs is shown."""
+    return f" ({html.escape(run.label)})" if run.label else ""
 
 
 def scores_of(answer):
@@ -199,64 +218,58 @@ def story(runs, judged):
     if not runs:
         return ""
     with_truth, parts = having(runs, "ppo", "true_match"), []
-    single = runs[0].results if len(runs) == 1 else {}
+    levels = runs[0].results if not runs[0].label and "ppo" in runs[0].results else {}
     if with_truth:
         def truth(ax):
             curves(with_truth, "ppo", "true_match", "true match")(ax)
-            if single:
-                levels = {"PPO, held-out CVs": single["ppo"]["true_match"],
-                          "best of 16 SFT samples": single["sft_best16"]["true_match"],
-                          "accepted jobs": single["data"]["accepted_true_match"],
-                          "SFT, held-out CVs": single["sft"]["true_match"]}
-                for (name, value), style in zip(levels.items(), ("-", "--", ":", "-.")):
-                    level(ax, value, name, style)
+            if levels:
+                level(ax, levels["ppo"]["true_match"], "PPO, held-out CVs", "-")
+                level(ax, levels["sft_best16"]["true_match"], "best of 16 SFT samples", "--")
+                level(ax, levels["data"]["accepted_true_match"], "accepted jobs", ":")
+                level(ax, levels["sft"]["true_match"], "SFT, held-out CVs", "-.")
                 legend(ax)
-        parts.append(figure("The truth", "The probability that the recruiter accepts what the policy"
-                            " writes for training CVs. PPO never sees it: it should rise all the "
-                            "same.", truth, 3.0))
+        parts.append(figure("The truth", "The probability that the recruiter accepts what the "
+                            "policy writes for training CVs. PPO never sees it; it should rise all "
+                            "the same.", truth, 3.0))
 
     def scores(ax):
         curves(runs, "ppo", "reward", "score (std of SFT's samples)")(ax)
-        if len(runs) == 1:
+        if not runs[0].label:
             ax.lines[0].set_label("reward")
             if judged:
                 ax.plot(*zip(*judged), "o", color=SERIES[1], ms=4, label="judge")
-            for name, style in (("sft_best16", "--"), ("sft", "-.")):
-                if name in single:
-                    level(ax, single[name]["reward"], f"reward, {SHORT[name]}", style)
+            if levels:
+                level(ax, levels["sft_best16"]["reward"], "reward, best of 16", "--")
+                level(ax, levels["sft"]["reward"], "reward, SFT", "-.")
             legend(ax)
-    parts.append(figure("Reward and judge", "The reward rises because PPO learns from it. The judge "
-                        "learned from other people: if it stays behind, the policy pleases the "
-                        "reward model alone.", scores, 3.0))
+    parts.append(figure("Reward and judge", "PPO learns from the reward, so it should rise. The "
+                        "judge learned from other people: if it stays behind, the policy pleases "
+                        "the reward model alone.", scores, 3.0))
     over = [("reward", "reward")] + ([("true_match", "true match")] if with_truth else [])
 
     def over_kl(axes):
-        for ax, (column, name) in zip(np.atleast_1d(axes), over):
-            for k, run in enumerate(runs):
-                if column in run.metrics["ppo"]:
-                    kl = run.metrics["ppo"]["kl"]
-                    ax.plot(kl, run.metrics["ppo"][column], ".-", color=SERIES[k % 6], lw=1, ms=4,
-                            label=run.label)
+        axes = np.atleast_1d(axes)
+        for ax, (column, name) in zip(axes, over):
+            for run in having(runs, "ppo", column):
+                ax.plot(run.metrics["ppo"]["kl"], run.metrics["ppo"][column], ".-",
+                        color=run.colour, lw=1, ms=4, label=run.label or None)
             ax.set_ylabel(name)
-        np.atleast_1d(axes)[-1].set_xlabel("KL to the SFT model, nats per text")
-        if len(runs) > 1:
-            legend(np.atleast_1d(axes)[0])
+        axes[-1].set_xlabel("KL to the SFT model, nats per text")
+        if runs[0].label:
+            legend(axes[0])
     sentence = "How far the policy went, and what that brought."
     if with_truth:
-        sentence += (" Where reward rises and truth does not, the policy pleases the model, not the "
-                     "recruiter.")
+        sentence += (" Where reward rises and truth does not, the policy pleases the model, not "
+                     "the recruiter.")
     parts.append(figure("Over KL", sentence, over_kl, 3.6 if with_truth else 2.7, len(over)))
     return section("The story", "Each point is an iteration of PPO.", parts)
 
 
-SHORT = {"sft_best16": "best of 16", "sft": "SFT"}
-
-
-def judge_scores(run, replay, device):
-    """[(iteration, mean judge)] of the rollouts of the kept iterations."""
+def judge_scores(run, replay):
+    """[(iteration, mean judge)] of the rollouts of the kept iterations; none without a judge."""
     if not finished(run, "judge"):
         return []
-    judge = load_model(run / "judge", RewardModel, device,
+    judge = load_model(need(run, "judge"), RewardModel, replay.device,
                        share_base_with=replay.reference).eval()
     found = []
     for iteration in progress(replay.kept, "report: judge", "iteration"):
@@ -267,50 +280,51 @@ def judge_scores(run, replay, device):
     return found
 
 
-# ------------------------------------------------------------------------------------- 3. the stages
+# ------------------------------------------------------------------------------------ 3. the stages
 STAGE_FIGURES = [
-    ("sft", "loss", "SFT: loss", "NLL of a JD token, nats", "Falls fast, then slowly; the dot is the "
-     "valid split at the end. Far above the curve, it says that the model learned by heart."),
-    ("sft", "reading", "SFT: reading loss", "loss", "A plateau, then a fall: the moment at which the "
-     "model learns to compare two texts."),
-    ("reward", "loss", "Reward model: ranking loss", "loss", "Starts at ln 2 = 0.69, where it knows "
-     "nothing."),
-    ("reward", "accuracy", "Reward model: accuracy", "share of pairs", "The share of comparisons in "
-     "which the accepted text scores higher; the dot is the valid split."),
-    ("ppo", "kl", "PPO: KL to the SFT model", "nats per text", "Grows and levels off. Far above 10: "
-     "beta is too small, or its sign is wrong."),
-    ("ppo", "entropy", "PPO: entropy", "nats per token", "Falls as the policy makes up its mind. Near "
-     "0 it has collapsed: every text is the same."),
+    ("sft", "loss", "SFT: loss", "NLL of a JD token, nats", "Falls fast, then slowly; the dot is "
+     "the valid split at the end. Far above the curve, it says that the model learned by heart."),
+    ("sft", "reading", "SFT: reading loss", "loss", "A plateau, then a fall: the moment at which "
+     "the model learns to compare two texts."),
+    ("reward", "loss", "Reward model: ranking loss", "loss", "Starts at ln 2 = 0.69, where it "
+     "knows nothing."),
+    ("reward", "reading", "Reward model: reading loss", "loss", "Stage 1's reading loss, kept up. "
+     "If it rises, the model forgets how to compare two texts."),
+    ("reward", "accuracy", "Reward model: accuracy", "share of pairs", "The share of comparisons "
+     "in which the accepted text scores higher; the dot is the valid split."),
+    ("ppo", "kl", "PPO: KL to the SFT model", "nats per text", "Grows and levels off. Far above "
+     "10: beta is too small, or its sign is wrong."),
+    ("ppo", "entropy", "PPO: entropy", "nats per token", "Falls as the policy makes up its mind. "
+     "Near 0 it has collapsed: every text is the same."),
     ("ppo", "clip_frac", "PPO: clipped ratios", "share", "Below 0.2 is usual. Above 0.3 the steps "
      "are too large."),
-    ("ppo", "explained_variance", "PPO: explained variance", "share", "What the critic knows of the "
-     "returns. Near 0 it reads the wrong states."),
-    ("ppo", "length", "PPO: length", "tokens per JD", "Should stay near that of real JDs. A drift says "
-     "that the reward model likes long or short texts."),
-    ("ppo", "eos_rate", "PPO: JDs that end", "share", "Near 1. If it falls, texts are cut off at the "
-     "limit, and get the penalty.")]
+    ("ppo", "explained_variance", "PPO: explained variance", "share", "What the critic knows of "
+     "the returns. Near 0 it reads the wrong states."),
+    ("ppo", "length", "PPO: length", "tokens per JD", "Should stay near that of real JDs. A drift "
+     "says that the reward model likes long or short texts."),
+    ("ppo", "eos_rate", "PPO: JDs that end", "share", "Near 1. If it falls, texts are cut off at "
+     "the limit, and get the penalty.")]
 
 
 def stages(runs):
     parts = []
     for stage, column, title, ylabel, sentence in STAGE_FIGURES:
         found = having(runs, stage, column)
-        if not found or stage == "sft" and column == "reading" and not found[0].metrics[stage][
-                column].any():
-            continue
+        if not found or not any(run.metrics[stage][column].any() for run in found):
+            continue                        # no run has it, or it is switched off
         at_end = {"loss": "valid_nll", "accuracy": "pair_accuracy"}.get(column)
 
         def draw(ax):
-            curves(found, stage, column, ylabel, smoothed=stage != "ppo")(ax)
-            for k, run in enumerate(found):
-                if (value := run.summaries[stage].get(at_end)) is not None:
-                    n = len(run.metrics[stage][column])
-                    ax.plot(n, value, "o", color=SERIES[k % 6], ms=5)
-                    if column == "loss":        # the first steps would flatten the rest
-                        ax.set_ylim(0, 3 * value)
+            curves(found, stage, column, ylabel)(ax)
+            ends = [(run, run.summaries[stage].get(at_end)) for run in found]
+            ends = [(run, value) for run, value in ends if value is not None]
+            for run, value in ends:
+                ax.plot(len(run.metrics[stage][column]), value, "o", color=run.colour, ms=5)
+            if ends and column == "loss":           # the first steps would flatten the rest
+                ax.set_ylim(0, 3 * max(value for _, value in ends))
         parts.append(figure(title, sentence, draw))
-        if (stage, column) == ("reward", "accuracy") and (drawn := reliability(runs[0])):
-            parts.append(drawn)
+        if (stage, column) == ("reward", "accuracy"):
+            parts.append(reliability(runs[0]))
     return section("Each stage", "Curves of stages 1 and 2 are means over a fiftieth of the steps.",
                    parts)
 
@@ -330,8 +344,8 @@ def reliability(run):
         ax.set_xlabel("reward, mean of a tenth of the samples")
         ax.set_ylabel("true match")
         legend(ax)
-    return figure("Is the score to be trusted?", "If PPO's points lie below SFT's, the same score is "
-                  "worth less there: the policy found what the model overrates.", draw)
+    return figure("Is the score to be trusted?", "If PPO's points lie below SFT's, the same score "
+                  "is worth less there: the policy found what the model overrates.", draw)
 
 
 # ------------------------------------------------------------------------------- 4. distributions
@@ -340,8 +354,8 @@ def distributions(run):
         return ""
     parts = []
     names = {"true_match": ("true match", "PPO should empty the left side."),
-             "reward": ("reward", "The whole distribution moves, not only its mean."),
-             "words": ("words per JD", "About the same before and after.")}
+             "reward": ("reward", "The whole distribution should move, not only its mean."),
+             "words": ("words per JD", "Should be about the same before and after.")}
     for key, (title, sentence) in names.items():
         values = {}
         for name in ("sft", "ppo"):
@@ -358,27 +372,28 @@ def distributions(run):
             ax.set_ylabel("CVs")
             legend(ax)
         parts.append(figure(title[0].upper() + title[1:], sentence, draw))
-    return section("Before and after", f"One sample for each of {len(run.answers)} held-out CVs.",
-                   parts)
+    return section("Before and after", f"One sample for each of {len(run.answers)} held-out CVs"
+                   f"{of_run(run)}.", parts)
 
 
 # ------------------------------------------------------------------------------------- 5. tables
 def tables(run):
-    if not run.results.get("wins"):
-        return ""
-    parts = [figure_of_wins(run.results["wins"], by, title) for by, title in
-             (("true", "true match"), ("judge", "judge"))
-             if any(row.get(by) for row in run.results["wins"].values())]
-    if (recommend := run.results.get("recommend")) and recommend.get("cvs"):
-        parts += [figure_of_recommender(recommend["cvs"]["rows"], kind)
-                  for kind in ("dot", "mlp")]
-    if grounding := run.results.get("grounding"):
+    results, parts, lead = run.results, [], ""
+    if wins := results.get("wins"):
+        lead = table_of_answers(run)
+        parts = [figure_of_wins(wins, by, title) for by, title in
+                 (("true", "true match"), ("judge", "judge"))
+                 if any(row.get(by) for row in wins.values())]
+    if recommend := results.get("recommend"):
+        parts += [figure_of_recommender(recommend["cvs"]["rows"], kind) for kind in ("dot", "mlp")]
+    if grounding := results.get("grounding"):
         parts.append(figure_of_grounding(grounding))
-    return section("What it is worth", table_of_answers(run.results), parts)
+    return section("What it is worth", lead, parts)
 
 
-def table_of_answers(results):
+def table_of_answers(run):
     """The compared answers as an HTML table."""
+    results = run.results
     columns = {"true_match": "true match", "judge": "judge", "reward": "reward",
                "format_rate": "format", "distinct_2": "distinct-2", "copy_rate": "copied",
                "length": "tokens"}
@@ -388,7 +403,8 @@ def table_of_answers(results):
     for name in (name for name in evaluate.ANSWERS if name in results):
         cells = "".join(f"<td>{cell_of(results[name], key)}</td>" for key in columns)
         body += f"<tr><th>{name} <small>({evaluate.how_written(name)})</small></th>{cells}</tr>"
-    return (f"{results['cvs']} CVs of the {results['split']} split, 95% intervals over CVs."
+    return (f"{results['cvs']} CVs of the {results['split']} split{of_run(run)}, 95% intervals "
+            "over CVs."
             f"<div class=scroll><table><tr><th></th>{head}</tr>{body}</table></div>")
 
 
@@ -421,31 +437,28 @@ def figure_of_wins(wins, by, title):
         ax.set_xlim(0, 1)
         ax.set_xlabel("share of CVs")
         ax.figure.legend(loc="outside upper center", ncols=3)
-    return figure(f"GIRL against other answers, by {title}", "Where blue is longer than orange, PPO's "
-                  "JD is the better one for more CVs.", draw, 0.7 + 0.32 * len(rows) + 0.6)
+    return figure(f"GIRL against other answers, by {title}", "Where blue is longer than orange, "
+                  "PPO's JD is better for more CVs.", draw, 0.7 + 0.32 * len(rows) + 0.6)
 
 
 def figure_of_recommender(rows, kind):
     """What each kind of generated JD adds to a recommender, by the share of labels."""
-    rows = [row for row in rows if row["kind"] == kind and row["k"] == 1]
-    base = {row["labels"]: row for row in rows if row["mode"] == "none"}
-
     def draw(ax):
         for k, (mode, name) in enumerate((("girl", "GIRL"), ("sft", "SFT"),
                                           ("shuffled", "of another CV"))):
-            points = [(row["labels"], row["auc"][0] - base[row["labels"]]["auc"][0],
-                       row["auc"][1] + base[row["labels"]]["auc"][1])
-                      for row in rows if row["mode"] == mode and row["labels"] in base]
-            if points:
-                x, y, error = zip(*points)
-                ax.errorbar(x, y, error, fmt="o-", color=SERIES[k], ms=4, lw=1.2, label=name)
+            points = [(row["labels"], *row["auc_over_none"]) for row in rows
+                      if (row["kind"], row["mode"], row["k"]) == (kind, mode, 1)]
+            x, mean, low, high = map(np.array, zip(*points))
+            ax.errorbar(x, mean, (mean - low, high - mean), fmt="o-", color=SERIES[k], ms=4, lw=1.2,
+                        label=name)
         level(ax, 0, None, "-", FAINT)
         ax.set_xscale("log")
         ax.set_xlabel("labels")
         ax.set_ylabel("gain of AUC over none")
         legend(ax)
-    return figure(f"A recommender with generated JDs ({kind})", "Few labels: generated JDs help. "
-                  "JDs of another CV must not. (Bars: both intervals, over trainings.)", draw)
+    return figure(f"A recommender with generated JDs ({kind})", "Generated JDs should help most "
+                  "where labels are few, and JDs of another CV not at all. Bars: 95% intervals "
+                  "over trainings.", draw)
 
 
 def figure_of_grounding(grounding):
@@ -466,19 +479,19 @@ def figure_of_grounding(grounding):
 
 
 # ------------------------------------------------------------------------------------ 6. the trace
-def traces(replay, kept):
-    """The first and the last kept iteration, token by token."""
+def traces(traced):
+    """Some iterations, one text of each token by token."""
     shown, data = [], []
-    for k, t in enumerate(kept):
-        spans = "".join(f'<span data-i={i}>{html.escape(token)}</span>'
-                        for i, token in enumerate(t.tokens))
+    for t in traced:
+        spans = "".join(f"<span>{html.escape(token)}</span>" for token in t.tokens)
         truth = "" if t.true_match is None else f", true match {t.true_match:.2f}"
         shown.append(
-            f"<div class=trace data-t={k}><h3>Iteration {t.iteration} of {t.iterations}</h3>"
+            f"<div class=trace><h3>Iteration {t.iteration} of {t.iterations}</h3>"
             f"<p class=scores>{html.escape(t.cv)}</p>"
             f"<p class=text tabindex=0 role=application aria-label='the text, token by token: "
             f"left and right arrow'>{spans}</p><p class=numbers aria-live=polite></p>"
-            f"<p class=scores>score {t.score:+.2f}{truth}</p></div>")
+            f"<p class=scores>score {t.score:+.2f}{truth}. {html.escape(same_as_logged(t))}</p>"
+            "</div>")
         columns = t.columns | {"ratio": t.ratios[-1]}
         data.append({"tokens": t.tokens, "columns": columns, "ratios": t.ratios, "clip": t.clip})
     choices = {"kl": "KL", "value": "value", "whitened": "advantage", "ratio": "ratio"}
@@ -488,9 +501,9 @@ def traces(replay, kept):
     titles = TITLES | {"ratio": "ratio after the update"}
     numbers = json.dumps({"traces": data, "titles": titles}).replace("<", "\\u003c")
     return section(
-        "PPO, token by token", "One text of a rollout, as training saw it; blue is above 0, orange "
-        "below (a ratio: above or below 1). Choose what colours it; point at a token, tap it, or "
-        f"use the arrow keys. <p class=choice>{buttons}</p>", shown, "",
+        "PPO, token by token", "One text of a rollout. Blue is above 0, orange below (a ratio: "
+        "above or below 1). Choose what colours it; point at a token, tap it, or use the arrow "
+        f"keys. <p class=choice>{buttons}</p>", shown, "",
         f"<script type=application/json id=traces>{numbers}</script>")
 
 
@@ -575,7 +588,8 @@ function show(box, k, i) {
 }
 boxes.forEach((box, k) => {
   box.querySelectorAll("span").forEach((span, i) => {
-    for (const event of ["mouseenter", "click"]) span.addEventListener(event, () => show(box, k, i));
+    for (const event of ["mouseenter", "click"])
+      span.addEventListener(event, () => show(box, k, i));
   });
   box.querySelector(".text").addEventListener("keydown", event => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -597,7 +611,7 @@ LIGHT = {INK: "#1d2430", FAINT: "#8a93a0"} | dict(zip(SERIES, ("#1f6fb8", "#c75b
 def write_picture(run, path):
     """One picture of a run, as an SVG file by itself: what PPO is paid, and what that is worth."""
     run = load_run(run)
-    if not having([run], "ppo", "true_match") or not run.results:
+    if not having([run], "ppo", "true_match") or "ppo" not in run.results:
         raise BadInput(f"{run.path}: the picture needs a finished PPO on the simulated market, and "
                        "its evaluation")
     ppo, results = run.metrics["ppo"], run.results
@@ -608,40 +622,41 @@ def write_picture(run, path):
         level(left, results[name]["true_match"], title, style)
     level(left, results["data"]["accepted_true_match"], "jobs that people were accepted for", ":")
     left.set(xlabel="iteration of PPO", ylabel="true match", ylim=(0, 1),
-             title="What the policy writes is truly worth this")
+             title="True match of what the policy writes")
     left.legend(loc="lower right")
     points = right.scatter(ppo["kl"], ppo["reward"], c=SERIES[1], s=14, label="reward")
     right.set(xlabel="KL to the SFT model, nats per text", ylabel="reward",
-              title="The reward that it is paid, over how far it went")
+              title="Reward, over the distance from the SFT model")
     points.set_linewidth(0)
     drawing = svg(drawn, LIGHT)
     background = '<rect width="100%" height="100%" fill="white"/>'
     drawing = re.sub(r"(<svg[^>]*>)", r"\1" + background, drawing, count=1)
     write_bytes(path, drawing.replace("<svg", "<svg font-family='sans-serif'", 1).encode())
+    print(f"report: {path}")
 
 
 def write_report(paths, folder, path, device, true_match):
     """Write the report of these runs to `path`. `folder`: the data of the first run, to do its
     iterations again."""
     runs = label_runs([load_run(run) for run in paths])
-    first, judged, kept = runs[0], [], []
-    replay = None
+    first, judged, traced = runs[0], [], []
     try:
         replay = Replay(paths[0], folder, device, true_match)
+        if len(runs) == 1:
+            judged = judge_scores(paths[0], replay)
+        shown = dict.fromkeys((replay.kept[0], replay.kept[-1]))
+        traced = [replay.trace(n) for n in progress(shown, "report: trace", "iteration")]
     except BadInput as e:                   # nothing was kept, or the data are gone
         print(f"report: without the trace: {e}")
-    if replay:
-        if len(runs) == 1:
-            judged = judge_scores(paths[0], replay, device)
-        shown = dict.fromkeys((replay.kept[0], replay.kept[-1]))
-        kept = [replay.trace(n) for n in progress(shown, "report: trace", "iteration")]
+    if any(t.differences() for t in traced):
+        judged = []                         # of other texts than those of training
     sections = [suggestions(first), story(runs, judged), stages(runs), distributions(first),
-                tables(first), traces(replay, kept) if kept else "", *map(record, runs)]
-    title = "GIRL: " + ", ".join(str(run.path) for run in runs)
-    script = f"<script>{SCRIPT}</script>" if kept else ""
+                tables(first), traces(traced) if traced else "", *map(record, runs)]
+    title = html.escape("GIRL: " + ", ".join(str(run.path) for run in runs))
     page = (f"<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport "
-            f"content='width=device-width, initial-scale=1'><title>{html.escape(title)}</title>"
-            f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>"
-            f"{''.join(sections)}{script}</body></html>\n")
-    write_bytes(path, page.encode())
-    print(f"report: {path} ({len(page.encode()) // 1000} kB)")
+            f"content='width=device-width, initial-scale=1'><title>{title}</title>"
+            f"<style>{STYLE}</style></head><body><h1>{title}</h1>{''.join(sections)}"
+            f"{f'<script>{SCRIPT}</script>' if traced else ''}</body></html>\n")
+    content = page.encode("utf-8", "backslashreplace")
+    write_bytes(path, content)
+    print(f"report: {path} ({len(content) // 1000} kB)")

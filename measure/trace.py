@@ -5,9 +5,9 @@ by token.
 
 `ppo --keep` says how many iterations are kept: of each the state before it, which is policy,
 critic, optimizer and beta. Prompts and samples follow from the seed, so the iteration can be done
-again, with the functions that training uses. On the same machine and with the same number of
-threads it gives the figures in its row of metrics.csv, bit for bit. With `--cv` the text of that
-file takes the place of the episode's CV: what would PPO have made of it?
+again, with the functions that training uses. On the CPU of the same machine and with the same
+number of threads it gives the figures in its row of metrics.csv, bit for bit. With `--cv` the text
+of that file takes the place of the episode's CV: what would PPO have made of it?
 
 Shapes: R tokens of the episode.
 """
@@ -20,7 +20,8 @@ import torch
 import ppo
 from plumbing.files import BadInput, read_checked
 from plumbing.inputs import inputs_of, need
-from plumbing.stage import KEPT, autocast, check_same, generator, read_summary, restore
+from plumbing.stage import (KEPT, autocast, check_folder, differences, generator, machine,
+                            read_summary, restore)
 
 END = "[end]"               # how end-of-text is shown
 
@@ -31,6 +32,7 @@ class Trace(NamedTuple):
     iterations: int         # of the run
     episode: int
     cv: str
+    jd: str
     tokens: list            # R texts
     columns: dict           # {name: column}, see columns_of
     ratios: list            # columns: before the update, and after each of its optimizer steps
@@ -40,9 +42,7 @@ class Trace(NamedTuple):
     true_match: float | None
     log: dict               # the figures of the whole iteration
     row: dict               # the same figures in metrics.csv
-
-    def jd(self):
-        return "".join(token for token in self.tokens if token != END).strip()
+    machine: list           # differences of this machine from the one that trained
 
     def differences(self):
         """(name, figure, figure in metrics.csv) of each that is not the same, bit for bit."""
@@ -63,9 +63,15 @@ def read_row(run, iteration):
 def begun_flags(run, folder):
     """The flags and the seed that PPO ran with. Refuses other data or models than it had."""
     need(run, "ppo")
+    check_folder(run / "ppo")
+    if not (folder / "train.jsonl").is_file():
+        raise BadInput(f"{folder / 'train.jsonl'}: no such file; give the folder of the data of "
+                       "this run with --data")
     summary = read_summary(run / "ppo")
     asked = summary["asked"]
-    check_same(run / "ppo", "finished", summary, asked, inputs_of(run, folder, "ppo"))
+    if others := differences(summary["inputs"], inputs_of(run, folder, "ppo")):
+        raise BadInput(f"{run / 'ppo'}: was trained with another {others[0][0]}; give the folder of "
+                       "its data with --data")
     known = {f.name for f in fields(ppo.PPOFlags)}
     flags = ppo.PPOFlags(**{name: value for name, value in asked.items() if name in known})
     return flags, asked["seed"]
@@ -77,6 +83,7 @@ def columns_of(rollout, k, flags):
     mask = one.mask
     kl = ppo.k1(one.logp, one.ref_logp) * mask                                      # [1, R]
     advantages = ppo.gae(one.rewards, one.values, mask, flags.gamma, flags.lam)     # [1, R]
+    to_go = ppo.returns_to_go(one.rewards, mask, flags.gamma)                       # [1, R]
     columns = {
         "log_pi": one.logp,
         "log_pi_ref": one.ref_logp,
@@ -86,7 +93,8 @@ def columns_of(rollout, k, flags):
         "delta": ppo.gae(one.rewards, one.values, mask, flags.gamma, 0.0),          # lambda 0
         "advantage": advantages,
         "whitened": one.advantages,
-        "return": advantages + one.values}
+        "return": advantages + one.values,
+        "to_go": to_go}
     return {name: x[mask].tolist() for name, x in columns.items()}
 
 
@@ -97,10 +105,12 @@ class Replay:
     def __init__(self, run, folder, device, true_match=None):
         self.run, self.device, self.true_match = run, device, true_match
         self.flags, self.seed = begun_flags(run, folder)
-        self.kept = sorted(int(path.stem) for path in (run / "ppo" / KEPT).glob("*.json"))
+        self.kept = sorted(int(path.stem) for path in (run / "ppo" / KEPT).glob("*.json")
+                           if path.stem.isdecimal())
         if not self.kept:
             raise BadInput(f"{run / 'ppo' / KEPT}: no iteration was kept, by an earlier version or "
-                           f"with --keep 0; delete {run / 'ppo'} and run the stage again")
+                           f"with --keep 0; delete {run / 'ppo'} and run  python girl.py ppo --run "
+                           f"{run} --keep 5")
         self.policy, self.reward_model, self.codec, self.cvs = ppo.load(run, folder, device)
         prepared = ppo.prepare(self.policy, self.reward_model, self.flags)
         self.reference, self.optimizer, self.critic = prepared
@@ -115,6 +125,7 @@ class Replay:
         kept = read_checked(path, remedy)
         restore(path.with_suffix(".safetensors"), kept["sha256"],
                 {"policy": self.policy, "critic": self.critic}, [self.optimizer], remedy)
+        self.machine = differences(kept["machine"], machine())
         return kept["numbers"]["beta"]
 
     def roll_out(self, iteration, episode=0, cv=None):
@@ -148,21 +159,27 @@ class Replay:
             lambda *_: ratios.append(self.ratios(rollout, episode)))
         log |= ppo.update(self.policy, self.optimizer, rollout, self.flags, rng, self.device)
         hook.remove()
-        matches = [None] * len(chosen)
+        texts, matches = self.texts(rollout), [None] * len(chosen)
         if self.true_match:
-            matches = list(map(self.true_match, chosen, self.texts(rollout)))
-            log["true_match"] = sum(matches) / len(matches)
+            matches = list(map(self.true_match, chosen, texts))
+        log["true_match"] = sum(matches) / len(matches) if self.true_match else None
         tokens = rollout.tokens[episode][rollout.mask[episode]].tolist()
         return Trace(
-            iteration, self.flags.iterations, episode, chosen[episode],
-            [self.show_token(t) for t in tokens], columns_of(rollout, episode, self.flags), ratios,
-            self.flags.clip, log["beta"], float(rollout.scores[episode]), matches[episode], log,
-            read_row(self.run, iteration))
+            iteration, self.flags.iterations, episode, chosen[episode], texts[episode],
+            self.pieces(tokens), columns_of(rollout, episode, self.flags), ratios, self.flags.clip,
+            log["beta"], float(rollout.scores[episode]), matches[episode], log,
+            read_row(self.run, iteration), self.machine)
 
-    def show_token(self, t):
-        if t == self.codec.eos:
-            return END
-        return self.codec.tokenizer.decode([t], skip_special_tokens=False)
+    def pieces(self, tokens):
+        """The text of each token. Decoded one by one, a token could lose its space, or its half of
+        a character: that comes with the token that completes it."""
+        decode, shown, pieces = self.codec.tokenizer.decode, "", []
+        for i, t in enumerate(tokens):
+            text = decode(tokens[:i + 1], skip_special_tokens=False)
+            complete = text.rstrip("\ufffd") if i + 1 < len(tokens) else text
+            pieces.append(END if t == self.codec.eos else complete[len(shown):])
+            shown = complete
+        return pieces
 
     @torch.no_grad()
     def ratios(self, rollout, episode):
@@ -176,7 +193,7 @@ class Replay:
 # --------------------------------------------------------------------------------------- printing
 TITLES = {"log_pi": "log π", "log_pi_ref": "log π_ref", "kl": "KL", "reward": "reward",
           "value": "value", "delta": "δ", "advantage": "A", "whitened": "A whitened",
-          "return": "return"}
+          "return": "return", "to_go": "to go"}
 
 
 def table(t):
@@ -201,8 +218,8 @@ def sums(t):
     kl, rewards = sum(t.columns["kl"]), sum(t.columns["reward"])
     return [f"The rewards add up to {rewards:+.4f}: score {t.score:+.4f} - "
             f"beta {t.beta:g} x KL {kl:.4f} = {t.score - t.beta * kl:+.4f}.",
-            "advantage + value = return: the critic expected the value, the text brought the "
-            "return."]
+            "A + value = return, GAE's estimate of what the text still brings; \"to go\" is what it "
+            "brought."]
 
 
 def same_as_logged(t):
@@ -210,8 +227,10 @@ def same_as_logged(t):
     what = f"Iteration {t.iteration} of {t.iterations}, done again"
     if found := t.differences():
         name, value, logged = found[0]
-        return (f"{what}, differs from metrics.csv: {name} {value} instead of {logged}. Another "
-                "machine, other threads, or other code?")
+        why = ("Another machine, other code, or sums on CUDA, which have no fixed order?"
+               if not t.machine else "".join(f"It was kept with {name} {was}; now it is {now}."
+                                             for name, was, now in t.machine[:1]))
+        return f"{what}, differs from metrics.csv: {name} {value} instead of {logged}. {why}"
     truth = t.log["true_match"]
     shown = "" if truth is None else f", true match {truth:.4f}"
     return (f"{what}: reward {t.log['reward']:+.4f}, KL {t.log['kl']:.4f}{shown}: these and all "
@@ -221,7 +240,7 @@ def same_as_logged(t):
 def show(t, own_cv):
     """Print a trace. `own_cv`: its CV is not the one of training."""
     truth = "" if t.true_match is None else f", true match {t.true_match:.3f}"
-    print(f"{t.cv}\n->\n{t.jd()}\n\nscore {t.score:+.3f}{truth}\n")
+    print(f"{t.cv}\n->\n{t.jd}\n\nscore {t.score:+.3f}{truth}\n")
     print(*table(t), "", *sums(t), sep="\n")
     if own_cv:
         print(f"Iteration {t.iteration} of {t.iterations}, with your CV in place of episode "

@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -173,7 +174,9 @@ class Stage:
             self.say(f"{self.name}: finished already, see {self.folder}")
             self.say_changes(summary, "to run it with the present code")
             return False
-        path = self.folder / "state.json"
+        path = self.folder / STATE[0]
+        if not path.exists():                   # of an attempt that saved no state
+            shutil.rmtree(self.folder / KEPT, ignore_errors=True)
         if path.exists():
             self.state = read_checked(path, f"delete {self.folder} to start the stage over")
             check_same(self.folder, "begun", self.state, asked, inputs)
@@ -187,8 +190,9 @@ class Stage:
         if not state:
             return {}
         remedy = f"delete {self.folder} to start the stage over"
-        name = state["tensors"] if state["tensors"] in STATE else ""
-        restore(self.folder / name, state["sha256"], modules, optimizers, remedy)
+        if state["tensors"] not in STATE:
+            raise BadInput(f"{self.folder / STATE[0]}: not the state of a stage; {remedy}")
+        restore(self.folder / state["tensors"], state["sha256"], modules, optimizers, remedy)
         self.rows, self.step, self.earlier_seconds = state["rows"], state["step"], state["seconds"]
         self.bar.update(len(self.rows))
         self.say(f"{self.name}: resumed at step {self.step} of {self.bar.total}")
@@ -247,7 +251,7 @@ class Stage:
         """Keep the state before this step for good, in KEPT: the step can be done again."""
         self.check_lock()
         folder = self.folder / KEPT
-        folder.mkdir(exist_ok=True)
+        os.close(lock(folder))                  # makes it, and deletes files left half written
         self.save_trained(folder / f"{step}.safetensors")
         kept = {"numbers": numbers, "machine": machine(),
                 "sha256": sha256(folder / f"{step}.safetensors")}
@@ -344,12 +348,14 @@ def differences(was, now):
 def check_same(folder, how, was, asked, inputs):
     """Refuse flags or input files other than those that this folder was begun or finished with."""
     remedy = "use the same again, choose another folder, or delete this one"
-    if flags := differences(was["asked"], asked):
+    # A flag that another version did not have is no difference if it is off.
+    if flags := [f for f in differences(was["asked"], asked) if f[1] or f[2]]:
         name, old, new = flags[0]
         flag_name = "--" + name.replace("_", "-")
-        if name not in asked:
-            raise BadInput(f"{folder}: was {how} by another version of GIRL, with {flag_name} "
-                           f"{old}; choose another folder, or delete this one")
+        if name not in asked or name not in was["asked"]:
+            had = f"with {flag_name} {old}" if name in was["asked"] else f"without {flag_name}"
+            raise BadInput(f"{folder}: was {how} by another version of GIRL, {had}; choose another "
+                           "folder, or delete this one")
         raise BadInput(f"{folder}: was {how} with {flag_name} {old}, not {new}; {remedy}")
     if files := differences(was["inputs"], inputs):
         raise BadInput(f"{folder}: was {how} with another {files[0][0]}; {remedy}")

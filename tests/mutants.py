@@ -177,13 +177,13 @@ MUTANTS = {
         (24, "model.py", "self.k[rows], self.v[rows]", "self.k[:len(rows)], self.v[:len(rows)]",
          "rows that go on read the cache of others")],
     "test_ppo.py::test_24_first_minibatch_has_ratio_1_with_learning_rate_0_every_one": [
-        (24, "ppo.py", "rollout._replace(logp=logp,", "rollout._replace(logp=ref_logp,",
+        (24, "ppo.py", "scores=scores, logp=logp,", "scores=scores, logp=ref_logp,",
          "the ratio is against the reference")],
     "test_ppo.py::test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective": [
         (25, "ppo.py", "return torch.max(-adv", "return torch.min(-adv", "min for max"),
         (25, "ppo.py", "part.advantages, flags.clip)", "part.advantages, 0.2)", "a fixed clip")],
     "test_ppo.py::test_25_the_best_text_becomes_likelier_and_the_worst_less_likely": [
-        (25, "ppo.py", 'advantages=whiten(', 'advantages=-whiten(', "the sign is turned")],
+        (25, "ppo.py", "whitened = whiten(", "whitened = -whiten(", "the sign is turned")],
     "test_ppo.py::test_26_the_critic_is_the_least_squares_fit_over_the_real_tokens": [
         (26, "ppo.py", "(0, 1), value=1.0)", "(0, 1), value=0.0)", "a critic without a bias")],
     "test_ppo.py::test_26_what_stands_in_pads_changes_nothing_in_the_fit": [
@@ -211,7 +211,9 @@ MUTANTS = {
          "the variance that is explained is that of the fit's own data")],
     "test_ppo.py::test_27_before_iteration_1_"
     "the_critic_reads_a_rollout_of_the_sft_model_that_is_not_trained_on": [
-        (27, "ppo.py", 'new_rollout(draw_cvs(generator(seed, "ppo", "critic")), "critic")', "pass",
+        (27, "ppo.py",
+         'new_rollout(draw_cvs(cvs, flags.episodes, generator(seed, "ppo", "critic")), "critic")',
+         "pass",
          "iteration 1 has no critic")],
     "test_ppo.py::test_27_the_critic_moves_no_state_and_no_weight_of_the_reward_model": [
         (27, "ppo.py", "reward_model.eval().requires_grad_(False)", "reward_model.eval()",
@@ -224,6 +226,22 @@ MUTANTS = {
          "parts.append((logp, ref_logp, *scored[:2], "
          "to_rows(response_states(policy.model, part), part)))",
          "the policy's adapters for the critic")],
+    "test_trace.py::test_a_kept_iteration_equals_its_row_of_metrics_bit_for_bit": [
+        (0, "ppo.py", "stage.keep(i + 1, beta=controller.beta)", "stage.keep(i + 1, "
+                                                                 "beta=flags.kl_coef)",
+         "the beta that is kept is that of iteration 1"),
+        (0, "plumbing/stage.py", "self.modules, self.optimizers, self.saved_at = modules, "
+                                 "optimizers,",
+         "self.modules, self.optimizers, self.saved_at = modules, optimizers[:0],",
+         "the optimizer is not kept")],
+    "test_trace.py::test_what_is_shown_of_a_text_adds_up": [
+        (0, "measure/trace.py", "mask, flags.gamma, 0.0)", "mask, flags.gamma, flags.lam)",
+         "delta is the advantage"),
+        (0, "measure/trace.py", '"whitened": one.advantages', '"whitened": advantages',
+         "the advantages shown as whitened are not")],
+    "test_trace.py::test_the_ratio_is_1_before_the_update_and_moves_with_each_step": [
+        (0, "measure/trace.py", "ratios = [self.ratios(rollout, episode)]", "ratios = []",
+         "the ratio before the update is not shown")],
     "test_resume.py::"
     "test_an_iteration_of_ppo_that_was_cut_short_is_done_again_from_the_state_before_it": [
         (27, "ppo.py", '{"policy": policy, "critic": critic}',

@@ -42,7 +42,7 @@ def test_the_page_needs_no_other_file_and_no_network(page):
     assert len(page) < 3e6
     assert not re.search(r"<(link|img|iframe|script)[^>]*(src|href)=", page)
     addresses = set(re.findall(r"https?://[^\s\"'<]+", page))
-    assert {a.split("/")[2] for a in addresses} <= {"www.w3.org"}         # names of XML, not fetched
+    assert {a.split("/")[2] for a in addresses} <= {"www.w3.org"}   # names of XML, not fetched
     assert "@import" not in page and "url(http" not in page
 
 
@@ -84,7 +84,7 @@ def test_the_trace_holds_the_numbers_of_training(page, whole, evaluated):
 
 def test_the_judge_is_asked_about_the_rollouts_of_kept_iterations(whole, evaluated):
     replay = Replay(evaluated, whole / "data", CPU)
-    judged = report.judge_scores(evaluated, replay, CPU)
+    judged = report.judge_scores(evaluated, replay)
     assert [iteration for iteration, _ in judged] == [1, 2]
     judge = report.load_model(evaluated / "judge", report.RewardModel, CPU).eval()
     cvs, rollout, _, _ = replay.roll_out(2)
@@ -142,10 +142,11 @@ def test_runs_are_named_by_what_differs(whole, evaluated, tmp_path):
     shutil.copytree(evaluated, other)
     shutil.rmtree(other / "ppo")
     assert girl.main(argv("ppo", other, whole / "data", "--kl-coef", "0.1")) == 0
-    labels = [run.label for run in report.label_runs(list(map(report.load_run, (evaluated, other))))]
-    assert labels == ["ppo --kl-coef 0.05", "ppo --kl-coef 0.1"]
+    runs = report.label_runs([report.load_run(run) for run in (evaluated, other)])
+    assert len({run.colour for run in runs}) == 2
+    assert [run.label for run in runs] == ["ppo --kl-coef 0.05", "ppo --kl-coef 0.1"]
     same = report.label_runs([report.load_run(evaluated)] * 2)
-    assert [run.label for run in same] == [str(evaluated)] * 2
+    assert [run.label for run in same] == [f"run {evaluated}"] * 2
     page = make([evaluated, other], whole, tmp_path / "page.html")
     assert page.count(">ppo --kl-coef 0.1<") >= 8 and page.count("<h2>What was run</h2>") == 2
     assert ">judge<" not in page[page.index("The story"):page.index("Each stage")]

@@ -28,8 +28,17 @@ def test_a_kept_iteration_equals_its_row_of_metrics_bit_for_bit(whole, iteration
 def test_a_figure_that_is_not_the_logged_one_is_named(whole):
     t = trace.Replay(whole / "run", whole / "data", CPU).trace(1, 0)
     other = t._replace(log=t.log | {"kl": 9.0})
-    assert [name for name, *_ in other.differences()] == ["kl"]
+    assert [name for name, *_ in other.differences()] == ["kl", "true_match"]
     assert "differs from metrics.csv: kl 9.0 instead of" in trace.same_as_logged(other)
+    other = other._replace(machine=[("threads", 2, 1)])
+    assert "It was kept with threads 2; now it is 1." in trace.same_as_logged(other)
+
+
+def test_without_a_market_there_is_no_true_match_to_compare(whole):
+    t = trace.Replay(whole / "run", whole / "data", CPU).trace(1)
+    assert t.log["true_match"] is None
+    t = t._replace(row=t.row | {"true_match": None})            # as on real data
+    assert t.differences() == [] and "bit for bit" in trace.same_as_logged(t)
 
 
 def test_what_is_shown_of_a_text_adds_up(whole):

@@ -1,0 +1,1 @@
+"""Lessons, and copies of the project to work in: exercises and bug hunts."""

@@ -1,0 +1,217 @@
+"""The bug hunt: a copy of the project with one planted fault of the kind that real RLHF code had.
+
+    python girl.py bughunt DIR [--case K]
+
+The copy has no tests. `bash check.sh` in it runs the tests that must pass once the fault is mended,
+and then says what the fault does, and where it was seen.
+"""
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from learn.copies import copy_project
+from plumbing.files import BadInput
+
+HERE = Path(__file__).resolve().parents[1]
+HIDDEN = ".check"
+
+
+class Case(NamedTuple):
+    file: str
+    right: str
+    wrong: str
+    tests: tuple            # names in tests/: they fail with the fault
+    command: str            # how it shows
+    does: str
+    seen: str
+
+
+DEMO = "bash train.sh --demo"
+PPO = "test_ppo.py::"
+CASES = [
+    Case("ppo.py", "rewards = -beta * kl * mask", "rewards = +beta * kl * mask",
+         (PPO + "test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference",), DEMO,
+         "The KL is paid for, not charged: the policy is driven away from the SFT model, and the "
+         "reward model is wrong in its favour there. So the reward rises, the KL explodes, and the "
+         "truth falls.",
+         "Which sign is right is asked again and again (huggingface/trl issue 463, "
+         "nebuly-ai/optimate issue 298)."),
+    Case("ppo.py", "whitened = whiten(advantages, mask)", "whitened = whiten(-advantages, mask)",
+         (PPO + "test_25_the_best_text_becomes_likelier_and_the_worst_less_likely",), DEMO,
+         "Good texts become less likely, and bad ones likelier: reward and truth fall.",
+         "A flipped reward once trained GPT-2 overnight to write what people liked least (Ziegler "
+         "et al., 'Fine-tuning GPT-2 from human preferences', OpenAI, 2019)."),
+    Case("ppo.py", "return torch.max(-advantages * ratio,", "return torch.min(-advantages * ratio,",
+         (PPO + "test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective",), DEMO,
+         "The smaller of the two losses is taken: nothing stops the policy from leaving the clip "
+         "range in the direction that pays, and a step in the wrong direction is not taken back.",
+         "The paper maximizes a minimum (equation 7 of arXiv 1707.06347); with the sign flipped it "
+         "is a maximum, which is easily overlooked."),
+    Case("ppo.py", "last = mask.sum(1) - 1 ", "last = mask.sum(1) - 4 ",
+         (PPO + "test_17_the_score_lies_inside_the_masks_of_value_return_and_advantage",), DEMO,
+         "The score is paid three tokens before the end: the last tokens, with the end-of-text "
+         "among them, get no credit, and the trace shows the reward at the wrong place.",
+         "In TRL's PPO the score stood one token after the end-of-text (huggingface/trl issues "
+         "1893 and 3750)."),
+    Case("ppo.py", "    return (x - mean) * torch.rsqrt", "    return (x + mean) * torch.rsqrt",
+         (PPO + "test_22_whitened_advantages_have_masked_mean_0_and_variance_1",), DEMO,
+         "The mean is added, not subtracted: all advantages are shifted the same way, so that good "
+         "and bad texts may both become likelier.",
+         "Some code adds the mean back on purpose, for rewards (`shift_mean=False` in "
+         "huggingface/trl, from openai/lm-human-preferences): for advantages it must not."),
+    Case("ppo.py", "    mean = masked_mean(x, mask)\n    variance", "    mean = x.mean()\n    "
+                                                                    "variance",
+         (PPO + "test_22_whitened_advantages_have_masked_mean_0_and_variance_1",), DEMO,
+         "The zeros at pads count in the mean, so that the advantages are not centred. With texts "
+         "of about the same length it hardly shows in any curve.",
+         "Pads in a mean of advantages: areal-project/AReaL pull request 1346, huggingface/trl "
+         "issue 7024."),
+    Case("ppo.py", "codec.max_jd, flags.temperature, generator=generator)",
+         "codec.max_jd, 0.5 * flags.temperature, generator=generator)",
+         (PPO + "test_10_rollout_asks_for_the_full_distribution_at_its_temperature",), DEMO,
+         "The texts are drawn at half the temperature at which their probabilities are computed: "
+         "they are not samples of the policy. The reward begins high, and the KL estimate is no "
+         "longer one.",
+         "Rollout and KL at other temperatures: OpenRLHF/OpenRLHF pull request 853; top-k and "
+         "other settings of sampling make the KL negative: huggingface/trl issues 235 and 736."),
+    Case("ppo.py", "            ref_logp, _ = evaluate_policy(reference, part,",
+         "            ref_logp, _ = evaluate_policy(policy, part,",
+         (PPO + "test_11_temperature_divides_the_logits_of_rollout_reference_and_update",), DEMO,
+         "The reference is the policy itself, so the KL is always 0, and beta has nothing to hold "
+         "on to.",
+         "A reference that shares its weights with the policy moves with it; which of the two is "
+         "'old' is a common question (lucidrains/PaLM-rlhf-pytorch issue 41)."),
+    Case("model.py", "positions = (mask.cumsum(1) - 1)",
+         "positions = (torch.ones_like(mask).cumsum(1) - 1)",
+         (PPO + "test_02_prompts_are_left_padded_and_positions_are_the_same_in_rollout_"
+          "and_update",),
+         "bash train.sh --smoke",
+         "Positions count the pads on the left, too. **No figure shows it**: rotary positions only "
+         "depend on differences, and these stay. With learned positions, as in GPT-2, it would "
+         "ruin generation. Only a test finds it.",
+         "OpenRLHF/OpenRLHF issue 217; huggingface/trl issues 469 and 6800."),
+    Case("ppo.py", "log_ratio = ((logp - part.logp)", "log_ratio = ((part.logp - logp)",
+         (PPO + "test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective",), DEMO,
+         "The ratio is upside down: at the first step it is 1 all the same, but its gradient has "
+         "the wrong sign, so bad texts become likelier.",
+         "Old and new are easily swapped; the first ratio does not tell, its gradient does."),
+    Case("ppo.py", "return torch.randperm(n, generator=generator).split(size)",
+         "return torch.arange(n).split(size)",
+         (PPO + "test_29_every_epoch_is_a_fresh_permutation_with_each_episode_once",), DEMO,
+         "Every epoch has the same minibatches in the same order. **No figure shows it** here, "
+         "where the episodes of a rollout are random CVs anyway; where they are sorted, it would.",
+         "A loader that is not shuffled, or shuffled with a fixed seed, is a classic."),
+    Case("ppo.py", "return loss.sum() / tokens_in_step", "return loss.sum() / part.mask.sum()",
+         (PPO + "test_30_gradient_accumulation_equals_the_big_batch",),
+         "python girl.py ppo --demo --run RUN --accumulate 8",
+         "Each micro-batch is divided by its own tokens, so that eight parts make eight times the "
+         "gradient, and short texts count more. Adam hides the factor; without --accumulate "
+         "nothing is wrong. **No figure shows it**; compare the gradients with and without "
+         "--accumulate.",
+         "huggingface/transformers pull request 34191 (2024), ml-explore/mlx-lm pull request "
+         "1413."),
+    Case("sft.py", "& (at < lengths[:, None])", "& (at < lengths[:, None] - 1)",
+         ("test_sft.py::test_sft_loss_is_on_the_jd_and_its_end_only",),
+         "bash train.sh --quick",
+         "The end-of-text is not in the loss: the model never learns to stop. Its samples run on "
+         "to the limit, and the stage says so.",
+         "Where pad and end-of-text are one token, masking the pads masks the end: "
+         "huggingface/trl pull request 6357, deepseek-ai/DeepSeek-Coder issue 163."),
+    Case("sft.py", "in_jd = (at >= starts[:, None])", "in_jd = (at >= 1 + 0 * starts[:, None])",
+         ("test_sft.py::test_sft_loss_is_on_the_jd_and_its_end_only",),
+         "bash train.sh --quick",
+         "The prompt's tokens are in the loss: the model learns to write CVs, too. The NLL is not "
+         "what it says, much higher, and the JDs are a little worse.",
+         "Whether prompts are masked is a flag in most libraries, and a silent default in some."),
+    Case("ppo.py", "torch.full_like(scores, cut_off_score))",
+         "torch.full_like(scores, -cut_off_score))",
+         (PPO + "test_14_a_cut_off_response_gets_the_penalty_instead_of_its_score",), DEMO,
+         "A text without its end gets +3 instead of -3: once the policy finds that out, nothing "
+         "ends any more.",
+         "A penalty that never applied: huggingface/trl issue 3750."),
+    Case("ppo.py", "states = hidden[before_each_token(rollout)]",
+         "states = hidden.roll(-1, 1)[before_each_token(rollout)]",
+         (PPO + "test_12_logits_and_values_stand_one_position_before_each_response_token",), DEMO,
+         "The critic sees the token that it values: the explained variance is higher than it can "
+         "be, and the advantages have lost what the token itself did.",
+         "An offset by one between values and tokens: PrimeIntellect-ai/prime-rl pull request 1525 "
+         "(log-probabilities), EleutherAI/gpt-neox pull request 1285 (rewards)."),
+    Case("ppo.py", "returns = returns_to_go(rewards, mask, flags.gamma)",
+         "returns = whiten(advantages, mask) + values    ",
+         (PPO + "test_21_the_critic_is_fitted_to_returns_that_are_not_whitened_and_know_no_value",),
+         DEMO,
+         "The critic is fitted to returns made of whitened advantages: their scale is not that of "
+         "the rewards, so its values are wrong.",
+         "The order of whitening and computing returns is one of the details that "
+         "reimplementations get wrong (Huang et al. 2024, arXiv 2403.17031)."),
+    Case("ppo.py", "at = positions - rollout.prompt_lengths[:, None] + 1 ",
+         "at = positions - rollout.prompt_lengths[:, None] + 0 ",
+         (PPO + "test_12_logits_and_values_stand_one_position_before_each_response_token",), DEMO,
+         "The probability of each token is read at the token itself, not before it: they are "
+         "tiny, and the update follows noise.",
+         "See PrimeIntellect-ai/prime-rl pull request 1525, or NVIDIA/NeMo-Aligner issue 68: there "
+         "the first ratio was not 1."),
+]
+
+
+def make_case(folder, number):
+    """`bughunt`: a copy with the fault of this number, or of a random one."""
+    if number is not None and not 1 <= number <= len(CASES):
+        raise BadInput(f"bughunt: --case {number} must be from 1 to {len(CASES)}")
+    number = number or random.SystemRandom().randint(1, len(CASES))
+    case, folder = CASES[number - 1], copy_project(folder, HIDDEN)
+    for path in (HERE / "tests").glob("*.py"):
+        (folder / HIDDEN / "tests").mkdir(exist_ok=True)
+        shutil.copy(path, folder / HIDDEN / "tests" / path.name)
+    (folder / HIDDEN / "case").write_text(f"{number}\n")
+    shutil.rmtree(folder / "learn")
+    source = (folder / case.file).read_text()
+    if source.count(case.right) != 1:
+        raise BadInput(f"{HERE / case.file}: was edited; case {number} does not fit it any more")
+    (folder / case.file).write_text(source.replace(case.right, case.wrong))
+    (folder / "check.sh").write_text(
+        "#!/usr/bin/env bash\n# Is the fault mended?\n"
+        f'cd "$(dirname "$0")/{HIDDEN}"\nexec {sys.executable} -m learn.bughunt\n')
+    (folder / "TASK.md").write_text(
+        "# One line of this code is wrong\n\nFind it by what it does: run\n\n"
+        f"    {case.command.replace('RUN', 'runs/demo')}\n\nlook at the lines that it prints, at "
+        "metrics.csv, at the report and the trace (`python girl.py trace --run RUN`),\nand at what "
+        "README.md calls healthy. The seeds 0, 1 and 2 are worth comparing. Then mend it, and ask "
+        "\n\n    bash check.sh\n")
+    print(f"{folder}: one line is wrong. Read {folder / 'TASK.md'}")
+
+
+def is_mended(folder, case):
+    """Do the case's tests pass with the code in `folder`? Returns that, and pytest's last lines."""
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch) / "girl"
+        shutil.copytree(folder, work, ignore=shutil.ignore_patterns(HIDDEN, "runs", ".venv"))
+        shutil.copytree(folder / HIDDEN / "learn", work / "learn")
+        shutil.copytree(folder / HIDDEN / "tests", work / "tests")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p",
+                   "no:cacheprovider", *(f"tests/{name}" for name in case.tests)]
+        found = subprocess.run(command, cwd=work, capture_output=True, text=True)
+    return found.returncode == 0, found.stdout + found.stderr
+
+
+def main():
+    folder = Path.cwd().parent
+    number = int((folder / HIDDEN / "case").read_text())
+    case = CASES[number - 1]
+    well, output = is_mended(folder, case)
+    if "No module named pytest" in output:
+        print("the check needs pytest: pip install pytest")
+        return 2
+    if not well:
+        print("not mended yet: a test that finds the fault still fails")
+        return 1
+    print(f"mended (case {number}).\n\n{case.does}\n\n{case.seen}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""The exercises: each function taken out, two typical wrong solutions, and the original."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+import girl
+from conftest import refused
+from learn import bughunt, checker, copies
+from learn.exercises import EXERCISES
+
+# For each exercise two wrong solutions: this text of the original, what stands there instead, and
+# a part of the sentence that the student gets.
+WRONG = {
+    "rmsnorm": [("F.rms_norm(x, self.weight.shape, self.weight, self.eps)",
+                 "F.layer_norm(x, self.weight.shape, self.weight, None, self.eps)",
+                 "subtracts no mean"),
+                ("F.rms_norm(x, self.weight.shape, self.weight, self.eps)",
+                 "F.rms_norm(x, self.weight.shape, None, self.eps)", "multiply by self.weight")],
+    "rotate": [("torch.cat((-b, a), dim=-1)", "torch.cat((b, -a), dim=-1)", "sign of the sine"),
+               ("torch.cat((-b, a), dim=-1)",
+                "torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)",
+                "paired with its neighbour")],
+    "attention": [("is_causal=visible is None", "is_causal=False",
+                   "changing the last token changed the output of an earlier one"),
+                  ("k = rotate(k.transpose(1, 2), cos, sin)", "k = k.transpose(1, 2)",
+                   "with queries and keys rotated")],
+    "top_p": [("ranked.cumsum(-1) - ranked >= top_p", "ranked.cumsum(-1) > top_p",
+               "together they reach it"),
+              ("logits.float() / temperature", "logits.float() * temperature",
+               "divide the logits by it")],
+    "nll": [("hidden[before_target[asked]]", "hidden[in_jd[asked]]", "the state *before* a token"),
+            ("(at >= starts[:, None])", "(at >= 1)", "the tokens of the prompt, too")],
+    "ranking_loss": [("chosen - rejected", "rejected - chosen", "when the *rejected* text"),
+                     ("-F.logsigmoid(chosen - rejected)", "-(chosen - rejected).sigmoid().log()",
+                      "the logarithm of the sigmoid in one step")],
+    "comparisons": [("[(i, j) for", "[(j, i) for", "the accepted one comes first"),
+                    ("[(i, j) for i in chosen for j in rejected]", "list(zip(chosen, rejected))",
+                     "each with each; 2 came out")],
+    "last_token": [("at == lengths[:, None] - 1", "(at == ids.shape[1] - 1).expand(ids.shape)",
+                    "read it at lengths - 1"),
+                   ("self.head(self.model(ids, asked=at == lengths[:, None] - 1))",
+                    "self.score(self.model(ids, asked=at == lengths[:, None] - 1)).squeeze(-1)",
+                    "which is self.center")],
+    "auc": [("counts.cumsum() - (counts - 1) / 2", "counts.cumsum() - 0", "a tie counts half"),
+            ("        return None", "        return 0.5", "return None")],
+    "k3": [("torch.exp(-d) - 1 + d", "torch.exp(d) - 1 - d", "that is exp(d) - 1 - d"),
+           ("torch.exp(-d) - 1 + d", "0.5 * d ** 2", "for d = 1 and d = -1, 0.3679 should")],
+    "token_rewards": [("-beta * kl", "beta * kl", "with the wrong sign"),
+                      ("last = mask.sum(1) - 1", "last = torch.full((len(mask),), 2)",
+                       "belongs to token 1, not to the pad")],
+    "gae": [("values = values * mask", "values = values + 0", "row 0, token 1 is a pad"),
+            ("gamma * lam * next_advantage", "gamma * next_advantage", "with lambda 0")],
+    "critic": [("ridge[-1] = 0", "ridge[-1] += 0", "the bias was shrunk, too"),
+               ("(ridge + 1e-9)", "(0 * ridge + 1e-9)", "least squares without a ridge")],
+    "whiten": [("mean = masked_mean(x, mask)", "mean = x.mean()", "the 50 at a pad must not count"),
+               ("* torch.rsqrt(variance + 1e-8) * mask",
+                "* torch.rsqrt(variance + 1e-8) * mask + mean * mask", "the mean was added back")],
+    "policy_loss": [("torch.max(", "torch.min(", "it pays to leave the clip range"),
+                    ("torch.max(-advantages * ratio, -advantages * clipped)",
+                     "-advantages * clipped", "the ratio is always clipped")],
+    "kl_controller": [("min(max(kl / self.target - 1, -0.2), 0.2)", "kl / self.target - 1",
+                       "the error is clipped at 0.2"),
+                      ("1 + error", "1 - error", "10% above its target")],
+    "explained_variance": [("(x - masked_mean(x, mask)) ** 2", "x ** 2",
+                            "a critic that says 9 everywhere explains nothing"),
+                           ("masked_mean((x - masked_mean(x, mask)) ** 2, mask)",
+                            "((x - x.mean()) ** 2).mean()", "pads do not count")],
+    "lora": [("self.scale * ", "", "multiply it by alpha / r, here 4"),
+             ("self.base_layer(x) + ", "", "the layer starts as its base")],
+    "ndcg": [("gains[:relevant.sum()]", "gains", "ranks 2 and 4 give a DCG"),
+             ("np.arange(2, 12)", "np.arange(3, 13)", "ranks 2 and 4 give a DCG")],
+}
+
+
+def source_of(e):
+    return (copies.HOME / e.file).read_text()
+
+
+def test_there_are_enough_exercises_and_each_has_hints_and_wrong_solutions():
+    assert len(EXERCISES) >= 16 and set(WRONG) == set(EXERCISES)
+    assert all(len(e.hints) == 3 and len(WRONG[name]) == 2 for name, e in EXERCISES.items())
+    assert {e.lesson for e in EXERCISES.values()} == set(range(1, 8))
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_without_the_function_exactly_its_check_fails(name):
+    e = EXERCISES[name]
+    blanked = copies.blank(source_of(e), [e])
+    for other in EXERCISES.values():
+        source = blanked if other.file == e.file else source_of(other)
+        expected = (checker.OPEN, "not written yet") if other == e else (checker.DONE, "right")
+        assert checker.check(source, other) == expected
+
+
+@pytest.mark.parametrize("name, k", [(name, k) for name in EXERCISES for k in (0, 1)])
+def test_a_typical_wrong_solution_gets_the_sentence_that_was_written_for_it(name, k):
+    e, (old, new, says) = EXERCISES[name], WRONG[name][k]
+    source = source_of(e)
+    original = checker.solution(e)
+    assert old in original
+    state, sentence = checker.check(source.replace(original, original.replace(old, new)), e)
+    assert state == checker.WRONG and says in sentence, sentence
+    assert "{" not in sentence
+    assert checker.check(source, e) == (checker.DONE, "right")          # the original is back
+
+
+def test_a_fault_of_python_is_named_with_its_line():
+    e = EXERCISES["k3"]
+    source = source_of(e)
+    line = next(i for i, text in enumerate(source.splitlines(), 1) if "torch.exp(-d)" in text)
+    broken = source.replace("torch.exp(-d) - 1 + d", "torch.exp(-dd) - 1 + d")
+    state, sentence = checker.check(broken, e, "ppo.py")
+    assert state == checker.WRONG
+    assert sentence == f"ppo.py:{line}: NameError: name 'dd' is not defined"
+    broken = source.replace("torch.exp(-d) - 1 + d", "torch.exp(-d - 1 + d")
+    assert checker.check(broken, e, "ppo.py")[1].startswith(f"ppo.py:{line}: ")
+    assert checker.check("", e, "ppo.py") == (checker.WRONG, "ppo.py: has no k3 any more")
+
+
+def test_a_helper_function_may_be_added():
+    e = EXERCISES["k3"]
+    source = source_of(e).replace("torch.exp(-d) - 1 + d", "mine(d)")
+    source += "\n\ndef mine(d):\n    return torch.exp(-d) - 1 + d\n"
+    assert checker.check(source, e) == (checker.DONE, "right")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("learn") / "mine"
+    assert girl.main(["exercise", str(folder)]) == 0
+    return folder
+
+
+def ask(folder, *words):
+    """What check.sh prints, without a package that is not the project's."""
+    found = subprocess.run(["bash", str(folder / "check.sh"), *words], text=True,
+                           capture_output=True, env=os.environ | {"PYTHONPATH": ""})
+    return found.returncode, found.stdout + found.stderr
+
+
+def test_a_student_sees_where_they_stand(folder):
+    """Before, halfway and after, in a copy; and the project itself is as it was."""
+    code, out = ask(folder)
+    assert code == 0 and out.endswith(f"0 of {len(EXERCISES)} done\n")
+    assert out.count("\n") == len(EXERCISES) + 1 and out.count("open ") == len(EXERCISES)
+    path, e = folder / "ppo.py", EXERCISES["gae"]
+    blanked = path.read_text()
+    assert "# Lesson 4: bash check.sh gae\n    raise NotImplementedError\n" in blanked
+    assert "Generalised advantage estimation" in blanked            # its docstring stayed
+    assert "gamma * lam" not in blanked
+    assert ask(folder, "gae") == (1, "gae: not written yet\n")
+    assert ask(folder, "gae", "--hint", "2") == (0, e.hints[1] + "\n")
+    assert ask(folder, "gae", "--hint") == (0, e.hints[0] + "\n")
+    code, solution = ask(folder, "gae", "--solution")
+    assert code == 0 and solution.strip() == checker.solution(e)
+    body = solution.strip().splitlines()
+    body = "\n".join(body[next(i for i, text in enumerate(body) if text.endswith('"""')) + 1:])
+    todo = "    # Lesson 4: bash check.sh gae\n    raise NotImplementedError"
+    if '"""' in body:           # the docstring has several lines
+        body = body[body.index('"""') + 4:]
+    path.write_text(blanked.replace(todo, body))
+    assert ask(folder, "gae") == (0, "gae: right\n")
+    assert ask(folder)[1].endswith(f"1 of {len(EXERCISES)} done\n")
+    path.write_text(path.read_text().replace("values = values * mask", "values = values + 0"))
+    code, out = ask(folder, "gae")
+    assert code == 1 and "row 0, token 1 is a pad" in out
+    for e in EXERCISES.values():
+        (folder / e.file).write_text(source_of(e))
+    assert ask(folder)[1].endswith(f"{len(EXERCISES)} of {len(EXERCISES)} done\n")
+
+
+def test_the_copy_compiles_and_has_no_tests(folder):
+    files = sorted(str(path.relative_to(folder)) for path in folder.glob("**/*.py"))
+    assert {"girl.py", "ppo.py", "plumbing/stage.py", ".solutions/ppo.py"} <= set(files)
+    assert not any(file.startswith("tests") for file in files)
+    assert (folder / "demo/sft/model.safetensors").exists()
+    for file in files:
+        compile((folder / file).read_text(), file, "exec")
+
+
+def test_what_is_not_understood_is_refused(folder, tmp_path, capsys):
+    refused(capsys, ["exercise", str(folder)], f"{folder}: exists already")
+    (tmp_path / "file").write_text("")
+    refused(capsys, ["exercise", str(tmp_path / "file")], "exists already")
+    for words, says in ((["gea"], "there is no exercise gea"), (["--hint"], "name an exercise"),
+                        (["gae", "--hint", "4"], "--hint")):
+        code, out = ask(folder, *words)
+        assert code == 2 and says in out and "Traceback" not in out
+    found = subprocess.run([sys.executable, "-m", "learn.checker"], cwd=copies.HOME, text=True,
+                           capture_output=True)
+    assert found.returncode == 2 and "start it with  bash check.sh" in found.stderr
+
+
+# ----------------------------------------------------------------------------------- the bug hunt
+def test_each_case_is_one_line_of_the_code_as_it_is():
+    assert len(bughunt.CASES) >= 16
+    for case in bughunt.CASES:
+        source = (copies.HOME / case.file).read_text()
+        assert source.count(case.right) == 1 and case.right != case.wrong
+        broken = source.replace(case.right, case.wrong)
+        compile(broken, case.file, "exec")
+        pairs = zip(source.splitlines(), broken.splitlines(), strict=True)
+        assert sum(a != b for a, b in pairs) == 1
+        for name in case.tests:
+            file, test = name.split("::")
+            assert f"def {test}(" in (copies.HOME / "tests" / file).read_text()
+
+
+@pytest.mark.parametrize("number", [1, 13])
+def test_a_bug_hunt_is_over_when_the_fault_is_mended(tmp_path, number):
+    """Every case is tried by `python tests/mutants.py`; here are one of PPO and one of SFT."""
+    folder, case = tmp_path / "hunt", bughunt.CASES[number - 1]
+    assert girl.main(["bughunt", str(folder), "--case", str(number)]) == 0
+    task = (folder / "TASK.md").read_text()
+    assert case.command in task and case.does not in task
+    assert not (folder / "tests").exists() and not (folder / "learn").exists()
+    code, out = ask(folder)
+    assert code == 1 and out == "not mended yet: a test that finds the fault still fails\n"
+    path = folder / case.file
+    path.write_text(path.read_text().replace(case.wrong, case.right))
+    code, out = ask(folder)
+    assert code == 0 and out.startswith(f"mended (case {number}).") and case.does in out
+
+
+def test_a_random_case_is_one_of_them_and_another_number_is_refused(tmp_path, capsys):
+    assert girl.main(["bughunt", str(tmp_path / "hunt")]) == 0
+    number = int((tmp_path / "hunt" / bughunt.HIDDEN / "case").read_text())
+    assert 1 <= number <= len(bughunt.CASES)
+    refused(capsys, ["bughunt", str(tmp_path / "x"), "--case", "99"], "--case 99 must be from 1 to")

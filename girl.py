@@ -367,8 +367,9 @@ def is_done(run, name, command, device):
     if name in evaluate.MEASURES:
         return is_measured(run, parse(command))
     if name == "report":
-        page = run / "report.html"
-        return page.exists() and page.stat().st_mtime > (run / "results.json").stat().st_mtime
+        page, results = run / "report.html", run / "results.json"
+        return (page.exists() and results.exists()
+                and page.stat().st_mtime > results.stat().st_mtime)
     if finished(run, name):
         run_stage(parse(command), device)
     return finished(run, name)

@@ -186,7 +186,8 @@ def generate_figures(model, rows, args):
 
 def ppo_figures(model, rows, args):
     new, ends, flags = args.new or 64, [], ppo.PPOFlags(
-        iterations=1 + args.steps * args.repeats, episodes=64, minibatch=16, ppo_epochs=4, lr=1e-6)
+        iterations=1 + args.steps * args.repeats, episodes=64, minibatch=16, ppo_epochs=4, lr=1e-6,
+        keep=0)
     model.config = model.model.config = replace(model.config, max_cv_tokens=120, max_jd_tokens=new)
     judge = RewardModel(model.config, body=copy_trainable(model.model))
     codec = SimpleNamespace(max_jd=new, eos=-1, prompt=lambda i: rows[i][0], text=str)
@@ -295,7 +296,8 @@ def iterations(args):
     base = peak_rss_mb()
     model, codec, _ = model_of(args, args.rank)
     flags = ppo.PPOFlags(iterations=2, episodes=args.episodes, minibatch=args.minibatch,
-                         accumulate=args.accumulate, ppo_epochs=1, checkpointing=args.checkpointing)
+                         accumulate=args.accumulate, ppo_epochs=1, checkpointing=args.checkpointing,
+                         keep=0)
     # The reward model: a body of its own, or adapters of its own on the same base.
     judge = RewardModel(model.config, body=copy_trainable(model.model))
     stage = no_stage(lambda **row: None)

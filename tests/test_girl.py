@@ -314,7 +314,8 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
     def written():
         return {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
     before = written()
-    assert len([p for p in before if p.suffix in (".safetensors", ".jsonl")]) == 5 + 4
+    # Models, the heads of reading and value, three kept states; the data's files and the answers.
+    assert len([p for p in before if p.suffix in (".safetensors", ".jsonl")]) == 4 + 2 + 3 + 5
     assert girl.main(command) == 0
     assert before == written()
     said = capsys.readouterr().out
@@ -337,11 +338,13 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
     done = SimpleNamespace(wait=lambda: 0, terminate=lambda: None)
     monkeypatch.setattr(girl.subprocess, "Popen", lambda c, env: measured.append(c[2]) or done)
     path.write_text(path.read_text().replace("0.", "1.", 1))
-    assert girl.main(command) == 0 and measured == ["evaluate", "recommend"] and not path.exists()
+    assert girl.main(command) == 0 and not path.exists()
+    assert measured == ["evaluate", "recommend", "report"]
+    measured.clear()
     del results["checksum"], results["measured"]["recommend"]
     del results["measured"]["data"]                         # which an earlier version did not note
     girl.write_json(path, girl.with_checksum(results))
-    assert girl.main(command) == 0 and measured == ["evaluate", "recommend", "recommend"]
+    assert girl.main(command) == 0 and measured == ["recommend", "report"]
     path = tmp_path / "run" / "ppo" / "summary.json"
     summary = {k: v for k, v in json.loads(path.read_text()).items() if k != "checksum"}
     (path.parent / "value_head.safetensors").write_bytes(b"another")
@@ -349,7 +352,7 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
         summary | {"sha256": girl.checksums(path.parent / name for name in summary["sha256"])}))
     refused(capsys, ["recommend", *command[1:]],
             "results.json: is of other models; run  python girl.py evaluate")
-    assert girl.main(command) == 0 and measured[3:] == ["evaluate", "recommend"]
+    assert girl.main(command) == 0 and measured[2:] == ["evaluate", "recommend", "report"]
 
 
 @pytest.mark.parametrize("size", ["smoke", "quick"])
@@ -485,6 +488,11 @@ def test_the_reward_model_takes_up_stage_1_at_size_1_and_reads_as_before(tmp_pat
     head, flags = torch.nn.Linear(32, 1), girl.reward.RewardFlags()
     (tmp_path / "sft").mkdir()
     save_tensors(tmp_path / "sft/reader.safetensors", head.state_dict())
+
+    def trained_with(reading):
+        summary = girl.with_checksum({"asked": {"reading": reading, "init": ""}})
+        girl.write_json(tmp_path / "sft/summary.json", summary)
+    trained_with(0.5)
     reader = girl.reward.new_reader(tmp_path, lm, False, flags)
     torch.testing.assert_close(reader(model.model(ids)), head(lm.model(ids)), atol=1e-5, rtol=1e-4)
     # A pretrained model has none of stage 1; and one of another version may have none.
@@ -494,6 +502,8 @@ def test_the_reward_model_takes_up_stage_1_at_size_1_and_reads_as_before(tmp_pat
                        match="reader.safetensors: no such file, stage 1 was run by another"):
         girl.reward.new_reader(tmp_path, lm, False, flags)
     girl.reward.new_reader(tmp_path, lm, False, replace(flags, reading=0.0))
+    trained_with(0.0)                       # stage 1 had no such loss: stage 2 begins with it
+    girl.reward.new_reader(tmp_path, lm, False, flags)
 
 
 def test_stages_that_start_together_all_note_their_flags(tmp_path):

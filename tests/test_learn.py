@@ -1,5 +1,7 @@
 """The exercises: each function taken out, two typical wrong solutions, and the original."""
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +11,7 @@ import girl
 from conftest import refused
 from learn import bughunt, checker, copies
 from learn.exercises import EXERCISES
+from measure import demo
 
 # For each exercise two wrong solutions: this text of the original, what stands there instead, and
 # a part of the sentence that the student gets.
@@ -229,3 +232,54 @@ def test_a_random_case_is_one_of_them_and_another_number_is_refused(tmp_path, ca
     number = int((tmp_path / "hunt" / bughunt.HIDDEN / "case").read_text())
     assert 1 <= number <= len(bughunt.CASES)
     refused(capsys, ["bughunt", str(tmp_path / "x"), "--case", "99"], "--case 99 must be from 1 to")
+
+
+# -------------------------------------------------------------------------------------- the lessons
+LESSONS = (copies.HOME / "learn" / "LESSONS.md").read_text()
+STOPS = re.findall(r"```pdb\n(.*?)```\n\nYou should see `(.*?)`:", LESSONS, re.S)
+
+
+@pytest.fixture(scope="module")
+def lesson_runs(whole, tmp_path_factory):
+    """What bash train.sh --smoke and --demo leave, as far as the lessons need it."""
+    folder = tmp_path_factory.mktemp("lessons")
+    shutil.copytree(whole / "run", folder / "runs/smoke")
+    shutil.copytree(whole / "data", folder / "runs/smoke/data")
+    for stage in demo.MODELS:
+        shutil.copytree(demo.HOME / stage, folder / "runs/demo" / stage)
+    assert girl.main(["data", "--demo", "--out", str(folder / "runs/demo/data")]) == 0
+    return folder
+
+
+def test_each_of_the_first_five_lessons_stops_somewhere():
+    assert len(STOPS) == LESSONS.count("```pdb") == 5
+    assert re.findall(r"^## (\d)\.", LESSONS, re.M) == list("1234567")
+
+
+@pytest.mark.parametrize("k", range(len(STOPS)))
+def test_a_lesson_s_breakpoint_shows_what_the_lesson_says(lesson_runs, tmp_path, k):
+    block, says = STOPS[k]
+    runs = tmp_path / "runs"
+    shutil.copytree(lesson_runs / "runs", runs)
+    remove, command, *typed = block.strip().splitlines()
+    shutil.rmtree(tmp_path / remove.removeprefix("rm -rf "), ignore_errors=True)
+    words = command.replace("python", sys.executable, 1).replace("runs/", f"{runs}/").split()
+    found = subprocess.run(words, cwd=copies.HOME, input="\n".join(typed) + "\n", text=True,
+                           capture_output=True, timeout=300)
+    assert says in found.stdout, found.stdout[-2000:] + found.stderr[-2000:]
+
+
+def test_what_the_lessons_name_is_there():
+    """Functions, files, exercises, and the flags of their commands."""
+    for name in re.findall(r"`([\w/]+\.(?:py|txt|md|csv))`", LESSONS):
+        assert list(copies.HOME.glob(f"**/{name}")) or name == "metrics.csv", name
+    everything = "".join(path.read_text() for pattern in ("*.py", "measure/*.py")
+                         for path in copies.HOME.glob(pattern))
+    for paragraph in re.findall(r"\*\*Read\.\*\*(.*?)\n\n", LESSONS, re.S):
+        for name in re.findall(r"`(\w+)`", paragraph):
+            assert re.search(rf"(def|class) {name}\b|^{name} = ", everything, re.M), name
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"\*\*Exercises\.\*\*(.*)", LESSONS)))
+    assert named == [e.name for e in sorted(EXERCISES.values(), key=lambda e: e.lesson)]
+    for command in re.findall(r"^(?:python girl.py|bash train.sh) (.*?)(?: #.*)?$", LESSONS, re.M):
+        words = command.split()
+        girl.parse(words if words[0] in girl.HELP else ["train", *words])

@@ -55,6 +55,40 @@ def test_a_state_is_saved_at_the_first_step_after_so_many_seconds(
     assert saved == [None, None, None, 4, 4, 4, 4, 8]
 
 
+def test_a_flag_of_another_version_is_a_difference_unless_it_is_off():
+    was = {"asked": {"lr": 1.0}, "inputs": {}}
+    plumbing.stage.check_same("runs/x/sft", "finished", was, {"lr": 1.0, "reading": 0.0}, {})
+    with pytest.raises(BadInput, match="by another version of GIRL, without --reading; choose"):
+        plumbing.stage.check_same("runs/x/sft", "finished", was, {"lr": 1.0, "reading": 0.5}, {})
+    with pytest.raises(BadInput, match="with --lr 1.0, not 0.0; use the same"):
+        plumbing.stage.check_same("runs/x/sft", "finished", was, {"lr": 0.0}, {})
+
+
+def test_states_that_are_kept_are_those_of_this_attempt(tmp_path):
+    """A killed process leaves half of one; an attempt that saved no state, one of another seed."""
+    kept, layer = tmp_path / "sft" / plumbing.stage.KEPT, torch.nn.Linear(2, 1)
+    for attempt in (1, 2):
+        with Stage(tmp_path, "sft", 0) as stage:
+            stage.begin({}, {})
+            assert not kept.exists()
+            stage.resume({"model": layer}, [])
+            stage.keep(attempt, beta=0.5)
+            (kept / ".9.safetensors.1234.tmp").write_bytes(b"half")
+            stage.keep(attempt + 1, beta=0.25)
+            names = sorted(path.name for path in kept.iterdir())
+            assert names == [f"{k}.{kind}" for k in (attempt, attempt + 1)
+                             for kind in ("json", "safetensors")]
+    found = files.read_checked(kept / "3.json", "")
+    assert found["numbers"] == {"beta": 0.25}
+    assert found["sha256"] == files.sha256(kept / "3.safetensors")
+    other = torch.nn.Linear(2, 1)
+    restore = plumbing.stage.restore
+    restore(kept / "3.safetensors", found["sha256"], {"model": other}, [], "")
+    assert torch.equal(other.weight, layer.weight) and torch.equal(other.bias, layer.bias)
+    with pytest.raises(BadInput, match="3.safetensors: missing or damaged .* run it again"):
+        restore(kept / "3.safetensors", "0" * 64, {"model": other}, [], "run it again")
+
+
 def test_a_state_keeps_the_time_and_refuses_another_model(tmp_path):
     with Stage(tmp_path, "sft", 0) as stage:
         stage.begin({}, {})

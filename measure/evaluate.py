@@ -815,5 +815,5 @@ def print_wins(wins):
 def show_one(cv, jds, market):
     print(f"\nA CV of the held-out split:\n{cv}")
     for name, jd in jds.items():
-        truth = f" (true match {market.true_match(cv, jd):.2f})" if market else ""
-        print(f"\nThe JD {name}{truth}:\n{jd}")
+        truth = f", true match {market.true_match(cv, jd):.2f}" if market else ""
+        print(f"\nThe JD {name} (greedy{truth}):\n{jd}")

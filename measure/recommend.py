@@ -704,7 +704,7 @@ def find_jobs(models, cv, pool, top, train, market):
     shortlist = ranked(np.arange(len(pool)), J @ queries.mean(0))[:max(top, SHORTLIST)]
     pairs = [(0, int(d)) for d in shortlist]
     score_of = reward.score_pairs(models.reward, [models.codec.prompt(cv)], jd_rows, pairs)
-    print(f"The suggestion:\n{suggestion}\n")
+    print(f"The suggestion (greedy):\n{suggestion or '(empty: end-of-text came first)'}\n")
     for d in ranked(shortlist, [score_of[pair] for pair in pairs])[:top]:
         print(f"[{score_of[0, int(d)]:+.3f}] agrees with the suggestion in: "
               f"{agreement(suggestion, pool[d], market)}")

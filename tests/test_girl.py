@@ -174,8 +174,8 @@ def test_jobs_for_one_cv_come_from_the_pool_best_first(smoke, tmp_path, capsys):
     argv = ["recommend", "--run", str(a), "--cv", str(tmp_path / "cv.txt"),
             "--pool", str(a / "data" / "test.jsonl"), "--top", "15"]
     assert girl.main(argv) == 0
-    # The suggestion may be empty.
-    shown = [part.lstrip("\n") for part in capsys.readouterr().out.split("\n\n")]
+    shown = capsys.readouterr().out.split("\n\n")
+    assert shown[0].startswith("The suggestion (greedy):\n")
     jobs = [part.split("\n", 1) for part in shown if part.startswith("[")]
     scores = [float(head[1:head.index("]")]) for head, _ in jobs]
     assert len(jobs) == 15 and scores == sorted(scores, reverse=True)

@@ -35,9 +35,9 @@ PPO = "test_ppo.py::"
 CASES = [
     Case("ppo.py", "rewards = -beta * kl * mask", "rewards = +beta * kl * mask",
          (PPO + "test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference",), DEMO,
-         "The KL is paid for, not charged: the policy is driven away from the SFT model, and the "
-         "reward model is wrong in its favour there. So the reward rises, the KL explodes, and the "
-         "truth falls.",
+         "The policy is rewarded for its KL, not charged: it is driven away from the SFT model, "
+         "and the reward model is wrong in its favour there. So the reward rises, the KL explodes, "
+         "and the truth falls.",
          "Which sign is right is asked again and again (huggingface/trl issue 463, "
          "nebuly-ai/optimate issue 298)."),
     Case("ppo.py", "whitened = whiten(advantages, mask)", "whitened = whiten(-advantages, mask)",
@@ -68,31 +68,30 @@ CASES = [
          (PPO + "test_22_whitened_advantages_have_masked_mean_0_and_variance_1",), DEMO,
          "The zeros at pads count in the mean, so that the advantages are not centred. With texts "
          "of about the same length it hardly shows in any curve.",
-         "Pads in a mean of advantages: areal-project/AReaL pull request 1346, huggingface/trl "
-         "issue 7024."),
+         "NovaSky-AI/SkyRL issue 1305: a plain mean beside a masked variance."),
     Case("ppo.py", "codec.max_jd, flags.temperature, generator=generator)",
          "codec.max_jd, 0.5 * flags.temperature, generator=generator)",
          (PPO + "test_10_rollout_asks_for_the_full_distribution_at_its_temperature",), DEMO,
          "The texts are drawn at half the temperature at which their probabilities are computed: "
-         "they are not samples of the policy. The reward begins high, and the KL estimate is no "
-         "longer one.",
+         "they are not samples of the policy. The reward begins high, and the estimate of the KL "
+         "no longer estimates it.",
          "Rollout and KL at other temperatures: OpenRLHF/OpenRLHF pull request 853; top-k and "
          "other settings of sampling make the KL negative: huggingface/trl issues 235 and 736."),
     Case("ppo.py", "            ref_logp, _ = evaluate_policy(reference, part,",
          "            ref_logp, _ = evaluate_policy(policy, part,",
          (PPO + "test_11_temperature_divides_the_logits_of_rollout_reference_and_update",), DEMO,
-         "The reference is the policy itself, so the KL is always 0, and beta has nothing to hold "
-         "on to.",
-         "A reference that shares its weights with the policy moves with it; which of the two is "
-         "'old' is a common question (lucidrains/PaLM-rlhf-pytorch issue 41)."),
+         "The reference is the policy itself, so the KL is always 0, and beta has no effect.",
+         "In lucidrains/PaLM-rlhf-pytorch issue 41 the KL is taken to the policy of the rollout, "
+         "not to the SFT model."),
     Case("model.py", "positions = (mask.cumsum(1) - 1)",
          "positions = (torch.ones_like(mask).cumsum(1) - 1)",
          (PPO + "test_02_prompts_are_left_padded_and_positions_are_the_same_in_rollout_"
           "and_update",),
          "bash train.sh --smoke",
-         "Positions count the pads on the left, too. **No figure shows it**: rotary positions only "
-         "depend on differences, and these stay. With learned positions, as in GPT-2, it would "
-         "ruin generation. Only a test finds it.",
+         "Positions count the pads on the left, too. **No figure shows it** in generation: rotary "
+         "positions only depend on differences, and these stay. With learned positions, as in "
+         "GPT-2, it would ruin generation. (Stage 2, which has pads between prompt and JD, would "
+         "train with wrong distances.)",
          "OpenRLHF/OpenRLHF issue 217; huggingface/trl issues 469 and 6800."),
     Case("ppo.py", "log_ratio = ((logp - part.logp)", "log_ratio = ((part.logp - logp)",
          (PPO + "test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective",), DEMO,
@@ -107,21 +106,23 @@ CASES = [
          "A loader that is not shuffled, or shuffled with a fixed seed, is a classic."),
     Case("ppo.py", "return loss.sum() / tokens_in_step", "return loss.sum() / part.mask.sum()",
          (PPO + "test_30_gradient_accumulation_equals_the_big_batch",),
+         "bash train.sh --demo --out RUN; rm -r RUN/ppo; "
          "python girl.py ppo --demo --run RUN --accumulate 8",
          "Each micro-batch is divided by its own tokens, so that eight parts make eight times the "
          "gradient, and short texts count more. Adam hides the factor; without --accumulate "
          "nothing is wrong. **No figure shows it**; compare the gradients with and without "
          "--accumulate.",
          "huggingface/transformers pull request 34191 (2024), ml-explore/mlx-lm pull request "
-         "1413."),
-    Case("sft.py", "& (at < lengths[:, None])", "& (at < lengths[:, None] - 1)",
+         "1544."),
+    Case("sft.py", "is_target = in_jd[:, 1:]  ",
+         "is_target = in_jd[:, 1:] & in_jd.roll(-1, 1)[:, 1:]  ",
          ("test_sft.py::test_sft_loss_is_on_the_jd_and_its_end_only",),
          "bash train.sh --quick",
          "The end-of-text is not in the loss: the model never learns to stop. Its samples run on "
          "to the limit, and the stage says so.",
          "Where pad and end-of-text are one token, masking the pads masks the end: "
-         "huggingface/trl pull request 6357, deepseek-ai/DeepSeek-Coder issue 163."),
-    Case("sft.py", "in_jd = (at >= starts[:, None])", "in_jd = (at >= 1 + 0 * starts[:, None])",
+         "huggingface/trl issue 976, deepseek-ai/DeepSeek-Coder issue 163."),
+    Case("sft.py", "is_target = in_jd[:, 1:]  ", "is_target = (at < lengths[:, None])[:, 1:]  ",
          ("test_sft.py::test_sft_loss_is_on_the_jd_and_its_end_only",),
          "bash train.sh --quick",
          "The prompt's tokens are in the loss: the model learns to write CVs, too. The NLL is not "
@@ -131,30 +132,28 @@ CASES = [
          "torch.full_like(scores, -cut_off_score))",
          (PPO + "test_14_a_cut_off_response_gets_the_penalty_instead_of_its_score",), DEMO,
          "A text without its end gets +3 instead of -3: once the policy finds that out, nothing "
-         "ends any more.",
-         "A penalty that never applied: huggingface/trl issue 3750."),
+         "ends any more. In the demonstration nearly all texts end, so it may not find out.",
+         "A penalty that never applied: huggingface/trl issue 6805."),
     Case("ppo.py", "states = hidden[before_each_token(rollout)]",
          "states = hidden.roll(-1, 1)[before_each_token(rollout)]",
          (PPO + "test_12_logits_and_values_stand_one_position_before_each_response_token",), DEMO,
          "The critic sees the token that it values: the explained variance is higher than it can "
          "be, and the advantages have lost what the token itself did.",
-         "An offset by one between values and tokens: PrimeIntellect-ai/prime-rl pull request 1525 "
-         "(log-probabilities), EleutherAI/gpt-neox pull request 1285 (rewards)."),
+         "Values at the wrong index: huggingface/trl issue 44, verl-project/verl issue 1758."),
     Case("ppo.py", "returns = returns_to_go(rewards, mask, flags.gamma)",
          "returns = whiten(advantages, mask) + values    ",
          (PPO + "test_21_the_critic_is_fitted_to_returns_that_are_not_whitened_and_know_no_value",),
          DEMO,
          "The critic is fitted to returns made of whitened advantages: their scale is not that of "
          "the rewards, so its values are wrong.",
-         "The order of whitening and computing returns is one of the details that "
-         "reimplementations get wrong (Huang et al. 2024, arXiv 2403.17031)."),
+         "In what order to whiten and to compute returns is easily mixed up, since both loops "
+         "run over the same tensors."),
     Case("ppo.py", "at = positions - rollout.prompt_lengths[:, None] + 1 ",
          "at = positions - rollout.prompt_lengths[:, None] + 0 ",
          (PPO + "test_12_logits_and_values_stand_one_position_before_each_response_token",), DEMO,
-         "The probability of each token is read at the token itself, not before it: they are "
-         "tiny, and the update follows noise.",
-         "See PrimeIntellect-ai/prime-rl pull request 1525, or NVIDIA/NeMo-Aligner issue 68: there "
-         "the first ratio was not 1."),
+         "The probability of a token is read from the state at the token, which predicts the next "
+         "one. So it is tiny, and the update follows noise. The critic's states are shifted, too.",
+         "lucidrains/PaLM-rlhf-pytorch issue 31."),
 ]
 
 
@@ -179,9 +178,9 @@ def make_case(folder, number):
     (folder / "TASK.md").write_text(
         "# One line of this code is wrong\n\nFind it by what it does: run\n\n"
         f"    {case.command.replace('RUN', 'runs/demo')}\n\nlook at the lines that it prints, at "
-        "metrics.csv, at the report and the trace (`python girl.py trace --run RUN`),\nand at what "
-        "README.md calls healthy. The seeds 0, 1 and 2 are worth comparing. Then mend it, and ask "
-        "\n\n    bash check.sh\n")
+        "metrics.csv, at the report and the trace (`python girl.py trace --run RUN`),\nand at the "
+        "healthy ranges that the demonstration prints. The seeds 0, 1 and 2 are worth comparing. "
+        "Then mend it, and ask \n\n    bash check.sh\n")
     print(f"{folder}: one line is wrong. Read {folder / 'TASK.md'}")
 
 

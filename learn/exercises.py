@@ -277,8 +277,8 @@ def check_last_token(m):
           "Over all pairs of an accepted and a rejected decision: how often is the accepted one "
           "higher?",
           "Equal scores count half.",
-          "None if there is no accepted, or no rejected decision. (All pairs at once: "
-          "scores[labels][:, None] - scores[~labels]. With ranks it is faster.)")
+          "None if there is no accepted, or no rejected decision. With numpy arrays (labels of "
+          "type bool), all pairs at once: scores[labels][:, None] - scores[~labels].")
 def check_auc(m):
     expect(m.reward.auc([3.0, 1.0, 2.0], [True, False, False]), 1.0,
            "the accepted one is above both others, so the AUC is 1, not {found}")
@@ -320,8 +320,8 @@ def check_token_rewards(m):
     wanted = torch.tensor([[-0.05, 0.05, 0.9], [-0.2, -2.1, 0.0]])
     if found.shape == wanted.shape:
         if torch.allclose(found[0], torch.tensor([0.05, -0.05, 1.1]), atol=1e-5):
-            raise Wrong("the KL is paid for, with the wrong sign: a token that the policy likes "
-                        "more than the reference costs -beta * KL")
+            raise Wrong("the KL is paid with the wrong sign: a token that the policy likes more "
+                        "than the reference must get -beta * KL, which is below 0")
         if abs(float(found[1, 2]) + 2) < 1 or abs(float(found[1, 1]) + 0.1) < 1e-5:
             raise Wrong("row 1 has two real tokens, so its score belongs to token 1, not to the "
                         "pad at the end")
@@ -411,7 +411,7 @@ def check_policy_loss(m):
     found = m.ppo.policy_loss(log_ratio, torch.tensor([[1.0, 1.0, -1.0, -1.0]]), 0.2)
     if found.shape == (1, 4):
         if torch.allclose(found, torch.tensor([[-1.2, -0.8, 1.2, 0.8]]), atol=1e-5):
-            raise Wrong("the ratio is always clipped: then a bad action that became likelier (A "
+            raise Wrong("the ratio is always clipped: then a bad token that became likelier (A "
                         "-1, ratio 1.5) gets no gradient; take the larger of the two losses")
         if torch.allclose(found, torch.tensor([[-1.5, -0.8, 1.2, 0.5]]), atol=1e-5):
             raise Wrong("that is the smaller of the two losses: it pays to leave the clip range; "
@@ -476,7 +476,8 @@ def check_lora(m):
 
 
 @exercise("ndcg", "measure/recommend.py", "ranking_figures", 7,
-          "HR@k: is a relevant one among the first k? The reciprocal rank: 1 / rank of the first.",
+          "HR@k (hit rate): 1 if a relevant one is among the first k, else 0. The reciprocal rank: "
+          "1 / rank of the first.",
           "DCG@10: the sum of 1 / log2(rank + 1) over relevant ones among the first ten.",
           "NDCG divides it by the DCG of the best order: all relevant ones first, at most ten.")
 def check_ndcg(m):

@@ -283,7 +283,8 @@ def judge_scores(run, replay):
 # ------------------------------------------------------------------------------------ 3. the stages
 STAGE_FIGURES = [
     ("sft", "loss", "SFT: loss", "NLL of a JD token, nats", "Falls fast, then slowly; the dot is "
-     "the valid split at the end. Far above the curve, it says that the model learned by heart."),
+     "the valid split at the end. A dot far above the curve: the model learned its texts by "
+     "heart."),
     ("sft", "reading", "SFT: reading loss", "loss", "A plateau, then a fall: the moment at which "
      "the model learns to compare two texts."),
     ("reward", "loss", "Reward model: ranking loss", "loss", "Starts at ln 2 = 0.69, where it "
@@ -295,11 +296,11 @@ STAGE_FIGURES = [
     ("ppo", "kl", "PPO: KL to the SFT model", "nats per text", "Grows and levels off. Far above "
      "10: beta is too small, or its sign is wrong."),
     ("ppo", "entropy", "PPO: entropy", "nats per token", "Falls as the policy makes up its mind. "
-     "Near 0 it has collapsed: every text is the same."),
+     "Near 0 it has collapsed: for one CV it always writes the same text."),
     ("ppo", "clip_frac", "PPO: clipped ratios", "share", "Below 0.2 is usual. Above 0.3 the steps "
      "are too large."),
-    ("ppo", "explained_variance", "PPO: explained variance", "share", "What the critic knows of "
-     "the returns. Near 0 it reads the wrong states."),
+    ("ppo", "explained_variance", "PPO: explained variance", "share", "How much of the "
+     "variance of advantages + values the critic explains. Near 0 it reads the wrong states."),
     ("ppo", "length", "PPO: length", "tokens per JD", "Should stay near that of real JDs. A drift "
      "says that the reward model likes long or short texts."),
     ("ppo", "eos_rate", "PPO: JDs that end", "share", "Near 1. If it falls, texts are cut off at "
@@ -344,7 +345,7 @@ def reliability(run):
         ax.set_xlabel("reward, mean of a tenth of the samples")
         ax.set_ylabel("true match")
         legend(ax)
-    return figure("Is the score to be trusted?", "If PPO's points lie below SFT's, the same score "
+    return figure("Can you trust the score?", "If PPO's points lie below SFT's, the same score "
                   "is worth less there: the policy found what the model overrates.", draw)
 
 
@@ -404,7 +405,8 @@ def table_of_answers(run):
         cells = "".join(f"<td>{cell_of(results[name], key)}</td>" for key in columns)
         body += f"<tr><th>{name} <small>({evaluate.how_written(name)})</small></th>{cells}</tr>"
     return (f"{results['cvs']} CVs of the {results['split']} split{of_run(run)}, 95% intervals "
-            "over CVs."
+            "over CVs. Format: the share of JDs that parse; distinct-2: different word pairs / all; "
+            "copied: the share of a JD's word triples that stand in the CV."
             f"<div class=scroll><table><tr><th></th>{head}</tr>{body}</table></div>")
 
 
@@ -454,8 +456,9 @@ def figure_of_recommender(rows, kind):
         level(ax, 0, None, "-", FAINT)
         ax.set_xscale("log")
         ax.set_xlabel("labels")
-        ax.set_ylabel("gain of AUC over none")
+        ax.set_ylabel("gain in AUC over no generated JD")
         legend(ax)
+    kind = {"dot": "dot product", "mlp": "network"}[kind]
     return figure(f"A recommender with generated JDs ({kind})", "Generated JDs should help most "
                   "where labels are few, and JDs of another CV not at all. Bars: 95% intervals "
                   "over trainings.", draw)
@@ -474,8 +477,9 @@ def figure_of_grounding(grounding):
         ax.set_yticks(range(len(rows)), list(rows))
         ax.invert_yaxis()
         ax.set_xlabel("NDCG@10")
-    return figure(f"Finding posted jobs, of {pool}", "Which query finds the jobs that accepted the "
-                  "person? Lines are 95% intervals over CVs.", draw, 0.9 + 0.26 * len(rows))
+    return figure(f"Finding posted jobs, of {pool}", "Which query finds the jobs that the person "
+                  "was accepted for? Lines are 95% intervals over CVs.", draw,
+                  0.9 + 0.26 * len(rows))
 
 
 # ------------------------------------------------------------------------------------ 6. the trace

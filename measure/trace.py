@@ -70,8 +70,8 @@ def begun_flags(run, folder):
     summary = read_summary(run / "ppo")
     asked = summary["asked"]
     if others := differences(summary["inputs"], inputs_of(run, folder, "ppo")):
-        raise BadInput(f"{run / 'ppo'}: was trained with another {others[0][0]}; give the folder of "
-                       "its data with --data")
+        raise BadInput(f"{run / 'ppo'}: was trained with another {others[0][0]}; give the folder "
+                       "of its data with --data")
     known = {f.name for f in fields(ppo.PPOFlags)}
     flags = ppo.PPOFlags(**{name: value for name, value in asked.items() if name in known})
     return flags, asked["seed"]
@@ -118,7 +118,7 @@ class Replay:
     def restore(self, iteration):
         """The state before this iteration. Returns its beta."""
         if iteration not in self.kept:
-            raise BadInput(f"trace: iteration {iteration} was not kept; kept are "
+            raise BadInput(f"trace: iteration {iteration} was not kept; the kept ones are "
                            f"{', '.join(map(str, self.kept))} (see --keep of ppo)")
         remedy = f"delete {self.run / 'ppo'} and run the stage again"
         path = self.run / "ppo" / KEPT / f"{iteration}.json"
@@ -193,7 +193,7 @@ class Replay:
 # --------------------------------------------------------------------------------------- printing
 TITLES = {"log_pi": "log π", "log_pi_ref": "log π_ref", "kl": "KL", "reward": "reward",
           "value": "value", "delta": "δ", "advantage": "A", "whitened": "A whitened",
-          "return": "return", "to_go": "to go"}
+          "return": "A + value", "to_go": "return"}
 
 
 def table(t):
@@ -218,23 +218,23 @@ def sums(t):
     kl, rewards = sum(t.columns["kl"]), sum(t.columns["reward"])
     return [f"The rewards add up to {rewards:+.4f}: score {t.score:+.4f} - "
             f"beta {t.beta:g} x KL {kl:.4f} = {t.score - t.beta * kl:+.4f}.",
-            "A + value = return, GAE's estimate of what the text still brings; \"to go\" is what it "
+            "A + value is GAE's estimate of what the text still brings; the return is what it "
             "brought."]
 
 
 def same_as_logged(t):
     """Does the iteration give the figures of metrics.csv? In one line."""
-    what = f"Iteration {t.iteration} of {t.iterations}, done again"
+    what = f"Iteration {t.iteration} of {t.iterations}, done again,"
     if found := t.differences():
         name, value, logged = found[0]
         why = ("Another machine, other code, or sums on CUDA, which have no fixed order?"
                if not t.machine else "".join(f"It was kept with {name} {was}; now it is {now}."
                                              for name, was, now in t.machine[:1]))
-        return f"{what}, differs from metrics.csv: {name} {value} instead of {logged}. {why}"
+        return f"{what} differs from metrics.csv: {name} {value} instead of {logged}. {why}"
     truth = t.log["true_match"]
     shown = "" if truth is None else f", true match {truth:.4f}"
-    return (f"{what}: reward {t.log['reward']:+.4f}, KL {t.log['kl']:.4f}{shown}: these and all "
-            "other figures equal metrics.csv, bit for bit.")
+    return (f"{what} has the figures of metrics.csv, bit for bit, over all its texts: reward "
+            f"{t.log['reward']:+.4f}, KL {t.log['kl']:.4f}{shown}, and the others.")
 
 
 def show(t, own_cv):

@@ -81,7 +81,7 @@ def test_trace_prints_the_table_the_sums_and_the_comparison(whole, capsys):
     t = trace.Replay(whole / "run", whole / "data", CPU, market.true_match).trace(2, 1)
     assert all(line in out for line in trace.table(t)) and "The rewards add up to" in out
     assert t.cv in out and f"true match {t.true_match:.3f}" in out
-    assert "Iteration 2 of 2, done again: reward" in out and "bit for bit" in out
+    assert "Iteration 2 of 2, done again, has the figures of metrics.csv, bit for bit" in out
 
 
 def test_a_ratio_outside_the_clip_range_is_marked(whole):
@@ -106,7 +106,7 @@ def test_what_cannot_be_traced_is_refused(whole, tmp_path, capsys):
     run, data = tmp_path / "run", str(whole / "data")
     shutil.copytree(whole / "run", run)
     command = ["trace", "--run", str(run), "--data", data]
-    refused(capsys, [*command, "--iteration", "3"], "iteration 3 was not kept; kept are 1, 2")
+    refused(capsys, [*command, "--iteration", "3"], "iteration 3 was not kept; the kept ones are 1, 2")
     refused(capsys, [*command, "--episode", "8"], "--episode 8 must be at most 7")
     path = run / "ppo" / KEPT / "2.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")

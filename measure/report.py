@@ -265,19 +265,22 @@ def story(runs, judged):
     return section("The story", "Each point is an iteration of PPO.", parts)
 
 
-def judge_scores(run, replay):
-    """[(iteration, mean judge)] of the rollouts of the kept iterations; none without a judge."""
-    if not finished(run, "judge"):
-        return []
-    judge = load_model(need(run, "judge"), RewardModel, replay.device,
-                       share_base_with=replay.reference).eval()
-    found = []
-    for iteration in progress(replay.kept, "report: judge", "iteration"):
-        cvs, rollout, _, _ = replay.roll_out(iteration)
-        rows = list(zip(map(replay.codec.prompt, cvs),
-                        (row[m].tolist() for row, m in zip(rollout.tokens, rollout.mask))))
-        found.append((iteration, float(evaluate.score(judge, rows).mean())))
-    return found
+def look_again(run, replay, with_judge):
+    """Do the kept iterations again. Returns [(iteration, mean judge of its rollout)], which is empty
+    without a judge, and the Traces of the first and the last."""
+    judge, judged, traced = None, [], []
+    if with_judge and finished(run, "judge"):
+        judge = load_model(need(run, "judge"), RewardModel, replay.device,
+                           share_base_with=replay.reference).eval()
+    ends = {replay.kept[0], replay.kept[-1]}
+    for iteration in progress(replay.kept if judge else sorted(ends), "report", "iteration"):
+        rolled_out = replay.roll_out(iteration)
+        if judge:
+            rows = zip(map(replay.codec.prompt, rolled_out.cvs), replay.responses(rolled_out))
+            judged.append((iteration, float(evaluate.score(judge, list(rows)).mean())))
+        if iteration in ends:
+            traced.append(replay.update(rolled_out))
+    return judged, traced
 
 
 # ------------------------------------------------------------------------------------ 3. the stages
@@ -405,8 +408,8 @@ def table_of_answers(run):
         cells = "".join(f"<td>{cell_of(results[name], key)}</td>" for key in columns)
         body += f"<tr><th>{name} <small>({evaluate.how_written(name)})</small></th>{cells}</tr>"
     return (f"{results['cvs']} CVs of the {results['split']} split{of_run(run)}, 95% intervals "
-            "over CVs. Format: the share of JDs that parse; distinct-2: different word pairs / all; "
-            "copied: the share of a JD's word triples that stand in the CV."
+            "over CVs. Format: the share of JDs that parse; distinct-2: different word pairs / "
+            "all; copied: the share of a JD's word triples that stand in the CV."
             f"<div class=scroll><table><tr><th></th>{head}</tr>{body}</table></div>")
 
 
@@ -458,8 +461,8 @@ def figure_of_recommender(rows, kind):
         ax.set_xlabel("labels")
         ax.set_ylabel("gain in AUC over no generated JD")
         legend(ax)
-    kind = {"dot": "dot product", "mlp": "network"}[kind]
-    return figure(f"A recommender with generated JDs ({kind})", "Generated JDs should help most "
+    title = {"dot": "dot product", "mlp": "network"}[kind]
+    return figure(f"A recommender with generated JDs ({title})", "Generated JDs should help most "
                   "where labels are few, and JDs of another CV not at all. Bars: 95% intervals "
                   "over trainings.", draw)
 
@@ -646,10 +649,7 @@ def write_report(paths, folder, path, device, true_match):
     first, judged, traced = runs[0], [], []
     try:
         replay = Replay(paths[0], folder, device, true_match)
-        if len(runs) == 1:
-            judged = judge_scores(paths[0], replay)
-        shown = dict.fromkeys((replay.kept[0], replay.kept[-1]))
-        traced = [replay.trace(n) for n in progress(shown, "report: trace", "iteration")]
+        judged, traced = look_again(paths[0], replay, with_judge=len(runs) == 1)
     except BadInput as e:                   # nothing was kept, or the data are gone
         print(f"report: without the trace: {e}")
     if any(t.differences() for t in traced):

@@ -98,6 +98,16 @@ def columns_of(rollout, k, flags):
     return {name: x[mask].tolist() for name, x in columns.items()}
 
 
+class RolledOut(NamedTuple):
+    """An iteration before its update."""
+    iteration: int
+    cvs: list
+    rollout: ppo.Rollout
+    log: dict
+    generator: torch.Generator      # the update goes on with it
+    machine: list                   # differences of this machine from the one that trained
+
+
 class Replay:
     """The iterations of a finished PPO that were kept, to do them again. `true_match(cv, jd)`: a
     number, or None."""
@@ -116,7 +126,8 @@ class Replay:
         self.reference, self.optimizer, self.critic = prepared
 
     def restore(self, iteration):
-        """The state before this iteration. Returns its beta."""
+        """The state before this iteration. Returns its beta, and in what this machine differs from
+        the one that kept it."""
         if iteration not in self.kept:
             raise BadInput(f"trace: iteration {iteration} was not kept; the kept ones are "
                            f"{', '.join(map(str, self.kept))} (see --keep of ppo)")
@@ -125,14 +136,12 @@ class Replay:
         kept = read_checked(path, remedy)
         restore(path.with_suffix(".safetensors"), kept["sha256"],
                 {"policy": self.policy, "critic": self.critic}, [self.optimizer], remedy)
-        self.machine = differences(kept["machine"], machine())
-        return kept["numbers"]["beta"]
+        return kept["numbers"]["beta"], differences(kept["machine"], machine())
 
     def roll_out(self, iteration, episode=0, cv=None):
-        """The rollout of this iteration, as in ppo.train: its CVs, the Rollout, the log, and the
-        generator that the update goes on with. `cv`: a text that takes the place of the episode's
-        CV."""
-        i, beta = iteration - 1, self.restore(iteration)
+        """The rollout of this iteration, as in ppo.train. `cv`: a text that takes the place of the
+        episode's CV."""
+        i, (beta, other_machine) = iteration - 1, self.restore(iteration)
         rng = generator(self.seed, "ppo", i)
         chosen = ppo.draw_cvs(self.cvs, self.flags.episodes, rng)
         if episode >= len(chosen):
@@ -144,31 +153,36 @@ class Replay:
             self.policy, self.reference, self.reward_model, self.critic, prompts, self.codec,
             self.flags, beta, generator(self.seed, "ppo-sample", i, device=self.device),
             self.device)
-        return chosen, rollout, log, rng
+        return RolledOut(iteration, chosen, rollout, log, rng, other_machine)
 
-    def texts(self, rollout):
-        """The JDs of a rollout."""
-        return [self.codec.text(row[m].tolist()) for row, m in zip(rollout.tokens, rollout.mask)]
+    def responses(self, rolled_out):
+        """The token ids of its JDs."""
+        rollout = rolled_out.rollout
+        return [row[m].tolist() for row, m in zip(rollout.tokens, rollout.mask)]
 
-    def trace(self, iteration, episode=0, cv=None):
-        """Do the whole iteration again: the Trace of one of its episodes."""
-        chosen, rollout, log, rng = self.roll_out(iteration, episode, cv)
+    def update(self, rolled_out, episode=0):
+        """The update that follows, as in ppo.train: the Trace of one of its episodes."""
+        iteration, cvs, rollout, log, rng, other_machine = rolled_out
         ratios = [self.ratios(rollout, episode)]
         self.optimizer.param_groups[0]["lr"] = ppo.learning_rate(iteration - 1, self.flags)
         hook = self.optimizer.register_step_post_hook(
             lambda *_: ratios.append(self.ratios(rollout, episode)))
         log |= ppo.update(self.policy, self.optimizer, rollout, self.flags, rng, self.device)
         hook.remove()
-        texts, matches = self.texts(rollout), [None] * len(chosen)
+        responses = self.responses(rolled_out)
+        texts, matches = list(map(self.codec.text, responses)), [None] * len(cvs)
         if self.true_match:
-            matches = list(map(self.true_match, chosen, texts))
+            matches = list(map(self.true_match, cvs, texts))
         log["true_match"] = sum(matches) / len(matches) if self.true_match else None
-        tokens = rollout.tokens[episode][rollout.mask[episode]].tolist()
         return Trace(
-            iteration, self.flags.iterations, episode, chosen[episode], texts[episode],
-            self.pieces(tokens), columns_of(rollout, episode, self.flags), ratios, self.flags.clip,
-            log["beta"], float(rollout.scores[episode]), matches[episode], log,
-            read_row(self.run, iteration), self.machine)
+            iteration, self.flags.iterations, episode, cvs[episode], texts[episode],
+            self.pieces(responses[episode]), columns_of(rollout, episode, self.flags), ratios,
+            self.flags.clip, log["beta"], float(rollout.scores[episode]), matches[episode], log,
+            read_row(self.run, iteration), other_machine)
+
+    def trace(self, iteration, episode=0, cv=None):
+        """Do a whole iteration again: the Trace of one of its episodes."""
+        return self.update(self.roll_out(iteration, episode, cv), episode)
 
     def pieces(self, tokens):
         """The text of each token. Decoded one by one, a token could lose its space, or its half of

@@ -65,6 +65,25 @@ def test_texts_and_numbers_are_those_of_the_answers(page, evaluated):
     assert f"<td>{results['ppo']['true_match']:.3f}" in page
 
 
+def test_a_recommender_is_drawn_with_its_paired_intervals(evaluated):
+    """From results like those of `recommend`."""
+    rows = [{"kind": kind, "mode": mode, "k": 1, "labels": labels, "auc": [0.7, 0.01]}
+            | ({} if mode == "none" else {"auc_over_none": [0.05, 0.02, 0.08]})
+            for kind in ("dot", "mlp") for labels in (10, 100)
+            for mode in ("none", "sft", "girl", "shuffled")]
+    found = {"cv": {"ndcg_10": 0.2, "ndcg_10_ci95": [0.1, 0.3]}}
+    run = report.load_run(evaluated)
+    results = run.results | {"recommend": {"cvs": {"rows": rows}},
+                             "grounding": {"pools": {"100": {"accepted": {"rows": found}}}}}
+    page = report.tables(run._replace(results=results))
+    for title in ("with generated JDs (dot product)", "with generated JDs (network)",
+                  "Finding posted jobs, of 100"):
+        assert title in page
+    del results["wins"]                     # the recommender alone
+    page = report.tables(run._replace(results={k: results[k] for k in evaluate.OF_RECOMMEND}))
+    assert "(network)" in page and "GIRL against" not in page
+
+
 def test_words_of_the_cv_are_marked_and_nothing_is_html():
     marked = report.mark_common("Cook: <b>Pastry</b> & knives, at C++ a", "cook, pastry, C++ & b a")
     assert marked == ("<mark>Cook</mark>: &lt;b&gt;<mark>Pastry</mark>&lt;/b&gt; &amp; knives, at "
@@ -84,12 +103,13 @@ def test_the_trace_holds_the_numbers_of_training(page, whole, evaluated):
 
 def test_the_judge_is_asked_about_the_rollouts_of_kept_iterations(whole, evaluated):
     replay = Replay(evaluated, whole / "data", CPU)
-    judged = report.judge_scores(evaluated, replay)
+    judged, traced = report.look_again(evaluated, replay, with_judge=True)
+    assert [t.iteration for t in traced] == [1, 2]
+    assert report.look_again(evaluated, replay, with_judge=False)[0] == []
     assert [iteration for iteration, _ in judged] == [1, 2]
     judge = report.load_model(evaluated / "judge", report.RewardModel, CPU).eval()
-    cvs, rollout, _, _ = replay.roll_out(2)
-    rows = [(replay.codec.prompt(cv), row[m].tolist())
-            for cv, row, m in zip(cvs, rollout.tokens, rollout.mask)]
+    rolled_out = replay.roll_out(2)
+    rows = list(zip(map(replay.codec.prompt, rolled_out.cvs), replay.responses(rolled_out)))
     assert judged[1][1] == pytest.approx(evaluate.score(judge, rows).mean(), abs=1e-6)
 
 

@@ -90,11 +90,12 @@ def without_clock(value):
 
 def differences(run, whole):
     """Files that one run has and the other has not, or that are not the same, the clock's fields
-    aside."""
+    aside. (The report shows the clock.)"""
     def content(path):
         raw = path.read_bytes()
-        return (without_clock(json.loads(raw)) if path.name in ("summary.json", "results.json")
-                else raw)
+        if path.name in ("summary.json", "results.json"):
+            return without_clock(json.loads(raw))
+        return b"" if path.name == "report.html" else raw
     found = ({p.relative_to(run) for p in run.rglob("*") if p.is_file()}
              | {p.relative_to(whole) for p in whole.rglob("*") if p.is_file()})
     return sorted(str(name) for name in found

@@ -277,13 +277,13 @@ def test_data_for_which_nothing_vouches_are_used_as_they_are(tmp_path, capsys, m
     monkeypatch.setattr(girl, "run_apart", lambda run, commands, device: apart.extend(commands))
     monkeypatch.setattr(girl, "run_stage", lambda *args: None)
     monkeypatch.setattr(girl, "measured_checksums", lambda *args: {})
-    later = ["sft", "reward", "judge", "evaluate", "recommend"]
+    later = ["sft", "reward", "judge", "evaluate", "recommend", "report"]
     assert girl.main(["train", "--smoke", "--run", str(tmp_path)]) == 0
     assert "they are used as they are" in capsys.readouterr().out and apart == later
     assert before == {p: p.read_bytes() for p in (tmp_path / "data").iterdir()}
     (tmp_path / "data" / "test.jsonl").unlink()
     assert girl.main(["train", "--smoke", "--run", str(tmp_path)]) == 0
-    assert apart[5:] == ["data", *later]
+    assert apart[6:] == ["data", *later]
 
 
 def test_same_seed_gives_identical_weights_metrics_and_results(smoke):
@@ -385,8 +385,9 @@ def test_the_quick_run_leaves_the_recommender_out(tmp_path, monkeypatch):
         (args.command, [f"--{girl.size_of(args)}"])))
     monkeypatch.setattr(girl, "measured_checksums", lambda args: {})
     girl.main(["train", "--quick", "--out", str(tmp_path)])
-    assert [name for name, _ in started] == ["data", "sft", "reward", "judge", "ppo", "evaluate"]
-    assert all("--quick" in words for _, words in started)
+    assert [name for name, _ in started] == ["data", "sft", "reward", "judge", "ppo", "evaluate",
+                                             "report"]
+    assert all("--quick" in words for name, words in started if name != "report")
 
 
 @pytest.mark.parametrize("done", ["", "reward", "reward judge"])

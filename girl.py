@@ -512,10 +512,10 @@ SIZES = {
         "train": {"save_seconds": 2.0}},
     "quick": {
         "data": {"people": 24000, "held_out": 400, "jobs": 12000, "fields": 2},
-        "sft": {"epochs": 1.8, "hidden": 64, "layers": 3, "heads": 2, "kv_heads": 2,
+        "sft": {"epochs": 2, "hidden": 64, "layers": 3, "heads": 2, "kv_heads": 2,
                 "vocab": 1024},
         "reward": {"steps": 850},
-        "ppo": {"iterations": 28, "episodes": 128, "lr": 8e-4},
+        "ppo": {"iterations": 28, "episodes": 128, "lr": 8e-4, "keep": 3},
         "evaluate": {"cvs": 200}},
     "demo": {
         "data": {"people": 600, "held_out": 50, "jobs": 2000, "fields": 2},

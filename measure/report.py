@@ -266,8 +266,8 @@ def story(runs, judged):
 
 
 def look_again(run, replay, with_judge):
-    """Do the kept iterations again. Returns [(iteration, mean judge of its rollout)], which is empty
-    without a judge, and the Traces of the first and the last."""
+    """Do the kept iterations again. Returns [(iteration, mean judge of its rollout)], empty without
+    a judge, and the Traces of the first and the last."""
     judge, judged, traced = None, [], []
     if with_judge and finished(run, "judge"):
         judge = load_model(need(run, "judge"), RewardModel, replay.device,

@@ -106,7 +106,8 @@ def test_what_cannot_be_traced_is_refused(whole, tmp_path, capsys):
     run, data = tmp_path / "run", str(whole / "data")
     shutil.copytree(whole / "run", run)
     command = ["trace", "--run", str(run), "--data", data]
-    refused(capsys, [*command, "--iteration", "3"], "iteration 3 was not kept; the kept ones are 1, 2")
+    refused(capsys, [*command, "--iteration", "3"],
+            "iteration 3 was not kept; the kept ones are 1, 2")
     refused(capsys, [*command, "--episode", "8"], "--episode 8 must be at most 7")
     path = run / "ppo" / KEPT / "2.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"?")

@@ -88,10 +88,10 @@ CASES = [
          (PPO + "test_02_prompts_are_left_padded_and_positions_are_the_same_in_rollout_"
           "and_update",),
          "bash train.sh --smoke",
-         "Positions count the pads on the left, too. **No figure shows it** in generation: rotary "
-         "positions only depend on differences, and these stay. With learned positions, as in "
-         "GPT-2, it would ruin generation. (Stage 2, which has pads between prompt and JD, would "
-         "train with wrong distances.)",
+         "Positions count the pads on the left, too. **We know of no figure that shows it** in "
+         "generation: rotary positions only depend on differences, and these stay. With learned "
+         "positions, as in GPT-2, it would ruin generation. (Stage 2, which has pads between "
+         "prompt and JD, would train with wrong distances.)",
          "OpenRLHF/OpenRLHF issue 217; huggingface/trl issues 469 and 6800."),
     Case("ppo.py", "log_ratio = ((logp - part.logp)", "log_ratio = ((part.logp - logp)",
          (PPO + "test_25_policy_loss_is_the_masked_mean_of_the_clipped_objective",), DEMO,
@@ -101,8 +101,9 @@ CASES = [
     Case("ppo.py", "return torch.randperm(n, generator=generator).split(size)",
          "return torch.arange(n).split(size)",
          (PPO + "test_29_every_epoch_is_a_fresh_permutation_with_each_episode_once",), DEMO,
-         "Every epoch has the same minibatches in the same order. **No figure shows it** here, "
-         "where the episodes of a rollout are random CVs anyway; where they are sorted, it would.",
+         "Every epoch has the same minibatches in the same order. **We know of no figure that "
+         "shows it** here, where the episodes of a rollout are random CVs anyway; where they are "
+         "sorted, it would.",
          "A loader that is not shuffled, or shuffled with a fixed seed, is a classic."),
     Case("ppo.py", "return loss.sum() / tokens_in_step", "return loss.sum() / part.mask.sum()",
          (PPO + "test_30_gradient_accumulation_equals_the_big_batch",),
@@ -110,8 +111,8 @@ CASES = [
          "python girl.py ppo --demo --run RUN --accumulate 8",
          "Each micro-batch is divided by its own tokens, so that eight parts make eight times the "
          "gradient, and short texts count more. Adam hides the factor; without --accumulate "
-         "nothing is wrong. **No figure shows it**; compare the gradients with and without "
-         "--accumulate.",
+         "nothing is wrong. **We know of no figure that shows it**; compare the gradients with and "
+         "without --accumulate.",
          "huggingface/transformers pull request 34191 (2024), ml-explore/mlx-lm pull request "
          "1544."),
     Case("sft.py", "is_target = in_jd[:, 1:]  ",

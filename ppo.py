@@ -233,6 +233,10 @@ class Rollout(NamedTuple):
         """These episodes alone."""
         return Rollout(*(x if x is None else x[keep] for x in self))
 
+    def responses(self):
+        """The token ids of each response, without pads."""
+        return [row[real].tolist() for row, real in zip(self.tokens, self.mask)]
+
 
 def make_rollout(prompts, responses, device):
     ids, _ = pad_right([p + r for p, r in zip(prompts, responses)])                 # [B, T]
@@ -458,7 +462,7 @@ def learning_rate(i, flags):
     return flags.lr * (1 - i / flags.iterations)
 
 
-def kept(flags):
+def kept_iterations(flags):
     """The iterations, counted from 0, before which the state is kept: the first and the last among
     them."""
     n = min(flags.keep, flags.iterations)
@@ -482,7 +486,7 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
         new_rollout(draw_cvs(cvs, flags.episodes, generator(seed, "ppo", "critic")), "critic")
 
     for i in range(stage.step, flags.iterations):
-        if i in kept(flags):
+        if i in kept_iterations(flags):
             stage.keep(i + 1, beta=controller.beta)
         rng = generator(seed, "ppo", i)
         chosen = draw_cvs(cvs, flags.episodes, rng)
@@ -494,7 +498,7 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
             stage.not_finite(i + 1, chosen, "lower --lr or raise --kl-coef")
         controller.update(log["kl"], len(chosen))
 
-        texts = [codec.text(row[m].tolist()) for row, m in zip(rollout.tokens, rollout.mask)]
+        texts = [codec.text(response) for response in rollout.responses()]
         log["true_match"] = sum(map(true_match, chosen, texts)) / len(texts) if true_match else None
         log["kl_fault"] = kl_is_negative([*stage.rows, log])
         stage.log(iteration=i + 1, **log)

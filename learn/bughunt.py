@@ -13,10 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from learn.copies import copy_project
+from learn.copies import HOME, copy_project
 from plumbing.files import BadInput
 
-HERE = Path(__file__).resolve().parents[1]
 HIDDEN = ".check"
 
 
@@ -164,18 +163,18 @@ def make_case(folder, number):
         raise BadInput(f"bughunt: --case {number} must be from 1 to {len(CASES)}")
     number = number or random.SystemRandom().randint(1, len(CASES))
     case, folder = CASES[number - 1], copy_project(folder, HIDDEN)
-    for path in (HERE / "tests").glob("*.py"):
+    for path in (HOME / "tests").glob("*.py"):
         (folder / HIDDEN / "tests").mkdir(exist_ok=True)
         shutil.copy(path, folder / HIDDEN / "tests" / path.name)
     (folder / HIDDEN / "case").write_text(f"{number}\n")
     shutil.rmtree(folder / "learn")
     source = (folder / case.file).read_text()
     if source.count(case.right) != 1:
-        raise BadInput(f"{HERE / case.file}: was edited; case {number} does not fit it any more")
+        raise BadInput(f"{HOME / case.file}: was edited; case {number} does not fit it any more")
     (folder / case.file).write_text(source.replace(case.right, case.wrong))
     (folder / "check.sh").write_text(
         "#!/usr/bin/env bash\n# Is the fault mended?\n"
-        f'cd "$(dirname "$0")/{HIDDEN}"\nexec {sys.executable} -m learn.bughunt\n')
+        f'cd "$(dirname "$0")/{HIDDEN}"\nexec "{sys.executable}" -m learn.bughunt\n')
     (folder / "TASK.md").write_text(
         "# One line of this code is wrong\n\nFind it by what it does: run\n\n"
         f"    {case.command.replace('RUN', 'runs/demo')}\n\nlook at the lines that it prints, at "

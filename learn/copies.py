@@ -15,13 +15,13 @@ from learn.exercises import EXERCISES
 from plumbing.files import BadInput
 
 HOME = Path(__file__).parents[1]
-CODE = ("*.py", "plumbing/*.py", "measure/*.py", "learn/*.py", "learn/*.md", "*.sh", "*.md",
-        "requirements*.txt", "demo/**/*")
+CODE = ("*.py", "plumbing/*.py", "measure/*.py", "learn/*.py", "learn/*.md", "learn/*.txt", "*.sh",
+        "*.md", "requirements*.txt", "demo/**/*")
 SOLUTIONS = ".solutions"
 CHECK = """#!/usr/bin/env bash
 # Where do you stand?   bash check.sh [EXERCISE] [--hint [K] | --solution]
 cd "$(dirname "$0")/.solutions"         # the originals are imported; your files are read
-exec {python} -m learn.checker "$@"
+exec "{python}" -m learn.checker "$@"
 """
 
 

@@ -1,16 +1,19 @@
 """The exercises: functions of GIRL to write anew, each with hand-made cases that say what is wrong.
 
-`m` holds the modules: m.model, m.sft, m.reward, m.ppo, m.recommend. In them everything is the
-original, but for the one function that is checked: so an exercise never depends on another.
+In the modules everything is the original, but for the one function that is checked (see
+learn/checker.py). So no exercise depends on another.
 """
 import math
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
+import model
+import ppo
+import reward
+import sft
 from data import pad_right
-from model import Cache, Config, rotary_table
+from measure import recommend
 
 EXERCISES = {}
 
@@ -25,7 +28,7 @@ class Exercise(NamedTuple):
     function: str           # NAME, or CLASS.NAME
     lesson: int
     hints: tuple
-    check: object           # check(m) raises Wrong
+    check: object           # check() raises Wrong
 
 
 def exercise(name, file, function, lesson, *hints):
@@ -62,8 +65,8 @@ def tensor(*rows):
           "The mean of the squares is x.pow(2).mean(-1, keepdim=True). Add self.eps before the "
           "root.",
           "Multiply by self.weight at the end. torch.rsqrt(y) is 1 / sqrt(y).")
-def check_rmsnorm(m):
-    norm = m.model.RMSNorm(2, 1e-5)
+def check_rmsnorm():
+    norm = model.RMSNorm(2, 1e-5)
     rms = math.sqrt(12.5 + 1e-5)
     expect(norm(tensor([3.0, 4.0])), tensor([3 / rms, 4 / rms]),
            "[3, 4] has the root mean square sqrt((9 + 16) / 2) = 3.54, so {wanted} should come out "
@@ -79,26 +82,26 @@ def check_rmsnorm(m):
           "Coordinate i is paired with coordinate i + D/2: x.chunk(2, dim=-1) gives both halves.",
           "A pair (a, b) turned by an angle is (a cos - b sin, b cos + a sin).",
           "cos and sin have D entries, the same in both halves: x * cos + (-b, a) * sin.")
-def check_rotate(m):
+def check_rotate():
     x = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]])                                # [1, 1, 1, 4]
     cos, sin = torch.zeros(1, 4), torch.ones(1, 4)          # both pairs turn by 90 degrees
-    found = m.model.rotate(x, cos, sin)[0, 0]
+    found = model.rotate(x, cos, sin)[0, 0]
     if float(found[0, 1]) != 0:
         raise Wrong("coordinate 0 was paired with its neighbour 1; here it is paired with "
                     "coordinate D/2, in the Hugging Face order")
     expect(found, tensor([0.0, 0.0, 1.0, 0.0]),
            "(1, 0) turned by 90 degrees is (0, 1), so {wanted} should stand at {at}, not {found}: "
            "look at the sign of the sine")
-    cos, sin = rotary_table(torch.tensor([5]), 4, 10000.0)
+    cos, sin = model.rotary_table(torch.tensor([5]), 4, 10000.0)
     x = torch.arange(4.0).view(1, 1, 1, 4)
     wanted = [-2 * math.sin(5), math.cos(0.05) - 3 * math.sin(0.05), 2 * math.cos(5),
               3 * math.cos(0.05) + math.sin(0.05)]
-    expect(m.model.rotate(x, cos, sin)[0, 0, 0], wanted,
+    expect(model.rotate(x, cos, sin)[0, 0, 0], wanted,
            "at position 5, [0, 1, 2, 3] should have {wanted} at {at}, not {found}")
 
 
 def tiny_config(**more):
-    return Config(vocab_size=11, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+    return model.Config(vocab_size=11, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
                   num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, **more)
 
 
@@ -110,11 +113,11 @@ def tiny_config(**more):
           "The weights are softmax(q k' / sqrt(D)), with -inf where a token may not look; "
           "F.scaled_dot_product_attention does it. If `visible` is None, a token sees itself and "
           "all before it. Then join the heads and apply o_proj; with `asked`, only there.")
-def check_attention(m):
+def check_attention():
     torch.manual_seed(0)
     c = tiny_config()
-    layer, x = m.model.Attention(c), torch.randn(1, 4, 8)
-    cos, sin = rotary_table(torch.arange(4), 4, 10000.0)
+    layer, x = model.Attention(c), torch.randn(1, 4, 8)
+    cos, sin = model.rotary_table(torch.arange(4), 4, 10000.0)
     with torch.no_grad():
         whole = layer(x, cos, sin, None, None)
         changed = layer(torch.cat((x[:, :3], -x[:, 3:]), 1), cos, sin, None, None)
@@ -123,7 +126,7 @@ def check_attention(m):
         expect(whole[0], attention_by_hand(layer, x[0], cos, sin),
                "{at} should be {wanted}, not {found}: compare softmax(q k' / sqrt(D)) v, "
                "with queries and keys rotated, head by head")
-        cache = Cache(1, c, 4, "cpu", torch.float32)
+        cache = model.Cache(1, c, 4, "cpu", torch.float32)
         visible = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
         first = layer(x[:, :3], cos[:3], sin[:3], visible[..., :3, :3], cache)
         last = layer(x[:, 3:], cos[3:], sin[3:], visible[..., 3:, :], cache)
@@ -158,11 +161,11 @@ def attention_by_hand(layer, x, cos, sin):
           "Sort the probabilities. A token stays if the sum of those *before* it is below top_p.",
           "Set the others to 0, undo the sorting, and draw from what is left, with the given "
           "generator; it need not be normalized for torch.multinomial.")
-def check_top_p(m):
+def check_top_p():
     logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(20000, 1)
 
     def shares(*settings):
-        drawn = m.model.sample(logits, *settings, torch.Generator().manual_seed(0))
+        drawn = model.sample(logits, *settings, torch.Generator().manual_seed(0))
         return torch.bincount(drawn, minlength=3) / len(drawn)
     expect(shares(0.0, 1.0), [1.0, 0.0, 0.0],
            "temperature 0 should always give the likeliest token")
@@ -184,12 +187,12 @@ def check_top_p(m):
           "the row's length.",
           "F.cross_entropy(logits, targets, reduction='sum'), and the number of targets. The "
           "reading loss needs the states *at* the JD tokens.")
-def check_nll(m):
+def check_nll():
     torch.manual_seed(0)
-    lm = m.model.LanguageModel(tiny_config()).eval()
-    examples = [m.sft.Example([4, 5, 6], [7, 8, 1]), m.sft.Example([5], [9, 1])]
+    lm = model.LanguageModel(tiny_config()).eval()
+    examples = [sft.Example([4, 5, 6], [7, 8, 1]), sft.Example([5], [9, 1])]
     with torch.no_grad():
-        loss, n, reading = m.sft.sft_loss(lm, None, examples, torch.device("cpu"))
+        loss, n, reading = sft.sft_loss(lm, None, examples, torch.device("cpu"))
         wanted = prompts = shifted = 0.0
         for e in examples:
             logp = lm(torch.tensor([e.prompt + e.jd]))[0].log_softmax(-1)
@@ -209,9 +212,9 @@ def check_nll(m):
     expect(reading, 0.0, "without a reader the reading loss is 0, not {found}")
     reader = torch.nn.Linear(8, 1)
     with torch.no_grad():
-        _, _, reading = m.sft.sft_loss(lm, reader, examples, torch.device("cpu"))
+        _, _, reading = sft.sft_loss(lm, reader, examples, torch.device("cpu"))
         states = [lm.model(torch.tensor([e.prompt + e.jd]))[0, len(e.prompt):] for e in examples]
-        by_hand = m.sft.reading_loss(reader, torch.cat(states), examples)
+        by_hand = sft.reading_loss(reader, torch.cat(states), examples)
     expect(reading, by_hand, "the reading loss is {wanted}, not {found}: it needs the states at "
            "the JD's own tokens, row after row")
 
@@ -221,15 +224,15 @@ def check_nll(m):
           "It is small if the chosen score is well above the rejected one.",
           "-log sigmoid(chosen - rejected), averaged.",
           "F.logsigmoid does not overflow; log(sigmoid(x)) does.")
-def check_ranking_loss(m):
+def check_ranking_loss():
     chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.0])
     wanted = (math.log(1 + math.exp(-2)) + math.log(2)) / 2
     reversed_loss = (math.log(1 + math.exp(2)) + math.log(2)) / 2
-    found = m.reward.ranking_loss(chosen, rejected)
+    found = reward.ranking_loss(chosen, rejected)
     if found.shape == () and abs(float(found) - reversed_loss) < 1e-4:
         raise Wrong("the loss falls when the *rejected* text scores higher: take chosen - rejected")
     expect(found, wanted, "scores (2, 0) against (0, 0) cost {wanted} on average, not {found}")
-    huge = m.reward.ranking_loss(torch.tensor([-1000.0]), torch.tensor([0.0]))
+    huge = reward.ranking_loss(torch.tensor([-1000.0]), torch.tensor([0.0]))
     expect(huge, 1000.0, "a difference of -1000 costs 1000; {found} came out: take the logarithm "
            "of the sigmoid in one step")
 
@@ -238,8 +241,8 @@ def check_ranking_loss(m):
           "Every accepted text of the group is compared with every rejected one.",
           "Two loops: over the accepted ones, and inside over the rejected ones.",
           "[(i, j) for i in chosen for j in rejected]")
-def check_comparisons(m):
-    found = [tuple(pair) for pair in m.reward.comparisons([True, False, True, False])]
+def check_comparisons():
+    found = [tuple(pair) for pair in reward.comparisons([True, False, True, False])]
     if sorted((j, i) for i, j in found) == [(0, 1), (0, 3), (2, 1), (2, 3)]:
         raise Wrong("the pairs are (rejected, accepted); the accepted one comes first")
     if len(found) != 4:
@@ -248,7 +251,7 @@ def check_comparisons(m):
     if found != [(0, 1), (0, 3), (2, 1), (2, 3)]:
         raise Wrong(f"[True, False, True, False] should give (0, 1), (0, 3), (2, 1), (2, 3), not "
                     f"{found}")
-    if list(m.reward.comparisons([True, True])):
+    if list(reward.comparisons([True, True])):
         raise Wrong("without a rejected text there is no comparison")
 
 
@@ -256,15 +259,15 @@ def check_comparisons(m):
           "Rows are padded on the right: the last real token is at lengths - 1.",
           "self.model(ids, asked=mask) gives the states at the True places of a mask [B, T].",
           "Then self.head gives the scores, already centred.")
-def check_last_token(m):
+def check_last_token():
     torch.manual_seed(0)
-    model = m.model.RewardModel(tiny_config(), center=0.5).eval()
+    scorer = model.RewardModel(tiny_config(), center=0.5).eval()
     rows = [[4, 5, 6, 7], [8, 9]]
     ids, lengths = pad_right(rows)
     with torch.no_grad():
-        alone = [float(model.head(model.model(torch.tensor([row]))[0, -1])) for row in rows]
-        found = model(ids, lengths)
-        at_pad = [float(x) for x in model.head(model.model(ids)[:, -1])]
+        alone = [float(scorer.head(scorer.model(torch.tensor([row]))[0, -1])) for row in rows]
+        found = scorer(ids, lengths)
+        at_pad = [float(x) for x in scorer.head(scorer.model(ids)[:, -1])]
     if found.shape == (2,) and torch.allclose(found, torch.tensor(at_pad), atol=1e-5):
         raise Wrong("the score is read at the last column; row 1 ends in pads there: read it at "
                     "lengths - 1")
@@ -279,15 +282,15 @@ def check_last_token(m):
           "Equal scores count half.",
           "None if there is no accepted, or no rejected decision. With numpy arrays (labels of "
           "type bool), all pairs at once: scores[labels][:, None] - scores[~labels].")
-def check_auc(m):
-    expect(m.reward.auc([3.0, 1.0, 2.0], [True, False, False]), 1.0,
+def check_auc():
+    expect(reward.auc([3.0, 1.0, 2.0], [True, False, False]), 1.0,
            "the accepted one is above both others, so the AUC is 1, not {found}")
-    expect(m.reward.auc([2.0, 3.0, 1.0, 0.0], [True, False, True, False]), 0.5,
+    expect(reward.auc([2.0, 3.0, 1.0, 0.0], [True, False, True, False]), 0.5,
            "(2, 1) accepted against (3, 0) rejected: two of four pairs are right, {wanted}, not "
            "{found}")
-    expect(m.reward.auc([1.0, 1.0, 0.0], [True, False, False]), 0.75,
+    expect(reward.auc([1.0, 1.0, 0.0], [True, False, False]), 0.75,
            "a tie counts half: one right and one tie of two pairs make {wanted}, not {found}")
-    if m.reward.auc([1.0, 2.0], [True, True]) is not None:
+    if reward.auc([1.0, 2.0], [True, True]) is not None:
         raise Wrong("without a rejected decision there is nothing to compare: return None")
 
 
@@ -299,9 +302,9 @@ MASK = torch.tensor([[True, True, True], [True, True, False]])
           "With d = log pi - log pi_ref: exp(-d) - 1 + d.",
           "exp(-d) is pi_ref / pi, whose mean over samples of pi is 1.",
           "Its mean is then that of d, and it is never negative, because e^x >= 1 + x.")
-def check_k3(m):
-    found = m.ppo.k3(torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -2.0]))
-    expect(m.ppo.k3(torch.tensor(-2.0), torch.tensor(-2.0)), 0.0,
+def check_k3():
+    found = ppo.k3(torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -2.0]))
+    expect(ppo.k3(torch.tensor(-2.0), torch.tensor(-2.0)), 0.0,
            "equal probabilities have no KL, not {found}")
     if torch.allclose(found, torch.tensor([math.e - 2, 1 / math.e]), atol=1e-4):
         raise Wrong("that is exp(d) - 1 - d: its mean under pi is not the KL; the ratio must be "
@@ -314,9 +317,9 @@ def check_k3(m):
           "Every real token costs beta * KL; the score is paid once, at the last real token.",
           "The last real token of a row is at mask.sum(1) - 1.",
           "rewards = -beta * kl * mask; then rewards[rows, last] += scores.")
-def check_token_rewards(m):
+def check_token_rewards():
     kl = torch.tensor([[0.5, -0.5, 1.0], [2.0, 1.0, 9.0]])
-    found = m.ppo.token_rewards(torch.tensor([1.0, -2.0]), kl, MASK, 0.1)
+    found = ppo.token_rewards(torch.tensor([1.0, -2.0]), kl, MASK, 0.1)
     wanted = torch.tensor([[-0.05, 0.05, 0.9], [-0.2, -2.1, 0.0]])
     if found.shape == wanted.shape:
         if torch.allclose(found[0], torch.tensor([0.05, -0.05, 1.1]), atol=1e-5):
@@ -333,9 +336,9 @@ def check_token_rewards(m):
           "After the last real token, V and A are 0.",
           "Rows have different lengths: values at pads must not count, nor advantages there; "
           "multiply both by the mask.")
-def check_gae(m):
+def check_gae():
     zeros = torch.zeros(1, 2)
-    alone = m.ppo.gae(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.25, 0.7]]),
+    alone = ppo.gae(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.25, 0.7]]),
                       torch.tensor([[True, False]]), 1.0, 0.95)
     if alone.shape == (1, 2) and abs(float(alone[0, 0]) - 1.45) < 1e-5:
         raise Wrong("the value after the end must be 0: row 0, token 1 is a pad, and its value of "
@@ -344,16 +347,16 @@ def check_gae(m):
            "0.75, and the pad after it 0; {at} is {found}")
     rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
     values = torch.tensor([[0.5, 0.25, 0.5], [0.5, 0.5, 0.0]])
-    found = m.ppo.gae(rewards, values, MASK, 1.0, 0.0)
+    found = ppo.gae(rewards, values, MASK, 1.0, 0.0)
     expect(found, [[-0.25, 0.25, 0.5], [0.0, 0.5, 0.0]],
            "with lambda 0 an advantage is delta = r + gamma V' - V: {at} is {wanted}, not {found}")
-    expect(m.ppo.gae(rewards, values, MASK, 1.0, 1.0), [[0.5, 0.75, 0.5], [0.5, 0.5, 0.0]],
+    expect(ppo.gae(rewards, values, MASK, 1.0, 1.0), [[0.5, 0.75, 0.5], [0.5, 0.5, 0.0]],
            "with lambda 1 and gamma 1 it is the return minus the value: {at} is {wanted}, not "
            "{found}")
-    expect(m.ppo.gae(rewards, values, MASK, 0.5, 0.8)[0], [-0.295, 0.2, 0.5],
+    expect(ppo.gae(rewards, values, MASK, 0.5, 0.8)[0], [-0.295, 0.2, 0.5],
            "with gamma 0.5 and lambda 0.8, {at} is {wanted}, not {found}: A_t = delta_t + "
            "gamma lam A_t+1")
-    expect(m.ppo.gae(zeros, zeros, torch.ones(1, 2) > 0, 1.0, 1.0), zeros, "nothing gives nothing")
+    expect(ppo.gae(zeros, zeros, torch.ones(1, 2) > 0, 1.0, 1.0), zeros, "nothing gives nothing")
 
 
 @exercise("critic", "ppo.py", "Critic.weight", 4,
@@ -362,8 +365,8 @@ def check_gae(m):
           "times the mean diagonal entry of X'X, without that of the bias.",
           "torch.linalg.solve; the bias is not shrunk; add a tiny number, so that an empty X'X can "
           "be solved; return float32.")
-def check_critic(m):
-    critic = m.ppo.Critic(1)
+def check_critic():
+    critic = ppo.Critic(1)
     expect(critic.weight(), [0.0, 0.0], "a critic that has seen nothing says 0, not {found}")
     states = torch.tensor([[[0.0], [1.0], [2.0], [3.0]]])
     returns = torch.tensor([[5.0, 7.0, 9.0, 11.0]])        # 2 x + 5
@@ -385,9 +388,9 @@ def check_critic(m):
           "Subtract the mean and divide by the standard deviation, both over the real tokens.",
           "masked_mean(x, mask) is the mean over real tokens.",
           "Pads are 0 afterwards: multiply by the mask at the end.")
-def check_whiten(m):
+def check_whiten():
     x = torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 50.0]])
-    found = m.ppo.whiten(x, MASK)
+    found = ppo.whiten(x, MASK)
     std = math.sqrt(0.4)
     wanted = torch.tensor([[-1 / std, 0.0, 1 / std], [0.0, 0.0, 0.0]])
     if found.shape == wanted.shape:
@@ -406,9 +409,9 @@ def check_whiten(m):
           "The ratio is exp(log_ratio). PPO maximizes min(A r, A clip(r)); a loss is minimized.",
           "So the loss is max(-A r, -A clip(r, 1 - eps, 1 + eps)), for each token.",
           "torch.max of two tensors takes the larger one at each place.")
-def check_policy_loss(m):
+def check_policy_loss():
     log_ratio = torch.tensor([[1.5, 0.5, 1.5, 0.5]]).log()
-    found = m.ppo.policy_loss(log_ratio, torch.tensor([[1.0, 1.0, -1.0, -1.0]]), 0.2)
+    found = ppo.policy_loss(log_ratio, torch.tensor([[1.0, 1.0, -1.0, -1.0]]), 0.2)
     if found.shape == (1, 4):
         if torch.allclose(found, torch.tensor([[-1.2, -0.8, 1.2, 0.8]]), atol=1e-5):
             raise Wrong("the ratio is always clipped: then a bad token that became likelier (A "
@@ -425,9 +428,9 @@ def check_policy_loss(m):
           "beta rises when the KL is above its target, and falls when it is below.",
           "The relative error kl / target - 1 is clipped to -0.2 .. 0.2.",
           "beta *= 1 + error * episodes / horizon; with target 0, beta stays.")
-def check_kl_controller(m):
+def check_kl_controller():
     def after(kl, target=2.0):
-        controller = m.ppo.KLController(0.1, target, 100)
+        controller = ppo.KLController(0.1, target, 100)
         controller.update(kl, 50)
         return controller.beta
     expect(after(2.2), 0.1 * 1.05, "a KL of 2.2, 10% above its target, with 50 of 100 episodes: "
@@ -442,9 +445,9 @@ def check_kl_controller(m):
           "1 - variance of the errors / variance of the targets, over real tokens.",
           "A variance is the masked mean of (x - masked mean)^2.",
           "Keep the denominator from being 0: .clamp(min=1e-8).")
-def check_explained_variance(m):
+def check_explained_variance():
     targets = torch.tensor([[1.0, 2.0, 3.0], [2.0, 2.0, 70.0]])
-    ev = m.ppo.explained_variance
+    ev = ppo.explained_variance
     expect(ev(targets, targets, MASK), 1.0, "a perfect critic explains all, 1, not {found}")
     expect(ev(torch.full_like(targets, 9.0), targets, MASK), 0.0,
            "a critic that says 9 everywhere explains nothing, 0, not {found}: its mean error does "
@@ -459,10 +462,10 @@ def check_explained_variance(m):
           "W x + alpha / r * B A x: the frozen layer plus the product of rank r.",
           "self.scale is alpha / r; lora_A goes from x to r numbers, lora_B back.",
           "self.base_layer(x) + self.scale * self.lora_B(self.lora_A(x))")
-def check_lora(m):
+def check_lora():
     base = torch.nn.Linear(2, 2, bias=False)
     base.weight.data = torch.eye(2)
-    layer = m.model.LoRALinear(base, 1, 4.0)
+    layer = model.LoRALinear(base, 1, 4.0)
     layer.lora_A.weight.data = torch.tensor([[1.0, 1.0]])
     x = torch.tensor([[1.0, 2.0]])
     with torch.no_grad():
@@ -480,8 +483,8 @@ def check_lora(m):
           "1 / rank of the first.",
           "DCG@10: the sum of 1 / log2(rank + 1) over relevant ones among the first ten.",
           "NDCG divides it by the DCG of the best order: all relevant ones first, at most ten.")
-def check_ndcg(m):
-    found = m.recommend.ranking_figures([False, True, False, True] + [False] * 8)
+def check_ndcg():
+    found = recommend.ranking_figures([False, True, False, True] + [False] * 8)
     expect(found["mrr"], 0.5, "the first relevant one has rank 2, so the reciprocal rank is 0.5, "
            "not {found}")
     expect([found["hr_1"], found["hr_5"]], [0.0, 1.0],
@@ -490,15 +493,5 @@ def check_ndcg(m):
     expect(found["ndcg_10"], gain / (1 + 1 / math.log2(3)),
            "ranks 2 and 4 give a DCG of 1/log2(3) + 1/log2(5), the best order 1 + 1/log2(3): NDCG "
            "is {wanted}, not {found}")
-    perfect = m.recommend.ranking_figures([True] * 3 + [False] * 9)
+    perfect = recommend.ranking_figures([True] * 3 + [False] * 9)
     expect(perfect["ndcg_10"], 1.0, "the best order has NDCG 1, not {found}")
-
-
-def modules():
-    """The modules that the checks look at."""
-    import model
-    import ppo
-    import reward
-    import sft
-    from measure import recommend
-    return SimpleNamespace(model=model, sft=sft, reward=reward, ppo=ppo, recommend=recommend)

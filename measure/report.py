@@ -24,7 +24,7 @@ import numpy as np
 from measure import evaluate
 from measure.trace import TITLES, Replay, same_as_logged
 from model import RewardModel
-from plumbing.files import BadInput, read_json, write_bytes
+from plumbing.files import BadInput, write_bytes
 from plumbing.inputs import need
 from plumbing.stage import check_folder, finished, progress, read_summary
 from plumbing.weights import load_model
@@ -38,6 +38,7 @@ plt.rcParams.update({
     "axes.prop_cycle": matplotlib.cycler(color=SERIES), "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8,
     "figure.constrained_layout.use": True})
+
 
 # ----------------------------------------------------------------------------------- what there is
 class Run(NamedTuple):
@@ -276,7 +277,7 @@ def look_again(run, replay, with_judge):
     for iteration in progress(replay.kept if judge else sorted(ends), "report", "iteration"):
         rolled_out = replay.roll_out(iteration)
         if judge:
-            rows = zip(map(replay.codec.prompt, rolled_out.cvs), replay.responses(rolled_out))
+            rows = zip(map(replay.codec.prompt, rolled_out.cvs), rolled_out.rollout.responses())
             judged.append((iteration, float(evaluate.score(judge, list(rows)).mean())))
         if iteration in ends:
             traced.append(replay.update(rolled_out))
@@ -615,6 +616,13 @@ paint();
 LIGHT = {INK: "#1d2430", FAINT: "#8a93a0"} | dict(zip(SERIES, ("#1f6fb8", "#c75b12", "#2f8f4e")))
 
 
+def write_svg(path, figure):
+    """A figure as a file by itself, dark on white."""
+    head, rest = svg(figure, LIGHT).split(">", 1)
+    background = '<rect width="100%" height="100%" fill="white"/>'
+    write_bytes(path, f"{head} font-family='sans-serif'>{background}{rest}".encode())
+
+
 def write_picture(run, path):
     """One picture of a run, as an SVG file by itself: what PPO is paid, and what that is worth."""
     run = load_run(run)
@@ -631,14 +639,10 @@ def write_picture(run, path):
     left.set(xlabel="iteration of PPO", ylabel="true match", ylim=(0, 1),
              title="True match of what the policy writes")
     left.legend(loc="lower right")
-    points = right.scatter(ppo["kl"], ppo["reward"], c=SERIES[1], s=14, label="reward")
+    right.plot(ppo["kl"], ppo["reward"], "o", color=SERIES[1], ms=4)
     right.set(xlabel="KL to the SFT model, nats per text", ylabel="reward",
               title="Reward, over the distance from the SFT model")
-    points.set_linewidth(0)
-    drawing = svg(drawn, LIGHT)
-    background = '<rect width="100%" height="100%" fill="white"/>'
-    drawing = re.sub(r"(<svg[^>]*>)", r"\1" + background, drawing, count=1)
-    write_bytes(path, drawing.replace("<svg", "<svg font-family='sans-serif'", 1).encode())
+    write_svg(path, drawn)
     print(f"report: {path}")
 
 

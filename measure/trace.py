@@ -60,7 +60,7 @@ def read_row(run, iteration):
     raise BadInput(f"{run / 'ppo' / 'metrics.csv'}: has no iteration {iteration}")
 
 
-def begun_flags(run, folder):
+def flags_of_run(run, folder):
     """The flags and the seed that PPO ran with. Refuses other data or models than it had."""
     need(run, "ppo")
     check_folder(run / "ppo")
@@ -83,7 +83,7 @@ def columns_of(rollout, k, flags):
     mask = one.mask
     kl = ppo.k1(one.logp, one.ref_logp) * mask                                      # [1, R]
     advantages = ppo.gae(one.rewards, one.values, mask, flags.gamma, flags.lam)     # [1, R]
-    to_go = ppo.returns_to_go(one.rewards, mask, flags.gamma)                       # [1, R]
+    returns = ppo.returns_to_go(one.rewards, mask, flags.gamma)                     # [1, R]
     columns = {
         "log_pi": one.logp,
         "log_pi_ref": one.ref_logp,
@@ -93,8 +93,8 @@ def columns_of(rollout, k, flags):
         "delta": ppo.gae(one.rewards, one.values, mask, flags.gamma, 0.0),          # lambda 0
         "advantage": advantages,
         "whitened": one.advantages,
-        "return": advantages + one.values,
-        "to_go": to_go}
+        "lambda_return": advantages + one.values,
+        "return": returns}
     return {name: x[mask].tolist() for name, x in columns.items()}
 
 
@@ -114,7 +114,7 @@ class Replay:
 
     def __init__(self, run, folder, device, true_match=None):
         self.run, self.device, self.true_match = run, device, true_match
-        self.flags, self.seed = begun_flags(run, folder)
+        self.flags, self.seed = flags_of_run(run, folder)
         self.kept = sorted(int(path.stem) for path in (run / "ppo" / KEPT).glob("*.json")
                            if path.stem.isdecimal())
         if not self.kept:
@@ -155,11 +155,6 @@ class Replay:
             self.device)
         return RolledOut(iteration, chosen, rollout, log, rng, other_machine)
 
-    def responses(self, rolled_out):
-        """The token ids of its JDs."""
-        rollout = rolled_out.rollout
-        return [row[m].tolist() for row, m in zip(rollout.tokens, rollout.mask)]
-
     def update(self, rolled_out, episode=0):
         """The update that follows, as in ppo.train: the Trace of one of its episodes."""
         iteration, cvs, rollout, log, rng, other_machine = rolled_out
@@ -169,7 +164,7 @@ class Replay:
             lambda *_: ratios.append(self.ratios(rollout, episode)))
         log |= ppo.update(self.policy, self.optimizer, rollout, self.flags, rng, self.device)
         hook.remove()
-        responses = self.responses(rolled_out)
+        responses = rollout.responses()
         texts, matches = list(map(self.codec.text, responses)), [None] * len(cvs)
         if self.true_match:
             matches = list(map(self.true_match, cvs, texts))
@@ -207,7 +202,7 @@ class Replay:
 # --------------------------------------------------------------------------------------- printing
 TITLES = {"log_pi": "log π", "log_pi_ref": "log π_ref", "kl": "KL", "reward": "reward",
           "value": "value", "delta": "δ", "advantage": "A", "whitened": "A whitened",
-          "return": "A + value", "to_go": "return"}
+          "lambda_return": "A + value", "return": "return"}
 
 
 def table(t):
@@ -240,10 +235,11 @@ def same_as_logged(t):
     """Does the iteration give the figures of metrics.csv? In one line."""
     what = f"Iteration {t.iteration} of {t.iterations}, done again,"
     if found := t.differences():
+        why = "Another machine, other code, or sums on CUDA, which have no fixed order?"
+        if t.machine:
+            name, was, now = t.machine[0]
+            why = f"It was kept with {name} {was}; now it is {now}."
         name, value, logged = found[0]
-        why = ("Another machine, other code, or sums on CUDA, which have no fixed order?"
-               if not t.machine else "".join(f"It was kept with {name} {was}; now it is {now}."
-                                             for name, was, now in t.machine[:1]))
         return f"{what} differs from metrics.csv: {name} {value} instead of {logged}. {why}"
     truth = t.log["true_match"]
     shown = "" if truth is None else f", true match {truth:.4f}"

@@ -178,7 +178,8 @@ def test_the_copy_compiles_and_has_no_tests(folder):
     files = sorted(str(path.relative_to(folder)) for path in folder.glob("**/*.py"))
     assert {"girl.py", "ppo.py", "plumbing/stage.py", ".solutions/ppo.py"} <= set(files)
     assert not any(file.startswith("tests") for file in files)
-    assert (folder / "demo/sft/model.safetensors").exists()
+    for file in ("demo/sft/model.safetensors", "learn/LESSONS.md", "learn/cv.txt", "learn/jd.txt"):
+        assert (folder / file).exists()
     for file in files:
         compile((folder / file).read_text(), file, "exec")
 

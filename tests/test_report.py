@@ -109,7 +109,7 @@ def test_the_judge_is_asked_about_the_rollouts_of_kept_iterations(whole, evaluat
     assert [iteration for iteration, _ in judged] == [1, 2]
     judge = report.load_model(evaluated / "judge", report.RewardModel, CPU).eval()
     rolled_out = replay.roll_out(2)
-    rows = list(zip(map(replay.codec.prompt, rolled_out.cvs), replay.responses(rolled_out)))
+    rows = list(zip(map(replay.codec.prompt, rolled_out.cvs), rolled_out.rollout.responses()))
     assert judged[1][1] == pytest.approx(evaluate.score(judge, rows).mean(), abs=1e-6)
 
 

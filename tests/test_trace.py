@@ -47,8 +47,9 @@ def test_what_is_shown_of_a_text_adds_up(whole):
     c, n = t.columns, len(t.tokens)
     assert n > 3 and all(len(column) == n for column in [*c.values(), *t.ratios])
     assert sum(c["reward"]) == pytest.approx(t.score - t.beta * sum(c["kl"]), abs=1e-4)
-    assert [a + v for a, v in zip(c["advantage"], c["value"])] == pytest.approx(c["return"],
+    assert [a + v for a, v in zip(c["advantage"], c["value"])] == pytest.approx(c["lambda_return"],
                                                                                 abs=1e-5)
+    assert c["return"] == pytest.approx([sum(c["reward"][r:]) for r in range(n)], abs=1e-4)
     assert [p - q for p, q in zip(c["log_pi"], c["log_pi_ref"])] == pytest.approx(c["kl"], abs=1e-6)
     # delta = r + V' - V, and A = delta + lambda A', with gamma 1; after the end both are 0.
     values, advantages, lam = c["value"] + [0.0], c["advantage"] + [0.0], ppo.PPOFlags.lam
@@ -127,7 +128,7 @@ def test_what_cannot_be_traced_is_refused(whole, tmp_path, capsys):
                          [(0, 9, []), (1, 9, [0]), (2, 9, [0, 8]), (3, 9, [0, 4, 8]),
                           (5, 24, [0, 6, 12, 17, 23]), (5, 3, [0, 1, 2]), (3, 1, [0])])
 def test_kept_iterations_are_spread_over_the_run(keep, iterations, expected):
-    assert sorted(ppo.kept(ppo.PPOFlags(keep=keep, iterations=iterations))) == expected
+    assert sorted(ppo.kept_iterations(ppo.PPOFlags(keep=keep, iterations=iterations))) == expected
 
 
 def test_keep_changes_no_result_and_may_change_when_a_stage_resumes(whole, tmp_path):

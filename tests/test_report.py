@@ -11,7 +11,7 @@ import girl
 import market
 from conftest import argv, refused
 from measure import evaluate, report
-from measure.trace import Replay
+from measure.trace import Replay, Trace
 from plumbing.stage import KEPT
 
 CPU = torch.device("cpu")
@@ -111,6 +111,28 @@ def test_the_judge_is_asked_about_the_rollouts_of_kept_iterations(whole, evaluat
     rolled_out = replay.roll_out(2)
     rows = list(zip(map(replay.codec.prompt, rolled_out.cvs), rolled_out.rollout.responses()))
     assert judged[1][1] == pytest.approx(evaluate.score(judge, rows).mean(), abs=1e-6)
+
+
+def test_the_judge_is_not_shown_for_texts_that_are_not_those_of_training(
+        whole, evaluated, tmp_path, monkeypatch):
+    """As on another machine: the rollouts that are done again are others."""
+    def story(page):
+        return page[page.index("The story"):page.index("Each stage")]
+    assert ">judge<" in story(make([evaluated], whole, tmp_path / "page.html"))
+    monkeypatch.setattr(Trace, "differences", lambda self: [("kl", 1.0, 2.0)])
+    page = make([evaluated], whole, tmp_path / "page.html")
+    assert ">judge<" not in story(page) and "differs from metrics.csv: kl 1.0 instead" in page
+
+
+def test_results_of_other_models_are_left_out(whole, evaluated, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    shutil.rmtree(run / "ppo")
+    assert girl.main(argv("ppo", run, whole / "data", "--kl-coef", "0.3")) == 0
+    page = make([run], whole, tmp_path / "page.html")
+    assert "report: without the results: " in capsys.readouterr().out
+    assert re.findall("<h2>(.*?)</h2>", page) == ["The story", "Each stage",
+                                                  "PPO, token by token", "What was run"]
 
 
 def without_truth(run):

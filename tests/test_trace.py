@@ -2,14 +2,17 @@
 wrote is shown again."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 
 import girl
 import market
 import ppo
 from conftest import argv, refused
+from data import Codec, load_codec, train_tokenizer
 from measure import evaluate, trace
 from plumbing.stage import KEPT
 
@@ -107,6 +110,29 @@ def test_the_cv_of_a_file_takes_the_place_of_the_episode_s(whole, tmp_path, caps
     assert "with your CV in place of episode 0's" in out and "bit for bit" not in out
 
 
+def test_a_cv_that_is_not_of_the_market_has_no_true_match(whole, tmp_path, capsys):
+    (tmp_path / "cv.txt").write_text("I cook.")
+    where = ["--run", str(whole / "run"), "--data", str(whole / "data")]
+    assert girl.main(["trace", *where, "--cv", str(tmp_path / "cv.txt")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("I cook.\n->") and "true match" not in out
+
+
+def test_the_pieces_of_a_text_are_the_text():
+    """A token of half a character shows nothing, the one that completes it the character. Decoded
+    alone, a token of this second tokenizer would lose its space."""
+    codec = Codec(train_tokenizer(["a cook"], 300), 32, 32)
+    ids = codec.jd("Köln, a cook")
+    pieces = trace.Replay.pieces(SimpleNamespace(codec=codec), ids)
+    assert len(pieces) == len(ids) and pieces[-1] == trace.END
+    assert "".join(pieces[:-1]).strip() == "Köln, a cook"
+    assert "ö" in pieces and "\ufffd" not in "".join(pieces)
+    words = Tokenizer(models.WordLevel({"▁a": 0, "▁cook": 1, "[EOS]": 2}))
+    words.decoder = decoders.Metaspace()                    # strips the space of the first token
+    other = SimpleNamespace(codec=SimpleNamespace(tokenizer=words, eos=2))
+    assert trace.Replay.pieces(other, [0, 1, 2]) == ["a", " cook", trace.END]
+
+
 def test_what_cannot_be_traced_is_refused(whole, tmp_path, capsys):
     run, data = tmp_path / "run", str(whole / "data")
     shutil.copytree(whole / "run", run)
@@ -170,7 +196,8 @@ def test_show_prints_a_cv_with_all_its_answers(evaluated, capsys):
                 f"{row['reward']:+.3f}, judge {row['judge']:+.3f}\n{row['jd']}\n") in out
 
 
-def test_show_refuses_what_is_not_there_or_not_of_these_results(evaluated, tmp_path, capsys):
+def test_show_refuses_what_is_not_there_or_not_of_these_results(whole, evaluated, tmp_path,
+                                                                capsys):
     refused(capsys, ["show", "--run", str(evaluated), "--cv", "5"], "--cv 5 must be at most 4")
     shutil.copytree(evaluated, tmp_path / "run")
     path = tmp_path / "run" / "answers.jsonl"
@@ -178,6 +205,11 @@ def test_show_refuses_what_is_not_there_or_not_of_these_results(evaluated, tmp_p
     refused(capsys, ["show", "--run", str(tmp_path / "run")], "answers.jsonl", "evaluate --run")
     path.unlink()
     refused(capsys, ["show", "--run", str(tmp_path / "run")], "answers.jsonl", "missing")
+    shutil.rmtree(tmp_path / "run" / "ppo")                 # and PPO again, with another beta
+    again = argv("ppo", tmp_path / "run", whole / "data", "--kl-coef", "0.3")
+    assert girl.main(again) == 0
+    refused(capsys, ["show", "--run", str(tmp_path / "run")], "results.json: is of other models",
+            "evaluate --run")
     refused(capsys, ["show", "--run", str(tmp_path)], "results.json: no such file")
 
 
@@ -199,3 +231,21 @@ def test_generate_and_score_say_what_a_jd_of_the_market_is_truly_worth(whole, tm
                 str(whole / "run/reward"), "--cv", str(tmp_path / "cv.txt")]
     assert girl.main(generate) == 0
     assert "true match: 0.000, 0.000, 0.000\n" in capsys.readouterr().err
+
+
+def test_true_matches_are_in_the_order_of_the_jds(whole, tmp_path, monkeypatch, capsys):
+    """The best score comes first; here it is that of the JD that was written last."""
+    records = [json.loads(line) for line in (whole / "data" / "test.jsonl").open()]
+    good = max(records, key=lambda r: market.true_match(r["cv"], r["jd"]))
+    jds = ["We need a cook.", good["jd"]]
+    (tmp_path / "cv.txt").write_text(good["cv"])
+    codec = load_codec(whole / "run/sft", girl.load_model(whole / "run/sft").config)
+    monkeypatch.setattr(girl, "generate", lambda *rest: [codec.jd(jd) for jd in jds])
+    monkeypatch.setattr(girl.reward, "score_texts", lambda model, codec, pairs: [0.5, 1.5])
+    command = ["generate", "--model", str(whole / "run/sft"), "--number", "2", "--reward",
+               str(whole / "run/reward"), "--cv", str(tmp_path / "cv.txt")]
+    assert girl.main(command) == 0
+    out, err = capsys.readouterr()
+    truth = market.true_match(good["cv"], good["jd"])
+    assert out.index("[+1.500]") < out.index("[+0.500]")
+    assert truth > 0.3 and f"true match: {truth:.3f}, 0.000\n" in err

@@ -45,12 +45,9 @@ def blank(source, exercises):
     lines, tree = source.splitlines(), ast.parse(source)
     cuts = [(*body_lines(find_function(tree, e.function)), e) for e in exercises]
     for first, last, e in sorted(cuts, reverse=True, key=lambda cut: cut[0]):
-        above = lines[:first - 1]
-        while above[-1].strip().startswith("#"):            # a comment of the body
-            above.pop()
         indent = " " * (len(lines[first - 1]) - len(lines[first - 1].lstrip()))
-        lines = above + [f"{indent}# Lesson {e.lesson}: bash check.sh {e.name}",
-                         f"{indent}raise NotImplementedError"] + lines[last:]
+        lines[first - 1:last] = [f"{indent}# Lesson {e.lesson}: bash check.sh {e.name}",
+                                 f"{indent}raise NotImplementedError"]
     return "\n".join(lines) + "\n"
 
 

@@ -572,6 +572,8 @@ def add_flags(parser, cls):
     for f in fields(cls):
         name, switch = "--" + f.name.replace("_", "-"), isinstance(f.default, bool)
         how = {"type": type(f.default), "metavar": f.name[0].upper()}
+        if f.metadata["choices"]:
+            how = {"choices": f.metadata["choices"]}
         if switch:
             how = {"action": "store_true"}
         shown = "off" if switch else "%(default)s" if f.default != "" else "none"

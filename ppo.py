@@ -9,7 +9,8 @@ arXiv 1909.08593, and Stiennon et al. 2020, arXiv 2009.01325):
    beta * (log pi - log pi_ref), where pi is the policy G and pi_ref the SFT model G_SFT. So a
    text's rewards add up, on average, to score - beta * KL(G || G_SFT).
 3. Advantages: GAE (Schulman et al. 2015, arXiv 1506.02438) from the critic's values, whitened over
-   the rollout.
+   the rollout. Or, with `--advantages rloo` or `grpo`, without a critic: the policy writes several
+   JDs for each CV, and each is compared with the others (see group_advantages).
 4. Update: a few epochs over the rollout in minibatches, with the clipped ratio.
 
 The critic is a linear head on the sum of the frozen reward model's states so far, from the prompt's
@@ -33,7 +34,7 @@ that it is compared with.
 
 Left out: reward whitening (it did harm: each rollout's own spread would set the scale of the score,
 and beta would mean something else every time), a critic trained by gradients, an entropy bonus,
-early stopping by KL within an iteration, advantages without a critic (RLOO, GRPO).
+early stopping by KL within an iteration.
 
 On CUDA (bf16 autocast) the logits are rounded to bf16 before the log-softmax in float32, so the
 first ratio is 1 only to that precision.
@@ -76,6 +77,9 @@ class PPOFlags:
     kl_horizon: int = flag(2000, "episodes over which the adaptive controller corrects an error")
     gamma: float = flag(1.0, "discount", most=1)
     lam: float = flag(0.95, "lambda of GAE", most=1)
+    advantages: str = flag("gae", "gae: from the critic; rloo or grpo: from other JDs for the same "
+                                  "CV", choices=("gae", "rloo", "grpo"))
+    group: int = flag(8, "JDs for each CV of a rollout, for rloo and grpo", least=2)
     temperature: float = flag(1.0, "divides the logits in rollout, reference and update",
                               least=0.01)
     cut_off_score: float = flag(-3.0, "score of a JD that was truncated before its end-of-text",
@@ -144,6 +148,21 @@ def returns_to_go(rewards, mask, gamma):
     """The rewards from each token on: the sum of gamma^l r_{t+l}, which is A + V if lambda is 1.
     [B, R] -> [B, R]."""
     return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
+
+
+def group_advantages(totals, group, how):
+    """Advantages without a critic, one for each text: all its tokens get the same. Each `group`
+    texts in a row are for one CV.
+    rloo: the total minus the mean total of the others (Ahmadian et al. 2024, arXiv 2402.14740,
+    section 3.3).
+    grpo: the total minus the mean of all, in their standard deviations (Shao et al. 2024, arXiv
+    2402.03300, section 4.1.2).
+    [B] -> [B]."""
+    x = totals.view(-1, group)                                                      # [CVs, group]
+    centred = x - x.mean(1, keepdim=True)                                           # [CVs, group]
+    if how == "rloo":                       # without the text itself the mean is further away
+        return (centred * group / (group - 1)).flatten()
+    return (centred / (x.std(1, keepdim=True) + 1e-6)).flatten()
 
 
 def policy_loss(log_ratio, advantages, clip):
@@ -227,7 +246,7 @@ class Rollout(NamedTuple):
     ref_logp: torch.Tensor | None = None        # [B, R] log pi_ref
     rewards: torch.Tensor | None = None         # [B, R]
     values: torch.Tensor | None = None          # [B, R]
-    advantages: torch.Tensor | None = None      # [B, R] whitened
+    advantages: torch.Tensor | None = None      # [B, R] as the update uses them: GAE's whitened
 
     def rows(self, keep):
         """These episodes alone."""
@@ -328,7 +347,9 @@ def roll_out(policy, reference, reward_model, critic, prompts, codec, flags, bet
                        "from it; train it longer or on more decisions")
 
     kl = k1(logp, ref_logp) * mask                                                  # [B, R]
-    rewards = token_rewards(scores, kl, mask, beta)                                 # [B, R]
+    # GRPO's price of the KL is in the loss, see minibatch_loss.
+    price = 0.0 if flags.advantages == "grpo" else beta
+    rewards = token_rewards(scores, kl, mask, price)                                # [B, R]
     values = critic.values(sums) * mask                                             # [B, R]
     advantages = gae(rewards, values, mask, flags.gamma, flags.lam)                 # [B, R]
     returns = returns_to_go(rewards, mask, flags.gamma)                             # [B, R]
@@ -348,11 +369,15 @@ def roll_out(policy, reference, reward_model, critic, prompts, codec, flags, bet
     log = {name: float(x) for name, x in log.items()}
     if not math.isfinite(sum(log.values())):
         raise NotFinite("the policy's log-probabilities or values are not finite")
-    # Whitened over the rollout, not per minibatch: a minibatch's own mean would shift its
-    # advantages.
-    whitened = whiten(advantages, mask)                                             # [B, R]
+    if flags.advantages == "gae":
+        # Whitened over the rollout, not per minibatch: a minibatch's own mean would shift its
+        # advantages.
+        used = whiten(advantages, mask)                                             # [B, R]
+    else:                                   # the critic only looks on, for the log
+        totals = group_advantages(rewards.sum(1), flags.group, flags.advantages)    # [B]
+        used = totals[:, None] * mask                                               # [B, R]
     return rollout._replace(scores=scores, logp=logp, ref_logp=ref_logp, rewards=rewards,
-                            values=values, advantages=whitened), log
+                            values=values, advantages=used), log
 
 
 # ------------------------------------------------------------------------------------- step 4
@@ -369,6 +394,8 @@ def minibatch_loss(policy, part, flags, tokens_in_step):
     # Clamped, so that exp cannot overflow.
     log_ratio = ((logp - part.logp) * part.mask).clamp(-20, 20)                     # [B, R]
     loss = policy_loss(log_ratio, part.advantages, flags.clip) * part.mask          # [B, R]
+    if flags.advantages == "grpo":          # equation 3 of the GRPO paper
+        loss = loss + flags.kl_coef * k3(logp, part.ref_logp) * part.mask           # [B, R]
     with torch.no_grad():
         ratio = log_ratio.exp()                                                     # [B, R]
         logged = {
@@ -452,9 +479,12 @@ def prepare(policy, reward_model, flags):
     return reference, optimizer, Critic(reward_model.config.hidden_size)
 
 
-def draw_cvs(cvs, n, generator):
-    """n random CVs for a rollout."""
-    return [cvs[k] for k in torch.randperm(len(cvs), generator=generator)[:n]]
+def draw_cvs(cvs, flags, generator):
+    """Random CVs for a rollout, one for each episode. For RLOO and GRPO each comes `group` times in
+    a row."""
+    copies = 1 if flags.advantages == "gae" else flags.group
+    drawn = torch.randperm(len(cvs), generator=generator)[:flags.episodes // copies]
+    return [cvs[k] for k in drawn for _ in range(copies)]
 
 
 def learning_rate(i, flags):
@@ -483,13 +513,13 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
         return roll_out(policy, reference, reward_model, critic, prompts, codec, flags,
                         controller.beta, rng, device)
     if not saved:                           # samples of the SFT model, for the critic alone
-        new_rollout(draw_cvs(cvs, flags.episodes, generator(seed, "ppo", "critic")), "critic")
+        new_rollout(draw_cvs(cvs, flags, generator(seed, "ppo", "critic")), "critic")
 
     for i in range(stage.step, flags.iterations):
         if i in kept_iterations(flags):
             stage.keep(i + 1, beta=controller.beta)
         rng = generator(seed, "ppo", i)
-        chosen = draw_cvs(cvs, flags.episodes, rng)
+        chosen = draw_cvs(cvs, flags, rng)
         optimizer.param_groups[0]["lr"] = learning_rate(i, flags)
         try:
             rollout, log = new_rollout(chosen, i)
@@ -522,6 +552,12 @@ def load(folder, data, device):
 
 def run(stage, folder, data, flags, seed, device, true_match=None):
     """Load the models of stages 1 and 2, train, save. See train for `true_match`."""
+    if flags.advantages != "gae" and flags.episodes % flags.group:
+        raise BadInput(f"ppo: --episodes {flags.episodes} must be a multiple of --group "
+                       f"{flags.group}: each CV of a rollout gets as many JDs")
+    if flags.advantages == "grpo" and flags.kl_target:
+        raise BadInput("ppo: --kl-target steers a price that GRPO does not pay token by token; "
+                       "leave it out, or choose other --advantages")
     policy, reward_model, codec, cvs = load(folder, data, device)
     _, critic = train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_match)
     stage.check_lock()

@@ -39,7 +39,7 @@ CASES = [
          "and the truth falls.",
          "Which sign is right is asked again and again (huggingface/trl issue 463, "
          "nebuly-ai/optimate issue 298)."),
-    Case("ppo.py", "whitened = whiten(advantages, mask)", "whitened = whiten(-advantages, mask)",
+    Case("ppo.py", "used = whiten(advantages, mask)", "used = whiten(-advantages, mask)",
          (PPO + "test_25_the_best_text_becomes_likelier_and_the_worst_less_likely",), DEMO,
          "Good texts become less likely, and bad ones likelier: reward and truth fall.",
          "A flipped reward once trained GPT-2 overnight to write what people liked least (Ziegler "

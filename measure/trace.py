@@ -143,10 +143,13 @@ class Replay:
         episode's CV."""
         i, (beta, other_machine) = iteration - 1, self.restore(iteration)
         rng = generator(self.seed, "ppo", i)
-        chosen = ppo.draw_cvs(self.cvs, self.flags.episodes, rng)
+        chosen = ppo.draw_cvs(self.cvs, self.flags, rng)
         if episode >= len(chosen):
             raise BadInput(f"trace: --episode {episode} must be at most {len(chosen) - 1}; the "
                            f"iteration has {len(chosen)} episodes, counted from 0")
+        if cv and self.flags.advantages != "gae":
+            raise BadInput("trace: --cv needs a run with --advantages gae; here each text is "
+                           "compared with others for the same CV")
         chosen[episode] = cv or chosen[episode]
         prompts = [self.codec.prompt(cv) for cv in chosen]
         rollout, log = ppo.roll_out(
@@ -165,6 +168,8 @@ class Replay:
         log |= ppo.update(self.policy, self.optimizer, rollout, self.flags, rng, self.device)
         hook.remove()
         responses = rollout.responses()
+        # GRPO's rewards hold no price of the KL: it is in the loss.
+        beta = 0.0 if self.flags.advantages == "grpo" else log["beta"]
         texts, matches = list(map(self.codec.text, responses)), [None] * len(cvs)
         if self.true_match:
             matches = list(map(self.true_match, cvs, texts))
@@ -172,7 +177,7 @@ class Replay:
         return Trace(
             iteration, self.flags.iterations, episode, cvs[episode], texts[episode],
             self.pieces(responses[episode]), columns_of(rollout, episode, self.flags), ratios,
-            self.flags.clip, log["beta"], float(rollout.scores[episode]), matches[episode], log,
+            self.flags.clip, beta, float(rollout.scores[episode]), matches[episode], log,
             read_row(self.run, iteration), other_machine)
 
     def trace(self, iteration, episode=0, cv=None):
@@ -201,7 +206,7 @@ class Replay:
 
 # --------------------------------------------------------------------------------------- printing
 TITLES = {"log_pi": "log π", "log_pi_ref": "log π_ref", "kl": "KL", "reward": "reward",
-          "value": "value", "delta": "δ", "advantage": "A", "whitened": "A whitened",
+          "value": "value", "delta": "δ", "advantage": "A", "whitened": "A used",
           "lambda_return": "A + value", "return": "return"}
 
 

@@ -28,13 +28,14 @@ from plumbing.files import (BadInput, checksum, checksums, load_tensors, lock, r
                             write_json)
 
 
-def flag(default, help, least=None, most=1e9):
+def flag(default, help, least=None, most=1e9, choices=None):
     """A documented field of a stage's dataclass of flags. girl.py makes the command line and its
     --help from these fields. Unless `least` says otherwise, counts are at least 1 and other numbers
-    at least 0; texts and switches have no minimum."""
+    at least 0; texts and switches have no minimum. `choices`: the texts that are allowed."""
     if least is None:
         least = {int: 1, float: 0}.get(type(default))
-    return field(default=default, metadata={"help": help, "least": least, "most": most})
+    return field(default=default, metadata={"help": help, "least": least, "most": most,
+                                            "choices": choices})
 
 
 # ---------------------------------------------------------------------------- device and randomness

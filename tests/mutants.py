@@ -183,7 +183,7 @@ MUTANTS = {
         (25, "ppo.py", "return torch.max(-adv", "return torch.min(-adv", "min for max"),
         (25, "ppo.py", "part.advantages, flags.clip)", "part.advantages, 0.2)", "a fixed clip")],
     "test_ppo.py::test_25_the_best_text_becomes_likelier_and_the_worst_less_likely": [
-        (25, "ppo.py", "whitened = whiten(", "whitened = -whiten(", "the sign is turned")],
+        (25, "ppo.py", "used = whiten(", "used = -whiten(", "the sign is turned")],
     "test_ppo.py::test_26_the_critic_is_the_least_squares_fit_over_the_real_tokens": [
         (26, "ppo.py", "(0, 1), value=1.0)", "(0, 1), value=0.0)", "a critic without a bias")],
     "test_ppo.py::test_26_what_stands_in_pads_changes_nothing_in_the_fit": [

@@ -511,6 +511,71 @@ def test_23_advantages_are_whitened_over_the_rollout_not_the_minibatch(
     assert abs(float(used[0][e.mask[:3]].mean())) > 0.01    # and its own mean is not 0
 
 
+# --------------------------------------------------------------- advantages without a critic
+def test_group_advantages_by_hand():
+    """Scores 1, 2, 6 for one CV, and 0, 0, 3 for another."""
+    totals = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
+    equal(ppo.group_advantages(totals, 3, "rloo"),
+          [1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2, -1.5, -1.5, 3.0])
+    std = math.sqrt((4 + 1 + 9) / 2)                # of 1, 2, 6; its mean is 3
+    equal(ppo.group_advantages(totals, 3, "grpo")[:3], [-2 / std, -1 / std, 3 / std])
+    equal(ppo.group_advantages(torch.ones(4), 2, "grpo"), torch.zeros(4))      # all equal: nothing
+
+
+@pytest.mark.parametrize("how", ["rloo", "grpo"])
+def test_each_text_is_compared_with_the_others_for_its_cv(how, policy, reference, reward_model,
+                                                          codec):
+    prompts = [codec.prompt(cv) for cv in CVS[:3] for _ in range(4)]
+    with torch.no_grad():                           # the policy has moved: there is a KL
+        policy.lm_head.weight += 0.1 * torch.randn(policy.lm_head.weight.shape,
+                                                   generator=generator(5))
+    e, responses, log = roll(policy, reference, reward_model, prompts, codec, beta=0.5,
+                             advantages=how, group=4)
+    kl = ((e.logp - e.ref_logp) * e.mask).sum(1)                                # [B]
+    totals = torch.tensor(scores_by_hand(reward_model, prompts, responses))
+    if how == "rloo":                               # GRPO's KL is in the loss
+        totals = totals - 0.5 * kl
+    for b in range(12):
+        others = [float(totals[k]) for k in range(b // 4 * 4, b // 4 * 4 + 4) if k != b]
+        if how == "rloo":
+            expected = float(totals[b]) - mean(others)
+        else:
+            everyone = torch.tensor(others + [float(totals[b])])
+            expected = float((totals[b] - everyone.mean()) / (everyone.std() + 1e-6))
+        equal(e.advantages[b][e.mask[b]], torch.full((int(e.mask[b].sum()),), expected), 1e-3)
+        assert not e.advantages[b][~e.mask[b]].any()
+    assert log["total"] == pytest.approx(float(totals.mean()), abs=1e-4)
+
+
+def test_grpo_pays_the_kl_in_the_loss(policy, reference, reward_model, prompts, codec):
+    e, _, _ = roll(policy, reference, reward_model, prompts, codec)
+    e = drift(e)._replace(ref_logp=drift(e).ref_logp - 0.3)
+    logp = ppo.evaluate_policy(policy, e, 1.0)[0].detach()
+    d = [float(logp[b, t] - e.ref_logp[b, t]) for b, t in real_tokens(e)]
+    price = 0.2 * mean([math.exp(-x) - 1 + x for x in d])
+    tokens = float(e.mask.sum())
+    with_gae, _ = ppo.minibatch_loss(policy, e, PPOFlags(kl_coef=0.2), tokens)
+    with_grpo, _ = ppo.minibatch_loss(policy, e, PPOFlags(kl_coef=0.2, advantages="grpo"), tokens)
+    assert price > 0.001
+    assert (with_grpo - with_gae).item() == pytest.approx(price, rel=1e-3)
+
+
+@pytest.mark.parametrize("how, copies", [("gae", 1), ("rloo", 3), ("grpo", 3)])
+def test_each_cv_of_a_rollout_comes_as_often_as_the_group_is_large(how, copies):
+    drawn = ppo.draw_cvs(list("abcdefgh"), PPOFlags(episodes=6, advantages=how, group=3),
+                         generator(0))
+    assert len(drawn) == 6 and len(set(drawn)) == 6 / copies
+    assert all(len(set(drawn[k:k + copies])) == 1 for k in range(0, 6, copies))
+
+
+@pytest.mark.parametrize("flags, says", [
+    ({"episodes": 12, "group": 8}, "--episodes 12 must be a multiple of --group 8"),
+    ({"kl_target": 3.0}, "--kl-target")])
+def test_what_does_not_fit_the_groups_is_refused(flags, says, tmp_path):
+    with pytest.raises(BadInput, match=says):
+        ppo.run(None, tmp_path, tmp_path, PPOFlags(advantages="grpo", **flags), 0, CPU)
+
+
 # ------------------------------------------------------------------------------------------- update
 def test_24_cached_rollout_and_uncached_update_give_the_same_log_probabilities(
         policy, reference, reward_model, prompts, codec, monkeypatch):

@@ -1,0 +1,124 @@
+"""A second round of feedback: the recruiter decides on what the policy wrote."""
+import random
+
+import numpy as np
+import torch
+
+import market
+import ppo
+import reward
+from data import load_codec, read_half
+from learn.labs.lab import (CPU, WORTH, changed, load_models, stage, take, train_ppo, training_cvs,
+                            valid_cvs, worth)
+from measure import evaluate
+from measure.report import SERIES
+from model import LanguageModel, RewardModel
+from plumbing.records import Record, write_records
+from plumbing.weights import load_model
+
+QUESTION = "What does a second round of feedback bring?"
+PREDICTION = (
+    "After the first round the reward model orders two samples of the policy right in 0.75 of the "
+    "cases, the judge in 0.85. With 20,000 new decisions, on what the policy wrote, the reward "
+    "model comes to 0.85 itself, with 2,000 to 0.80. PPO that goes on with it gains 0.05 in true "
+    "match, with a tenth 0.02; PPO that goes on with the old reward model gains nothing, however "
+    "long.")
+SAW = ""
+TABLE = {"accuracy": "reward model on the policy's samples"} | {
+    name: WORTH[name] for name in ("true_match", "greedy", "reward", "judge", "kl", "format_rate",
+                                   "distinct_2", "seconds")}
+PEOPLE = {"--quick": 5000, "--smoke": 30}           # four JDs each
+STEPS = {"--quick": 300, "--smoke": 4}
+LONGER = {"--quick": 84, "--smoke": 4}              # iterations
+
+
+@torch.no_grad()
+def decide(place, n):
+    """A recruiter's decisions on four JDs that the first round's policy wrote for each of n
+    people: accepted with the probability that the true match gives."""
+    generator = load_model(place.models / "ppo", LanguageModel, CPU).eval()
+    codec, rng = load_codec(place.models / "ppo", generator.config), random.Random(place.seed)
+    cvs = training_cvs(place)
+    cvs = rng.sample(cvs, min(n, len(cvs)))
+    samples = evaluate.write_samples(generator, codec, cvs, 4, place.seed, "evaluate 4", CPU)
+    texts = [(cv, codec.text(r)) for responses in samples for cv, r in zip(cvs, responses)]
+    return [Record(cv, jd, rng.random() < market.true_match(cv, jd))
+            for cv, jd in dict.fromkeys(texts)]
+
+
+def second_round(place, people):
+    """The reward model goes on with the new decisions and as many old ones; then PPO goes on."""
+    new = decide(place, people)
+    old = read_half(place.models / "data", "A")
+    rng = random.Random(place.seed)
+    chosen = set(rng.sample(sorted({r.cv for r in old}), min(people, len(old))))
+    data, run = place.run / "data", place.run / "other"
+    data.mkdir()
+    for file in ("valid.jsonl", "test.jsonl", "market.json"):
+        (data / file).symlink_to(place.models / "data" / file)
+    write_records(data / "train.jsonl", new + [r for r in old if r.cv in chosen])
+    take(place.models, run, "sft")
+    first = load_model(place.models / "reward", RewardModel, CPU)
+    with changed(reward, new_reward_model=lambda *_: first):
+        stage(place, "reward", "--steps", STEPS[place.size], data=data, run=run)
+    return go_on(place, run)
+
+
+def go_on(place, scorer=None, *flags):
+    """PPO goes on from the first round's policy; the reference is still the SFT model."""
+    prepare = ppo.prepare
+
+    def prepare_from_first_round(policy, *rest):
+        prepared = prepare(policy, *rest)
+        first = load_model(place.models / "ppo", LanguageModel, CPU)
+        policy.load_state_dict(first.state_dict())
+        return prepared
+    with changed(ppo, prepare=prepare_from_first_round):
+        found = train_ppo(place, *flags, reward=scorer)
+    return found | {"accuracy": accuracy(place, (scorer or place.models) / "reward")}
+
+
+@torch.no_grad()
+def accuracy(place, folder):
+    """How well a reward model orders the samples of the first round's policy."""
+    generator = load_model(place.models / "ppo", LanguageModel, CPU).eval()
+    model = load_model(folder, RewardModel, CPU).eval()
+    codec, cvs = load_codec(place.models / "ppo", generator.config), valid_cvs(place)
+    samples = evaluate.write_samples(generator, codec, cvs, evaluate.SAMPLES, place.seed,
+                                     "evaluate accuracy", CPU)
+    scores = evaluate.score_each(model, codec, cvs, samples)
+    truth = np.array([evaluate.true_matches(cvs, map(codec.text, responses), market)
+                      for responses in samples])
+    return evaluate.accuracy(evaluate.sample_margins(truth, scores), place.seed)[0]
+
+
+def first_round(place):
+    take(place.models, place.run, "ppo")
+    return worth(place, "ppo") | {"accuracy": accuracy(place, place.models / "reward")}
+
+
+def judge(place):
+    """The judge in the reward model's place, to compare: only its accuracy."""
+    return {"accuracy": accuracy(place, place.models / "judge")}
+
+
+ARMS = {
+    "first round": first_round,
+    "the judge, to compare": judge,
+    "PPO goes on": go_on,
+    "PPO goes on, three times as long":
+        lambda place: go_on(place, None, "--iterations", LONGER[place.size]),
+    "2,000 new decisions": lambda place: second_round(place, PEOPLE[place.size] // 10),
+    "20,000 new decisions": lambda place: second_round(place, PEOPLE[place.size]),
+}
+
+
+def draw(found, ax):
+    for row in found:
+        if "true_match" in row:
+            ax.plot([row["accuracy"]], [row["true_match"]], "osD^vP"[list(ARMS).index(row["arm"])],
+                    color=SERIES[list(ARMS).index(row["arm"])], ms=5,
+                    label=row["arm"] if row["seed"] == 0 else None)
+    ax.set_xlabel("reward model's accuracy on the policy's samples")
+    ax.set_ylabel("true match")
+    ax.legend(fontsize=7)

@@ -1,0 +1,115 @@
+"""Over-optimisation: PPO against a weak reward model, at several prices of the KL."""
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import market
+import ppo
+from learn.labs.lab import CPU, WORTH, changed, stage, take, train_ppo
+from measure.report import SERIES, look_again
+from measure.trace import Replay
+
+QUESTION = "How far can PPO go before the reward stops meaning anything?"
+PREDICTION = (
+    "With a weak reward model (150 steps, no hard negatives) and no price of the KL the reward "
+    "rises to the end, while the true match peaks within 10 nats and then falls below that of the "
+    "SFT model. A price of 0.1 or more keeps the truth near its peak. The full reward model is "
+    "not fooled at any of these prices. The mean of two weak models helps a little, their minimum "
+    "more. The judge turns later than the truth, since it shares the reward model's blind spots.")
+SAW = ""
+BETAS = (0, 0.02, 0.05, 0.1, 0.2)
+TABLE = WORTH | {"last_reward": "its own reward", "peak": "peak of the truth", "peak_kl": "at KL"}
+TABLE.pop("seconds")
+AXES = 3
+STEPS = {"--quick": 150, "--smoke": 4}
+
+
+def prepare(place):
+    """Two weak reward models. Their data have no hard negatives."""
+    data = place.shared / "data"
+    data.mkdir()
+    for file in ("train.jsonl", "valid.jsonl", "test.jsonl", "market.json"):
+        (data / file).symlink_to(place.models / "data" / file)
+    for k in range(2):
+        run = place.shared / f"weak{k}"
+        take(place.models, run, "sft")
+        stage(place, "reward", "--steps", STEPS[place.size], data=data, run=run,
+              seed=place.seed + 100 * (k + 1))
+
+
+def measured(place, beta, reward=None):
+    """PPO at this price; with the judge's view of eight of its iterations."""
+    take(place.models, place.run, "judge")
+    found = train_ppo(place, "--kl-coef", beta, "--keep", 8, reward=reward)
+    replay = Replay(place.run, place.models / "data", CPU, market.true_match)
+    judged, _ = look_again(place.run, replay, with_judge=True)
+    truth = np.convolve(found["curve"]["true_match"], np.ones(3) / 3, mode="valid")
+    at = int(truth.argmax()) + 1 if len(truth) > 1 else 0
+    return found | {"judged": judged, "peak": float(truth.max()),
+                    "peak_kl": found["curve"]["kl"][at]}
+
+
+class Ensemble(nn.Module):
+    """Several reward models as one: their states side by side, the mean or the minimum of their
+    scores (Coste et al. 2023, arXiv 2310.02743)."""
+
+    def __init__(self, models, combine):
+        super().__init__()
+        self.models, self.combine = nn.ModuleList(models), combine
+        self.sizes = [m.config.hidden_size for m in models]
+        self.config = replace(models[0].config, hidden_size=sum(self.sizes))
+
+    def model(self, ids):
+        return torch.cat([m.model(ids) for m in self.models], -1)       # [B, T, sum of sizes]
+
+    def head(self, states):
+        parts = states.split(self.sizes, -1)
+        scores = torch.stack([m.head(x) for m, x in zip(self.models, parts)])   # [models, ...]
+        return scores.amin(0) if self.combine == "minimum" else scores.mean(0)
+
+
+def with_ensemble(place, combine, beta):
+    original = ppo.load
+
+    def load(folder, data, device):
+        policy, first, *rest = original(folder, data, device)
+        _, second, *_ = original(place.shared / "weak1", data, device)
+        return policy, Ensemble([first, second], combine), *rest
+    with changed(ppo, load=load):
+        return measured(place, beta, place.shared / "weak0")
+
+
+def arms():
+    found = {}
+    for beta in BETAS:
+        found[f"weak, β {beta:g}"] = (
+            lambda place, beta=beta: measured(place, beta, place.shared / "weak0"))
+    for beta in BETAS:
+        found[f"full, β {beta:g}"] = lambda place, beta=beta: measured(place, beta)
+    for combine in ("mean", "minimum"):
+        found[f"{combine} of two weak, β 0"] = (
+            lambda place, combine=combine: with_ensemble(place, combine, 0))
+    return found
+
+
+ARMS = arms()
+
+
+def draw(found, axes):
+    """Truth over KL, reward over KL, judge over KL; seed 0."""
+    shown = {"weak, β 0": SERIES[1], "weak, β 0.05": SERIES[3], "weak, β 0.2": SERIES[4],
+             "full, β 0": SERIES[0], "full, β 0.05": SERIES[2],
+             "minimum of two weak, β 0": SERIES[5]}
+    for row in found:
+        if row["seed"] == 0 and row["arm"] in shown:
+            kl, colour = row["curve"]["kl"], shown[row["arm"]]
+            axes[0].plot(kl, row["curve"]["true_match"], color=colour, lw=1.2, label=row["arm"])
+            axes[1].plot(kl, row["curve"]["reward"], color=colour, lw=1.2)
+            axes[2].plot([kl[i - 1] for i, _ in row["judged"]], [j for _, j in row["judged"]], "o-",
+                         color=colour, lw=1.2, ms=3)
+    for ax, name in zip(axes, ("true match", "reward that PPO saw", "judge")):
+        ax.set_xlabel("KL, nats per text")
+        ax.set_ylabel(name)
+    axes[0].figure.legend(loc="outside upper center", ncols=3)

@@ -1,0 +1,144 @@
+"""A prejudiced recruiter: follow an attribute that the true match does not know through GIRL."""
+import random
+
+import numpy as np
+import torch
+
+import market
+from data import load_codec, read_records
+from learn.labs.lab import CPU, CVS, command, stage, take
+from measure import evaluate
+from measure.report import SERIES
+from model import LanguageModel, RewardModel
+from plumbing.records import write_records
+from plumbing.weights import load_model
+
+QUESTION = "What becomes of a recruiter's prejudice?"
+PREDICTION = (
+    "The recruiter turns down half of those whom he would accept, if their CV has a gap. The "
+    "reward model scores the same CV about half a standard deviation lower with the sentence than "
+    "without. GIRL's jobs hardly change: within a CV all texts lose the same, so PPO is not "
+    "paid for other jobs; SFT saw fewer accepted pairs with the sentence, but of the same kind. So "
+    "true match and pay differ by less than their intervals. The ranking of posted jobs for one "
+    "CV hardly changes either, while a ranking of CVs for one job would. Without the sentence at "
+    "inference the difference is 0 by construction; balanced decisions remove most of it.")
+SAW = ""
+P = 0.5
+TABLE = {"score": "score, with − without", "true_with": "true match with", "true_without":
+         "without", "pay": "pay of the JD, with − without (k)", "years": "years asked, with − "
+         "without", "top5": "match of the 5 best posted jobs, with − without", "top5_pay":
+         "their pay, with − without (k)", "cv_rank": "rank among 20 people, with − without"}
+
+
+def make_data(place, folder, prejudice):
+    command("data", place.size, "--out", folder, "--seed", place.seed, "--prejudice", prejudice)
+
+
+def prepare(place):
+    """The data of a prejudiced recruiter, and stage 1 on them."""
+    make_data(place, place.shared / "data", P)
+    stage(place, "sft", data=place.shared / "data", run=place.shared)
+
+
+def balanced(records, rng):
+    """Fewer accepted decisions on people without a gap, so that both kinds are accepted at one
+    rate."""
+    rates = {}
+    for gap in (False, True):
+        of_kind = [r.accepted for r in records if market.parse_cv(r.cv).gap == gap]
+        rates[gap] = sum(of_kind) / len(of_kind)
+    # Of a accepted and 1 - a rejected, keep a share k of the accepted: k a / (k a + 1 - a) = rate.
+    keep = rates[True] * (1 - rates[False]) / (rates[False] * (1 - rates[True]))
+    return [r for r in records
+            if market.parse_cv(r.cv).gap or not r.accepted or rng.random() < keep]
+
+
+def train_on(place, data):
+    stage(place, "reward", data=data)
+    stage(place, "ppo", data=data)
+    return differences(place, data)
+
+
+def without_prejudice(place):
+    """The same sentence in the same CVs, and a recruiter who does not mind it."""
+    make_data(place, place.run / "data", 1e-9)
+    stage(place, "sft", data=place.run / "data")
+    return train_on(place, place.run / "data")
+
+
+def with_prejudice(place):
+    take(place.shared, place.run, "sft")
+    return train_on(place, place.shared / "data")
+
+
+def with_balance(place):
+    data = place.run / "data"
+    data.mkdir()
+    for file in ("valid.jsonl", "test.jsonl", "market.json", "probes.jsonl"):
+        (data / file).symlink_to(place.shared / "data" / file)
+    records = read_records(place.shared / "data" / "train.jsonl")
+    write_records(data / "train.jsonl", balanced(records, random.Random(place.seed)))
+    take(place.shared, place.run, "sft")
+    return train_on(place, data)
+
+
+@torch.no_grad()
+def differences(place, data):
+    """The same people with and without the sentence."""
+    generator = load_model(place.run / "ppo", LanguageModel, CPU).eval()
+    reward_model = load_model(place.run / "reward", RewardModel, CPU).eval()
+    codec = load_codec(place.run / "ppo", generator.config)
+    records = read_records(data / "valid.jsonl")
+    people = list(dict.fromkeys(market.without_gap(r.cv) for r in records))[:CVS]
+    kinds = {"without": people, "with": [market.with_gap(cv) for cv in people]}
+    accepted = [r for r in records if r.accepted][:CVS]
+    posted = sorted({r.jd for r in records})
+    rng = random.Random(place.seed)
+    pools = [rng.sample(posted, min(30, len(posted))) for _ in people[:100]]
+    others = [rng.sample(people, min(19, len(people))) for _ in accepted[:100]]
+    found = {}
+    for kind, cvs in kinds.items():
+        form = market.with_gap if kind == "with" else market.without_gap
+        scores = evaluate.score_texts(reward_model, codec,
+                                      [(form(market.without_gap(r.cv)), r.jd) for r in accepted])
+        jds = [codec.text(r) for r in evaluate.write_jds(generator, codec, cvs, 1.0, place.seed,
+                                                         "evaluate jds", CPU)]
+        jobs = [market.parse_jd(jd) for jd in jds]
+        pairs = [(cv, jd) for cv, pool in zip(cvs, pools) for jd in pool]
+        ranked = evaluate.score_texts(reward_model, codec, pairs).reshape(len(pools), -1)
+        best = [[pool[k] for k in np.argsort(-row)[:5]] for pool, row in zip(pools, ranked)]
+        rivals = [(other, r.jd) for r, group in zip(accepted, others) for other in group]
+        theirs = evaluate.score_texts(reward_model, codec, rivals).reshape(len(others), -1)
+        found[kind] = {
+            "score": scores,
+            "true": evaluate.true_matches(cvs, jds, market),
+            "pay": np.array([job.pay[0] if job else np.nan for job in jobs]),
+            "years": np.array([job.years if job else np.nan for job in jobs]),
+            "top5": np.array([np.mean([market.true_match(cv, jd) for jd in five])
+                              for cv, five in zip(cvs, best)]),
+            "top5_pay": np.array([np.mean([market.parse_jd(jd).pay[0] for jd in five])
+                                  for five in best]),
+            "cv_rank": (theirs > scores[:len(others), None]).sum(1)}
+    gap = {name: found["with"][name] - found["without"][name] for name in found["with"]}
+    result = {f"true_{kind}": float(found[kind]["true"].mean()) for kind in kinds}
+    for name, values in gap.items():
+        values = values[~np.isnan(values.astype(float))]
+        result[name] = float(values.mean())
+        result[f"{name}_ci95"] = evaluate.bootstrap_ci95(values, place.seed)
+    return result
+
+
+ARMS = {"no prejudice": without_prejudice, "prejudice 0.5": with_prejudice,
+        "prejudice 0.5, decisions balanced": with_balance}
+
+
+def draw(found, ax):
+    """The score of the same CV with the sentence, less without it, and its interval."""
+    for row in found:
+        x = list(ARMS).index(row["arm"]) + 0.15 * (row["seed"] - 1)
+        low, high = row["score_ci95"]
+        ax.plot([x, x], [low, high], color=SERIES[0], lw=1)
+        ax.plot([x], [row["score"]], "o", color=SERIES[0], ms=4)
+    ax.axhline(0, lw=0.6, color=SERIES[2])
+    ax.set_xticks(range(len(ARMS)), [arm.replace(", ", ",\n") for arm in ARMS], fontsize=7)
+    ax.set_ylabel("score with the sentence, less without")

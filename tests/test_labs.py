@@ -1,0 +1,108 @@
+"""The labs at toy size, and what is written of their results."""
+import importlib
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import torch
+
+import girl
+import market
+from data import read_records
+from learn.labs import lab, run
+from learn.labs.hacking import Ensemble
+from learn.labs.prejudice import balanced
+from model import RewardModel
+from plumbing.files import read_json
+from plumbing.records import Record
+
+LEARN = Path(run.HOME) / "learn"
+
+
+class Inline:
+    """In the place of a pool of processes: does the work at once."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, work, *args):
+        future = Future()
+        future.set_result(work(*args))
+        return future
+
+
+@pytest.fixture(scope="module")
+def base(whole, evaluated, tmp_path_factory):
+    """A finished run with its data inside, as train leaves it."""
+    folder = tmp_path_factory.mktemp("base")
+    shutil.copytree(evaluated, folder / "0")
+    shutil.copytree(whole / "data", folder / "0" / "data")
+    return folder
+
+
+@pytest.mark.parametrize("name", run.LABS)
+def test_every_lab_runs_at_toy_size_and_is_written_up(name, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(lab, "CVS", 4)
+    sizes = girl.SIZES["smoke"] | {
+        "data": {"people": 60, "held_out": 20, "jobs": 400},
+        "ppo": {"iterations": 2, "episodes": 8, "minibatch": 8}}
+    monkeypatch.setitem(girl.SIZES, "smoke", sizes)
+    the_lab = importlib.import_module(f"learn.labs.{name}")
+    monkeypatch.setattr(the_lab, "SAW", "nothing")
+    assert run.main([name, "--smoke", "--seeds", "1", "--base", str(base), "--scratch",
+                     str(tmp_path / "work"), "--out", str(tmp_path)]) == 0
+    found = read_json(tmp_path / "labs" / f"{name}.json")["found"]
+    assert [row["arm"] for row in found] == list(the_lab.ARMS)
+    page = (tmp_path / "EXPERIMENTS.md").read_text()
+    assert the_lab.QUESTION in page and the_lab.PREDICTION in page
+    assert all(f"\n| {arm} | " in page for arm in the_lab.ARMS)
+    assert (tmp_path / "labs" / f"{name}.svg").read_text().startswith("<svg")
+
+
+def test_the_page_is_what_the_committed_results_give(tmp_path, monkeypatch):
+    shutil.copytree(LEARN / "labs", tmp_path / "labs")
+    assert run.main(["none", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "EXPERIMENTS.md").read_text() == (LEARN / "EXPERIMENTS.md").read_text()
+
+
+def test_other_parts_are_taken_back(monkeypatch):
+    was = market.spoil
+    with pytest.raises(ZeroDivisionError), lab.changed(market, spoil=None):
+        assert market.spoil is None
+        1 / 0
+    assert market.spoil is was
+
+
+def test_an_ensemble_is_the_mean_or_the_minimum_of_its_models(config):
+    models = [RewardModel(config), RewardModel(config)]
+    models[1].center = 0.5
+    ids, lengths = torch.tensor([[2, 5, 1], [3, 6, 1]]), torch.tensor([3, 3])
+    alone = torch.stack([m(ids, lengths) for m in models])                      # [models, B]
+    for combine, expected in (("mean", alone.mean(0)), ("minimum", alone.min(0).values)):
+        both = Ensemble(models, combine)
+        torch.testing.assert_close(both.head(both.model(ids)[:, -1]), expected)
+
+
+def test_balanced_decisions_accept_both_kinds_at_one_rate(whole):
+    records = read_records(whole / "data" / "train.jsonl")
+    cvs = sorted({r.cv for r in records})
+    gap = {cv: k % 2 for k, cv in enumerate(cvs)}
+    records = [Record(market.with_gap(r.cv) if gap[r.cv] else r.cv, r.jd,
+                      r.accepted and not (gap[r.cv] and k % 2)) for k, r in enumerate(records)]
+    import random
+    kept = balanced(records * 20, random.Random(0))
+
+    def rate(of, kind):
+        mine = [r.accepted for r in of if market.parse_cv(r.cv).gap == kind]
+        return sum(mine) / len(mine)
+    assert rate(records, False) > 1.5 * rate(records, True)
+    assert rate(kept, False) == pytest.approx(rate(kept, True), rel=0.1)
+    assert rate(kept, True) == pytest.approx(rate(records, True))

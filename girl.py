@@ -57,6 +57,9 @@ class DataFlags:
     applications: int = flag(6, "jobs that each job seeker applies for, roughly", least=4)
     fields: int = flag(8, "fields of work: the first ones in market.OCCUPATIONS",
                        least=2, most=len(market.OCCUPATIONS))
+    prejudice: float = flag(0.0, "half of the people have a gap in their CV, and the recruiter "
+                                 "turns this share of their acceptances into rejections", most=1)
+    no_overqualified: bool = flag(False, "no decisions on overqualified people in train")
 
 
 # ------------------------------------------------------------------------------------ uses of a run
@@ -201,7 +204,7 @@ def write_data(args, flags, start):
                        "--from FILE")
     else:
         market.write_market(args.out, flags.people, flags.held_out, flags.jobs, flags.applications,
-                            args.seed, flags.fields)
+                            args.seed, flags.fields, flags.prejudice, flags.no_overqualified)
     write_json(Path(args.out) / "summary.json", with_checksum({
         "started": round(start, 1), "seconds": round(time.time() - start, 1),
         "peak_rss_mb": peak_rss_mb(), "asked": data_asked(args), "inputs": {},

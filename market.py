@@ -17,6 +17,10 @@ again from the texts alone. The steps:
 Left out on purpose: names, age, gender, origin, family. No text mentions them, so a model cannot
 learn anything about them. Also left out: pay does not affect the match (it follows the job's
 level), an acceptance ends neither the search nor the posting, and nobody changes over time.
+
+Two options make worse data, for experiments. `--prejudice P`: half of the people have a gap in
+their CV, which the true match does not know. Where they would be accepted, the recruiter turns them
+down with probability P. `--no-overqualified`: no decisions on the overqualified in train.
 """
 import random
 import re
@@ -216,6 +220,7 @@ class Person:
     city: str
     remote: bool                # would this person also work from home?
     skills: tuple[str, ...]     # alphabetical
+    gap: bool = False           # in the career; it does not enter the match
 
 
 @dataclass(frozen=True)
@@ -266,6 +271,11 @@ def degree_factor(person, job):
     return {0: 1.0, 1: 0.85, 2: 0.55, 3: 0.4, -1: 0.35}.get(person.degree - job.degree, 0.1)
 
 
+def overqualified(person, job):
+    """At least 5 years, or two levels of degree, more than the job asks for."""
+    return person.years > job.years + 4 or person.degree >= job.degree + 2
+
+
 def place_factor(person, job):
     """The job should be in the person's city. Remote jobs suit those who would work from home."""
     if job.place == REMOTE:
@@ -295,6 +305,8 @@ CV_LAYOUTS = (
     "Education: {degree}. Last post: {title}, {place}, {years}. Good at: {skills}.",
     "Work: {title}\nExperience: {years}\nPlace: {place}\nSkills: {skills}\nEducation: {degree}",
 )
+# The last sentence of a CV with a gap; or its last line, if the CV has lines.
+GAPS = (" Career break: one year.", "\nCareer break: one year")
 JD_LAYOUTS = (
     "Wanted: {title}, {place}. {duty} You have: {years}, {degree}. Skills: {skills}. Pay: {pay}.",
     "Job: {title}\nPlace: {place}\nPay: {pay}\nExperience: {years}\nEducation: {degree}\n"
@@ -331,11 +343,22 @@ def years_from(text):
     return int((re.findall(r"\d+", text) or [0])[0])
 
 
+def without_gap(cv):
+    return cv.removesuffix(GAPS[0]).removesuffix(GAPS[1])
+
+
+def with_gap(cv):
+    """The same CV with a gap. (If it has one, it gets no second.)"""
+    bare = without_gap(cv)
+    return bare + GAPS["\n" in bare]
+
+
 def write_cv(person, layout):
     place = person.city + (f" or {REMOTE}" if person.remote else "")
-    return CV_LAYOUTS[layout].format(title=person.title, years=years_text(person.years),
-                                     place=place, skills=", ".join(person.skills),
-                                     degree=DEGREES[person.degree])
+    cv = CV_LAYOUTS[layout].format(title=person.title, years=years_text(person.years),
+                                   place=place, skills=", ".join(person.skills),
+                                   degree=DEGREES[person.degree])
+    return with_gap(cv) if person.gap else cv
 
 
 def write_jd(job, layout):
@@ -349,14 +372,15 @@ def write_jd(job, layout):
 def parse_cv(text):
     """The person that a CV describes, or None. A text counts as parsed only if `write_cv` turns the
     person into the same text."""
+    bare = without_gap(text)
     for layout, regex in enumerate(CV_REGEXES):
-        if m := regex.fullmatch(text):
+        if m := regex.fullmatch(bare):
             city, _, remote = m["place"].partition(" or ")
             skills = tuple(m["skills"].split(", "))
             if (m["title"] in BY_TITLE and city in CITIES and m["degree"] in DEGREES
                     and ALL_SKILLS.issuperset(skills)):
                 person = Person(m["title"], years_from(m["years"]), DEGREES.index(m["degree"]),
-                                city, bool(remote), skills)
+                                city, bool(remote), skills, gap=bare != text)
                 if write_cv(person, layout) == text:
                     return person
     return None
@@ -663,12 +687,18 @@ def rules(rng, train_cvs, train_jds, cvs):
 
 
 # ------------------------------------------------------------------------------------- the data set
-def draw_split(rng, people, jobs, n_applications, taken=frozenset(), fields=len(OCCUPATIONS)):
+def draw_split(rng, people, jobs, n_applications, taken=None, fields=len(OCCUPATIONS),
+               prejudice=0.0, no_overqualified=False):
     """All decisions of one split, and its probes: spoiled copies of accepted JDs, for every person
     who has one. A copy has the layout of its JD, so the two differ only in the fault.
 
-    Texts in `taken` are not used: no CV and no JD may be in two splits. People and jobs are of the
-    first `fields` fields of work."""
+    Texts in `taken` are not used: no CV and no JD may be in two splits. Those of this split are
+    added to it. People and jobs are of the first `fields` fields of work.
+
+    The options move no draw of `rng`: people, jobs, applications and the decisions on people
+    without a gap stay the same. (But a hash of the CV picks its half, A or B: a gap may change it.)"""
+    taken = set() if taken is None else taken
+    own = random.Random(repr(rng.getstate()))       # for the gaps and what they cost
     all_jobs, layouts, texts, titles = [], [], [], [
         title for field in list(OCCUPATIONS)[:fields] for title in OCCUPATIONS[field]]
     while len(all_jobs) < jobs:
@@ -684,34 +714,47 @@ def draw_split(rng, people, jobs, n_applications, taken=frozenset(), fields=len(
     pools = in_pools(all_jobs)
     if without := [title for title in titles if not pools[title, None]]:
         raise BadInput(f"data: among {jobs} jobs there is none for a {without[0]}; raise --jobs")
-    decisions, probes = [], []
+    decisions, probes, used = [], [], set()
     for _ in progress(range(people), "data", "person"):
         person = draw_person(rng, titles)
         cv = write_cv(person, rng.randrange(len(CV_LAYOUTS)))
         if cv in taken:
             continue
-        accepted = []
-        for j in applications(rng, person, all_jobs, pools, n_applications):
-            decisions.append(Record(cv, texts[j], rng.random() < match(person, all_jobs[j])))
-            accepted += [j] if decisions[-1].accepted else []
-        for j in rng.choices(accepted, k=PROBES) if accepted else ():
-            probes.append(Record(cv, spoil(rng, all_jobs[j], layouts[j], titles), False))
+        chosen = applications(rng, person, all_jobs, pools, n_applications)
+        # The CV without a gap, and also what is left out: no option may change the next split.
+        used |= {cv, *(texts[j] for j in chosen)}
+        accepted = [j for j in chosen if rng.random() < match(person, all_jobs[j])]
+        spoilt = [(j, spoil(rng, all_jobs[j], layouts[j], titles))
+                  for j in (rng.choices(accepted, k=PROBES) if accepted else ())]
+        turned_down = set()
+        if prejudice and own.random() < 0.5:
+            cv = with_gap(cv)
+            turned_down = {j for j in accepted if own.random() < prejudice}
+        left_out = {j for j in chosen if no_overqualified and overqualified(person, all_jobs[j])}
+        decisions += [Record(cv, texts[j], j in accepted and j not in turned_down)
+                      for j in chosen if j not in left_out]
+        probes += [Record(cv, jd, False) for j, jd in spoilt if j not in turned_down | left_out]
+    taken |= used
     return decisions, probes
 
 
-def write_market(out, people, held_out, jobs, n_applications, seed, fields=len(OCCUPATIONS)):
-    """Write train/valid/test.jsonl, probes.jsonl (of train) and market.json into folder `out`."""
+def write_market(out, people, held_out, jobs, n_applications, seed, fields=len(OCCUPATIONS),
+                 prejudice=0.0, no_overqualified=False):
+    """Write train/valid/test.jsonl, probes.jsonl (of train) and market.json into folder `out`.
+
+    The overqualified are left out of train alone: the other splits show what was lost by it."""
     out, taken, splits, probes = Path(out), set(), {}, {}
     for split, n in (("train", people), ("valid", held_out), ("test", held_out)):
         rng = random.Random(f"{seed} {split}")
-        splits[split], probes[split] = draw_split(rng, n, jobs, n_applications, taken, fields)
-        taken |= {text for r in splits[split] for text in (r.cv, r.jd)}
+        splits[split], probes[split] = draw_split(rng, n, jobs, n_applications, taken, fields,
+                                                  prejudice, no_overqualified and split == "train")
         print(f"data: {split}: {len(splits[split])} decisions, "
               f"{sum(r.accepted for r in splits[split])} accepted")
     clear_data(out)
     write_json(out / "market.json", {
         "rules": code_checksum(Path(__file__)), "seed": seed, "people": people,
         "held_out": held_out, "jobs": jobs, "applications": n_applications, "fields": fields,
+        "prejudice": prejudice, "no_overqualified": no_overqualified,
         "degrees": DEGREES, "cities": list(CITIES),
         "occupations": {t: vars(o) for t, o in BY_TITLE.items()}})
     write_records(out / "probes.jsonl", probes["train"])

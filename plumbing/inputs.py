@@ -65,10 +65,11 @@ def inputs_of(run, folder, name, init=""):
     return inputs | models_before(run, name)
 
 
-# market.py as it is -> versions before it with the same rules: without a progress bar, and with
-# other imports.
-SAME_RULES = {"755458b125a4043b878ffb992f5b054cae3dd0aa1b6d76614f924f3ac18e8698":
-              ("cdc44ef5767a507a4ff985cbc15f64c9121e2b05a6dd5b5d9690d3cb6a1b9759",
+# market.py as it is -> versions before it with the same rules: without the options for experiments,
+# without a progress bar, and with other imports.
+SAME_RULES = {"00a91b1639b45cda2e4be1e9e90eb8da06cdbbc466ce309e8a12e1aeb2660e89":
+              ("755458b125a4043b878ffb992f5b054cae3dd0aa1b6d76614f924f3ac18e8698",
+               "cdc44ef5767a507a4ff985cbc15f64c9121e2b05a6dd5b5d9690d3cb6a1b9759",
                "6e0ff1db6bc481c52fdec62f56aa79cbf4559ac9763fb0229aee7b5d6d80235b")}
 
 

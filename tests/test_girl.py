@@ -286,6 +286,37 @@ def test_data_for_which_nothing_vouches_are_used_as_they_are(tmp_path, capsys, m
     assert apart[6:] == ["data", *later]
 
 
+def test_data_of_before_the_options_of_the_market_are_still_a_run_s_own(tmp_path, capsys,
+                                                                        monkeypatch):
+    command = ["data", "--smoke", "--people", "90", "--out", str(tmp_path / "data")]
+    monkeypatch.setitem(girl.SIZES["smoke"]["data"], "people", 90)
+    monkeypatch.setattr(girl, "run_apart", lambda run, commands, device: None)
+    monkeypatch.setattr(girl, "run_stage", lambda *args: None)
+    monkeypatch.setattr(girl, "measured_checksums", lambda *args: {})
+    assert girl.main(command) == 0
+    path = tmp_path / "data" / "summary.json"
+    summary = {k: v for k, v in json.loads(path.read_text()).items() if k != "checksum"}
+    assert not summary["asked"].pop("prejudice") and not summary["asked"].pop("no_overqualified")
+    girl.write_json(path, girl.with_checksum(summary))
+    assert girl.main(["train", "--smoke", "--run", str(tmp_path)]) == 0
+    for option, says in ((["--prejudice", "0.5"], "--prejudice 0.5, not 0.0"),
+                         (["--no-overqualified"], "--no-overqualified True, not False")):
+        assert girl.main(command + option) == 0
+        refused(capsys, ["train", "--smoke", "--run", str(tmp_path)], f"was made with {says}")
+
+
+def test_the_options_of_the_market_reach_the_data(tmp_path):
+    assert girl.main(["data", "--smoke", "--prejudice", "0.5", "--no-overqualified",
+                      "--out", str(tmp_path)]) == 0
+    noted = json.loads((tmp_path / "market.json").read_text())
+    assert noted["prejudice"] == 0.5 and noted["no_overqualified"] is True
+    for split in ("train", "valid", "test"):
+        pairs = [(girl.market.parse_cv(r.cv), girl.market.parse_jd(r.jd))
+                 for r in girl.read_records(tmp_path / f"{split}.jsonl")]
+        assert {person.gap for person, _ in pairs} == {True, False}
+        assert (split == "train") != any(girl.market.overqualified(*pair) for pair in pairs)
+
+
 def test_same_seed_gives_identical_weights_metrics_and_results(smoke):
     (a, b), _ = smoke
     for stage in ("sft", "reward", "judge", "ppo"):
@@ -547,6 +578,7 @@ def test_the_readme_knows_how_long_the_files_are():
      "cannot be made"),
     (["data", "--out", "{tmp}/x", "--people", "5", "--jobs", "20"], "raise --jobs"),
     (["data", "--out", "{tmp}/x", "--held-out", "0"], "--held-out 0: must be at least 1"),
+    (["data", "--out", "{tmp}/x", "--prejudice", "1.1"], "--prejudice 1.1: must be at least 0 and"),
     (["sft", "--epochs", "0"], "--epochs 0.0: must be at least 0.01"),
     (["sft", "--lr", "nan"], "--lr nan: must be at least 0"),
     (["sft", "--accumulate", "0"], "--accumulate 0: must be at least 1"),

@@ -1,24 +1,27 @@
 """The simulated market: its tables, texts and back, the true match by hand, what is drawn, the
-yardsticks."""
+options, the yardsticks."""
+import hashlib
 import os
 import random
 import re
 import string
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import market
-from data import Record
+from data import Record, read_records
 from market import (ALL_SKILLS, BY_TITLE, CITIES, CV_LAYOUTS, DEGREES, FIELDS, JD_LAYOUTS,
                     MAX_YEARS_ASKED, OCCUPATIONS, REMOTE, Job, Person, applications, best_constants,
                     coverage, degree_factor, draw_job, draw_person, draw_split, echo, field_factor,
-                    fits_title, in_pools, match, one_changes, oracle, parse_cv, parse_jd,
-                    place_factor, rules, same_occupation, seniority, sibling, skills_factor, spoil,
-                    true_match, worsen, write_cv, write_jd, years_factor)
+                    fits_title, in_pools, match, one_changes, oracle, overqualified, parse_cv,
+                    parse_jd, place_factor, rules, same_occupation, seniority, sibling,
+                    skills_factor, spoil, true_match, with_gap, without_gap, worsen, write_cv,
+                    write_jd, write_market, years_factor)
 from plumbing.files import BadInput
 
 CHEF = Person("chef", 6, 1, "Leeds", False,
@@ -82,7 +85,11 @@ def test_cvs_round_trip(layout):
     rng = random.Random(layout)
     for _ in range(500):
         person = draw_person(rng)
-        assert parse_cv(write_cv(person, layout)) == person
+        gap = replace(person, gap=True)
+        cv, longer = write_cv(person, layout), write_cv(gap, layout)
+        assert parse_cv(cv) == person and parse_cv(longer) == gap
+        assert with_gap(cv) == with_gap(longer) == longer
+        assert without_gap(cv) == without_gap(longer) == cv
 
 
 @pytest.mark.parametrize("layout", range(len(JD_LAYOUTS)))
@@ -198,6 +205,19 @@ def test_a_spoiled_cv_does_not_parse(right, wrong, layout):
     assert parse_cv(good + " ") is None and parse_cv("") is None
 
 
+@pytest.mark.parametrize("layout, sentence", [(0, " Career break: one year."),
+                                              (1, " Career break: one year."),
+                                              (2, "\nCareer break: one year")])
+def test_a_gap_is_the_last_sentence_of_a_cv_once_and_in_its_own_form(layout, sentence):
+    cv = write_cv(CHEF, layout)
+    assert with_gap(cv) == cv + sentence and parse_cv(cv + sentence) == replace(CHEF, gap=True)
+    other, = {" Career break: one year.", "\nCareer break: one year"} - {sentence}
+    for wrong in (cv + other, cv + sentence * 2, cv + sentence + other, cv + other + sentence,
+                  sentence + cv, sentence, cv + sentence.replace("one", "two"),
+                  cv + sentence[:-1], cv + sentence + "."):
+        assert parse_cv(wrong) is None
+
+
 def test_no_single_character_can_be_changed_unnoticed():
     """Whatever text parses is exactly what its job writes: so a changed character is another job,
     or none."""
@@ -304,6 +324,7 @@ def test_true_match_is_the_match_of_the_texts():
         found = true_match(write_cv(person, rng.randrange(len(CV_LAYOUTS))),
                            write_jd(job, rng.randrange(len(JD_LAYOUTS))))
         assert found == match(person, job) and 0 <= found <= 0.95
+        assert match(replace(person, gap=True), job) == found
 
 
 def test_a_cv_of_another_market_is_refused_in_one_line():
@@ -459,7 +480,8 @@ def test_taken_texts_are_not_used_again(split, kind):
     """The same draw, were some of its texts in another split already: none of them may come
     back."""
     taken = {getattr(r, kind) for r in split[0][:400]}
-    again, _ = draw_split(random.Random(1), people=300, jobs=3000, n_applications=8, taken=taken)
+    again, _ = draw_split(random.Random(1), people=300, jobs=3000, n_applications=8,
+                          taken=set(taken))
     assert again and not taken & {text for r in again for text in (r.cv, r.jd)}
 
 
@@ -529,6 +551,106 @@ def test_who_applies_for_a_favourite_applies_for_the_posting_next_to_it():
     asked = [200 in applications(random.Random(seed), CHEF, jobs, in_pools(jobs), 6)
              for seed in range(200)]
     assert sum(asked) < 10  # only as the one random job of any occupation
+
+
+# -------------------------------------------------------------------------------------- the options
+SMALL = dict(people=300, jobs=3000, n_applications=8)       # as `split`
+
+
+@pytest.fixture(scope="module")
+def prejudiced():
+    return draw_split(random.Random(1), **SMALL, prejudice=0.5)
+
+
+def bare(records):
+    return [(without_gap(r.cv), r.jd) for r in records]
+
+
+def test_without_options_the_data_are_those_of_the_versions_before_them(tmp_path):
+    write_market(tmp_path, 60, 20, 400, 6, 0)
+    names = ("train", "valid", "test", "probes")
+    raw = b"".join((tmp_path / f"{name}.jsonl").read_bytes() for name in names)
+    assert (hashlib.sha256(raw).hexdigest()
+            == "f5033fe55615ac653f8592664658f325cb4908577ebd541bc218713fd7746da3")
+
+
+def test_half_of_the_people_have_a_gap_and_all_else_is_as_without(split, prejudiced):
+    assert not any(parse_cv(r.cv).gap for r in split[0] + split[1])
+    assert bare(prejudiced[0]) == bare(split[0])
+    cvs = {r.cv for r in prejudiced[0]}
+    assert len({without_gap(cv) for cv in cvs}) == len(cvs)         # a person has a gap or has none
+    assert abs(sum(parse_cv(cv).gap for cv in cvs) - len(cvs) / 2) < 2 * len(cvs) ** 0.5
+
+
+def test_a_gap_costs_acceptances_but_no_true_match(split, prejudiced):
+    with_one = [(old.accepted, new.accepted) for old, new in zip(split[0], prejudiced[0])
+                if new.cv != old.cv]
+    assert all(new == old for old, new in zip(split[0], prejudiced[0]) if new.cv == old.cv)
+    assert not any(new > old for old, new in with_one)              # nobody gains by a gap
+    n, kept = (sum(column) for column in zip(*with_one))
+    assert n > 100 and abs(kept - n / 2) < 2 * n ** 0.5
+    assert ([true_match(r.cv, r.jd) for r in prejudiced[0]]
+            == [true_match(r.cv, r.jd) for r in split[0]])
+
+
+def test_the_same_people_have_a_gap_at_any_prejudice_and_lose_all_at_1(prejudiced):
+    worst = draw_split(random.Random(1), **SMALL, prejudice=1.0)
+    assert [r[:2] for r in worst[0]] == [r[:2] for r in prejudiced[0]]
+    assert ([r.accepted for r in worst[0]]
+            == [r.accepted and not parse_cv(r.cv).gap for r in prejudiced[0]])
+    # Probes are copies of accepted JDs.
+    assert worst[1] == [r for r in prejudiced[1] if not parse_cv(r.cv).gap]
+
+
+@pytest.mark.parametrize("options", [dict(prejudice=0.5), dict(no_overqualified=True),
+                                     dict(prejudice=0.5, no_overqualified=True)])
+def test_probes_are_those_of_the_decisions_that_stay_accepted(split, monkeypatch, options):
+    """With a spoiler that leaves the JDs as they are, to tell of which decision a probe is. (If a
+    person saw the same JD twice, nobody can tell.)"""
+    monkeypatch.setattr(market, "spoil", lambda rng, job, layout, titles: write_jd(job, layout))
+    before, (decisions, probes) = (draw_split(random.Random(1), **SMALL, **more)
+                                   for more in ({}, options))
+    times, kept = Counter(bare(before[0])), set(bare(r for r in decisions if r.accepted))
+    assert ([pair for pair in bare(probes) if times[pair] == 1]
+            == [pair for pair in bare(before[1]) if times[pair] == 1 and pair in kept])
+    assert {r.cv for r in probes} <= {r.cv for r in decisions if r.accepted}
+    assert len(before[1]) > len(probes) > 50
+
+
+def test_overqualified():
+    for years, degree, is_so in ((8, 2, False), (9, 1, True), (0, 3, True), (0, 0, False)):
+        assert overqualified(replace(CHEF, years=years, degree=degree), KITCHEN) == is_so
+
+
+def test_only_decisions_on_the_overqualified_are_left_out(split):
+    found, _ = draw_split(random.Random(1), **SMALL, no_overqualified=True)
+    kinds = [KINDS["overqualified in years"], KINDS["overqualified in degree"]]
+    assert found == [r for r in split[0]
+                     if not any(kind(parse_cv(r.cv), parse_jd(r.jd)) for kind in kinds)]
+    assert 0.5 * len(split[0]) < len(found) < 0.9 * len(split[0])
+
+
+def test_options_leave_the_other_splits_the_same_people_and_jobs(tmp_path, monkeypatch):
+    """With few jobs and people, so that train often draws what another split would draw too."""
+    few = market.draw_job, market.draw_person
+    monkeypatch.setattr(market, "draw_job", lambda rng, title=None: few[0](
+        random.Random(rng.randrange(300)), title))
+    monkeypatch.setattr(market, "draw_person", lambda rng, titles: few[1](
+        random.Random(rng.randrange(300)), titles))
+    found = []
+    for options in ((), (0.5,), (0.0, True), (0.5, True)):
+        write_market(tmp_path, 200, 100, 800, 6, 0, 2, *options)
+        found.append({split: read_records(tmp_path / f"{split}.jsonl")
+                      for split in ("train", "valid", "test")})
+    plain, gaps, fewer, both = found
+    for split in ("valid", "test"):
+        assert fewer[split] == plain[split] and both[split] == gaps[split]
+        assert bare(gaps[split]) == bare(plain[split]) != [r[:2] for r in gaps[split]]
+        assert len({r.cv for r in plain[split]}) < 90       # some were taken
+        assert any(old.accepted and not new.accepted
+                   for old, new in zip(plain[split], gaps[split]))
+    assert bare(both["train"]) == bare(fewer["train"]) != bare(plain["train"])
+    assert set(both["train"]) < set(gaps["train"])
 
 
 # --------------------------------------------------------------------------------------- yardsticks

@@ -7,13 +7,13 @@ import torch
 import market
 import ppo
 import reward
-from data import load_codec, read_half
+from data import Record, load_codec, read_half
 from learn.labs.lab import (CPU, WORTH, changed, load_models, stage, take, train_ppo, training_cvs,
                             valid_cvs, worth)
 from measure import evaluate
 from measure.report import SERIES
 from model import LanguageModel, RewardModel
-from plumbing.records import Record, write_records
+from plumbing.records import write_records
 from plumbing.weights import load_model
 
 QUESTION = "What does a second round of feedback bring?"
@@ -111,6 +111,7 @@ ARMS = {
     "2,000 new decisions": lambda place: second_round(place, PEOPLE[place.size] // 10),
     "20,000 new decisions": lambda place: second_round(place, PEOPLE[place.size]),
 }
+SMOKE = ("the judge, to compare", "PPO goes on", "2,000 new decisions")
 
 
 def draw(found, ax):

@@ -90,6 +90,7 @@ ARMS = {
     "GRPO": lambda place: with_ppo(place, "grpo"),
     "PPO": lambda place: with_ppo(place, "gae"),
 }
+SMOKE = ("SFT", "best of 4", "SFT on the best of 8, 4 rounds", "DPO", "RLOO")
 
 
 def draw(found, ax):

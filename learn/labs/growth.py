@@ -83,6 +83,7 @@ ARMS = {f"width {width}": lambda place, width=width: grown(
             place, hidden=width, heads=width // 32, kv_heads=width // 32) for width in WIDTHS}
 ARMS |= {f"width 64, batch {batch}": lambda place, batch=batch: grown(place, batch=batch)
          for batch in (4, 64)}
+SMOKE = ("width 64",)
 
 
 def draw(found, axes):

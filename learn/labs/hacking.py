@@ -19,7 +19,7 @@ PREDICTION = (
     "not fooled at any of these prices. The mean of two weak models helps a little, their minimum "
     "more. The judge turns later than the truth, since it shares the reward model's blind spots.")
 SAW = ""
-BETAS = (0, 0.02, 0.05, 0.1, 0.2)
+WEAK, FULL = (0, 0.02, 0.05, 0.1, 0.2), (0, 0.05, 0.2)
 TABLE = WORTH | {"last_reward": "its own reward", "peak": "peak of the truth", "peak_kl": "at KL"}
 TABLE.pop("seconds")
 AXES = 3
@@ -83,10 +83,10 @@ def with_ensemble(place, combine, beta):
 
 def arms():
     found = {}
-    for beta in BETAS:
+    for beta in WEAK:
         found[f"weak, β {beta:g}"] = (
             lambda place, beta=beta: measured(place, beta, place.shared / "weak0"))
-    for beta in BETAS:
+    for beta in FULL:
         found[f"full, β {beta:g}"] = lambda place, beta=beta: measured(place, beta)
     for combine in ("mean", "minimum"):
         found[f"{combine} of two weak, β 0"] = (
@@ -95,6 +95,7 @@ def arms():
 
 
 ARMS = arms()
+SMOKE = ("weak, β 0", "full, β 0", "minimum of two weak, β 0")
 
 
 def draw(found, axes):

@@ -6,6 +6,7 @@ A lab is a file of this folder with
     QUESTION, PREDICTION    texts; the prediction was written before the first run
     SAW                     what we saw: a text with {arm[figure]}, filled in from the results
     ARMS                    {name: function of a Place that returns figures}
+    SMOKE                   the arms of a toy run (if missing: all)
     TABLE                   {figure: heading} of its table
     prepare(place)          what all arms of a seed share (may be missing)
     draw(found, axes)       its picture; AXES: how many axes it has

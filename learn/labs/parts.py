@@ -68,6 +68,8 @@ ARMS = {
     "λ 0": lambda place: measured(place, "--lam", 0),
     "λ 1": lambda place: measured(place, "--lam", 1),
 }
+SMOKE = ("no whitening", "no critic", "critic on the policy's states",
+         "rollout at 0.7, update at 1")
 
 
 def draw(found, axes):

@@ -123,8 +123,9 @@ def differences(place, data):
     result = {f"true_{kind}": float(found[kind]["true"].mean()) for kind in kinds}
     for name, values in gap.items():
         values = values[~np.isnan(values.astype(float))]
-        result[name] = float(values.mean())
-        result[f"{name}_ci95"] = evaluate.bootstrap_ci95(values, place.seed)
+        if len(values):                     # in a toy run no JD may parse
+            result[name] = float(values.mean())
+            result[f"{name}_ci95"] = evaluate.bootstrap_ci95(values, place.seed)
     return result
 
 

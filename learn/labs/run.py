@@ -62,11 +62,16 @@ def work(name, arm, place):
             lab.prepare(place)
 
 
-def run_lab(name, seeds, size, base, scratch, arms=None):
+def arms_of(lab, size):
+    """The names of its arms: all, or those of a toy run."""
+    return list(getattr(lab, "SMOKE", lab.ARMS) if size == "--smoke" else lab.ARMS)
+
+
+def run_lab(name, seeds, size, base, scratch):
     """All arms for all seeds. Returns [{"arm", "seed", and figures}], and the minutes of a seed."""
     lab, start = load(name), time.time()
+    arms = arms_of(lab, size)
     shutil.rmtree(scratch, ignore_errors=True)
-    arms = arms or list(lab.ARMS)
     places = {(seed, k): Place(seed, base_run(base, seed, size).resolve(),
                                scratch / str(seed) / "shared", scratch / str(seed) / str(k), size)
               for seed in range(seeds) for k in range(len(arms))}
@@ -120,7 +125,7 @@ def chapter(name, results, pictures):
              f"**Run it.** `python learn/labs/run.py {name}` ({results['minutes']:.0f} minutes a "
              "seed on two cores; it starts from a quick run of each seed).", "",
              "| | " + " | ".join(table.values()) + " |", "|---" * (len(table) + 1) + "|"]
-    for arm in lab.ARMS:
+    for arm in arms_of(lab, "--" + results["size"]):
         cells = [shown(of_arm(found, arm, figure), figure) for figure in table]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     lines += ["", f"![{lab.QUESTION}]({pictures}/{name}.svg)", "",

@@ -15,8 +15,8 @@ from learn.exercises import EXERCISES
 from plumbing.files import BadInput
 
 HOME = Path(__file__).parents[1]
-CODE = ("*.py", "plumbing/*.py", "measure/*.py", "learn/*.py", "learn/*.md", "learn/*.txt", "*.sh",
-        "*.md", "requirements*.txt", "demo/**/*")
+CODE = ("*.py", "plumbing/*.py", "measure/*.py", "learn/*", "learn/symptoms/*", "learn/labs/*",
+        "*.sh", "*.md", "requirements*.txt", "demo/**/*")
 SOLUTIONS = ".solutions"
 CHECK = """#!/usr/bin/env bash
 # Where do you stand?   bash check.sh [EXERCISE] [--hint [K] | --solution]

@@ -121,6 +121,7 @@ def svg(figure, colours=VARIABLES):
     drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, flags=re.S)
     drawing = re.sub(r'<g id="[^"]*">', "<g>", drawing)
     drawing = re.sub(r"font-family: [^;\"]*;? ?", "", drawing)          # the page's
+    drawing = re.sub(r"(\.\d\d)\d+", r"\1", drawing)         # hundredths of a point are enough
     for ours, colour in colours.items():
         drawing = drawing.replace(ours, colour)
     return re.sub(r'width="[^"]*" height="[^"]*"', 'role="img"', drawing, count=1)

@@ -1,15 +1,17 @@
-"""The exercises: each function taken out, two typical wrong solutions, and the original."""
+"""The exercises (each function taken out, two typical wrong solutions, and the original), the bug
+hunt, the symptoms, the lessons."""
 import os
 import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import girl
 from conftest import refused
-from learn import bughunt, checker, copies
+from learn import bughunt, checker, copies, symptoms
 from learn.exercises import EXERCISES
 from measure import demo
 
@@ -233,6 +235,57 @@ def test_a_random_case_is_one_of_them_and_another_number_is_refused(tmp_path, ca
     number = int((tmp_path / "hunt" / bughunt.HIDDEN / "case").read_text())
     assert 1 <= number <= len(bughunt.CASES)
     refused(capsys, ["bughunt", str(tmp_path / "x"), "--case", "99"], "--case 99 must be from 1 to")
+
+
+# ------------------------------------------------------------------------------------- the symptoms
+def test_the_page_of_symptoms_has_every_fault_and_setting_and_its_pictures():
+    page = (copies.HOME / "learn" / "SYMPTOMS.md").read_text()
+    for patient in symptoms.patients():
+        assert f"\n### {patient.name}\n" in page and f"\n{patient.may_be} *How to" in page
+    shown = re.findall(r"\]\((symptoms/[\w-]+\.svg)\)", page)
+    assert len(shown) == len(set(shown)) >= 20
+    assert all((copies.HOME / "learn" / file).exists() for file in shown)
+    assert set(re.findall(r"^## (.*)", page, re.M)) <= set(symptoms.ORDER)
+
+
+def metrics_of(**last):
+    """Five iterations: all figures 1 at first, and from the fourth on these."""
+    return {name: np.array([1.0, 1, 1] + [last.get(name, 1.0)] * 2)
+            for name in ("iteration", *demo.FIGURES)}
+
+
+@pytest.mark.parametrize("last, heading", [
+    ({"eos_rate": 0.2, "true_match": 0.1}, "Nothing ends"),
+    ({"kl": 500.0, "eos_rate": 0.2}, "The KL explodes"),
+    ({"reward": 0.2, "true_match": 0.1}, "Reward and truth rise too little, or not at all"),
+    ({"reward": 3.0, "true_match": 0.1}, "The reward rises, and the truth does not follow"),
+    ({"kl": -2.0}, "The KL is negative"),
+    ({"eos_rate": 0.995}, "No figure of PPO tells: only a test does"),
+    ({"clip_frac": 7.0}, "Only other figures tell"),
+    ({"length": 1.3}, "No figure of PPO tells: only a test does")])
+def test_a_symptom_is_what_both_seeds_show(last, heading):
+    healthy = [metrics_of(length=0.8), metrics_of(length=1.2)]
+    sick = [metrics_of(**last), metrics_of(**last)]
+    assert symptoms.symptom(symptoms.seen(healthy, sick), sick) == heading
+    one_is_well = [metrics_of(**last), metrics_of()]
+    assert symptoms.seen(healthy, one_is_well) == {}
+
+
+def test_a_patient_is_examined_in_a_copy_with_its_fault(whole, tmp_path, monkeypatch):
+    """At toy size. What PPO refuses is what is seen."""
+    monkeypatch.setattr(symptoms, "SIZE", "--smoke")
+    monkeypatch.setattr(symptoms, "SEEDS", range(1))
+    models = tmp_path / "models"
+    shutil.copytree(whole / "run", models)
+    shutil.copytree(whole / "data", models / "data")
+    by_name = {patient.name: patient for patient in symptoms.patients()}
+    sick, error = symptoms.examine(by_name["a constant reward"], models, tmp_path)
+    assert sick == [] and "the same score" in error
+    (metrics,), error = symptoms.examine(by_name["bug hunt, case 8"], models, tmp_path)
+    assert error is None and not metrics["kl"].any()            # the reference is the policy
+    heading, text = symptoms.entry(by_name["bug hunt, case 8"], [metrics], None, [metrics],
+                                   tmp_path)
+    assert heading == "The KL is 0" and "(" + tmp_path.name + "/bug-hunt-case-8.svg)" in text
 
 
 # -------------------------------------------------------------------------------------- the lessons

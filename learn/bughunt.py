@@ -69,9 +69,9 @@ CASES = [
          "of no figure that shows it** here, where the texts have about the same length.",
          "NovaSky-AI/SkyRL issue 1305: a plain mean beside a masked variance."),
     Case("ppo.py", "codec.max_jd, flags.temperature, generator=generator)",
-         "codec.max_jd, 0.5 * flags.temperature, generator=generator)",
+         "codec.max_jd, 0.5, generator=generator)",
          (PPO + "test_10_rollout_asks_for_the_full_distribution_at_its_temperature",), DEMO,
-         "The texts are drawn at half the temperature at which their probabilities are computed: "
+         "The texts are drawn at temperature 0.5, and their probabilities are computed at 1: "
          "they are not samples of the policy. The reward begins high, and the estimate of the KL "
          "no longer estimates it.",
          "Rollout and KL at other temperatures: OpenRLHF/OpenRLHF pull request 853; top-k and "
@@ -141,7 +141,7 @@ CASES = [
          "states = hidden.roll(-1, 1)[before_each_token(rollout)]",
          (PPO + "test_12_logits_and_values_stand_one_position_before_each_response_token",), DEMO,
          "The critic sees the token that it values, so the advantages have lost what the token "
-         "itself did: reward and truth rise half as far as they should.",
+         "itself did: reward and truth rise less far than they should.",
          "Values at the wrong index: huggingface/trl issue 44, verl-project/verl issue 1758."),
     Case("ppo.py", "returns = returns_to_go(rewards, mask, flags.gamma)",
          "returns = whiten(advantages, mask) + values    ",
@@ -160,6 +160,18 @@ CASES = [
 ]
 
 
+def plant(source, case):
+    """The source with the fault. A comment at the end of the line stays in its column, so that the
+    layout does not give the fault away."""
+    lines = source.splitlines(keepends=True)
+    faulty = source.replace(case.right, case.wrong).splitlines(keepends=True)
+    for i, (line, wrong) in enumerate(zip(lines, faulty)):
+        if line != wrong and "  # " in line:
+            code, comment = wrong.split("  # ")
+            faulty[i] = f"{code.rstrip():<{line.index('  # ')}}  # {comment}"
+    return "".join(faulty)
+
+
 def make_case(folder, number):
     """`bughunt`: a copy with the fault of this number, or of a random one."""
     if number is not None and not 1 <= number <= len(CASES):
@@ -174,18 +186,22 @@ def make_case(folder, number):
     source = (folder / case.file).read_text()
     if source.count(case.right) != 1:
         raise BadInput(f"{HOME / case.file}: was edited; case {number} does not fit it any more")
-    (folder / case.file).write_text(source.replace(case.right, case.wrong))
+    (folder / case.file).write_text(plant(source, case))
     (folder / "check.sh").write_text(
         "#!/usr/bin/env bash\n# Is the fault mended?\n"
         f'cd "$(dirname "$0")/{HIDDEN}"\nexec "{sys.executable}" -m learn.bughunt\n')
     (folder / "TASK.md").write_text(
         "# One line of this code is wrong\n\nFind it by what it does: run\n\n"
-        f"    {case.command.replace('RUN', 'runs/demo')}\n\nlook at the lines that it prints, at "
-        "metrics.csv, at the report and the trace (`python girl.py trace --run RUN`),\nand at the "
-        "healthy ranges that the demonstration prints. The seeds 0, 1 and 2 are worth comparing.\n"
-        "Six of the eighteen faults show in no figure: if yours is healthy, read the code function "
-        "by function,\nand try it on cases made by hand. Then mend it, and ask\n\n"
-        "    bash check.sh\n")
+        f"    {case.command.replace('RUN', 'runs/demo')}\n\n"
+        "and look at the lines that it prints, at metrics.csv, at the report (`python girl.py "
+        "report --run RUN`)\nand at the trace (`python girl.py trace --run RUN`): does each number "
+        "stand at the token that it belongs to?\nThe demonstration says what leaves the healthy "
+        "ranges; demo/healthy.json has them all. One seed may leave\nthem by chance, so try "
+        "`--seed 1 --out runs/seed1`, too.\n\n"
+        "The fault is in model.py, sft.py or ppo.py. Six of the eighteen faults show in no figure: "
+        "if nothing looks wrong,\nread the code function by function, and try it on cases made by "
+        "hand. Then mend it, and ask\n\n    bash check.sh\n\n"
+        "(The lessons, the labs and the tests are not in this copy.)\n")
     print(f"{folder}: one line is wrong. Read {folder / 'TASK.md'}")
 
 

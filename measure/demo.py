@@ -35,7 +35,8 @@ FIGURES = {
         None),
     "reward": (
         "reward",
-        "look at the sign of the advantages, at the score's position, and at the learning rate",
+        "look at the sign of the advantages, at the score's position, at the learning rate, and at "
+        "the critic's states",
         "look at the price of the KL: is beta used?"),
     "kl": (
         "KL, nats per text",
@@ -57,11 +58,13 @@ FIGURES = {
     "entropy": (
         "entropy, nats per token",
         "the policy becomes certain too soon: look at the learning rate",
-        "the policy becomes random: look at the sign of the advantages"),
+        "the policy learns too little, or follows noise: look at the advantages, and at the "
+        "critic's states"),
     "explained_variance": (
         "explained variance",
         "the critic knows nothing: look at its states, and at its targets",
-        "a value knows its own return: when is the critic fitted?"),
+        "a value knows its own return, or the token that it values: when is the critic fitted, and "
+        "which states does it read?"),
     "eos_rate": (
         "JDs that end",
         "look at the mask: does it include the end-of-text?",

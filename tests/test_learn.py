@@ -205,10 +205,13 @@ def test_each_case_is_one_line_of_the_code_as_it_is():
     for case in bughunt.CASES:
         source = (copies.HOME / case.file).read_text()
         assert source.count(case.right) == 1 and case.right != case.wrong
-        broken = source.replace(case.right, case.wrong)
+        broken = bughunt.plant(source, case)
+        assert max(map(len, broken.splitlines())) <= 100
         compile(broken, case.file, "exec")
         pairs = zip(source.splitlines(), broken.splitlines(), strict=True)
-        assert sum(a != b for a, b in pairs) == 1
+        (right, wrong), = [(a, b) for a, b in pairs if a != b]
+        assert abs(right.find("  # ") - wrong.find("  # ")) <= 1    # no layout gives it away
+        assert case.file in ("model.py", "sft.py", "ppo.py")    # as the task says
         for name in case.tests:
             file, test = name.split("::")
             assert f"def {test}(" in (copies.HOME / "tests" / file).read_text()
@@ -321,6 +324,31 @@ def test_a_lesson_s_breakpoint_shows_what_the_lesson_says(lesson_runs, tmp_path,
     found = subprocess.run(words, cwd=copies.HOME, input="\n".join(typed) + "\n", text=True,
                            capture_output=True, timeout=300)
     assert says in found.stdout, found.stdout[-2000:] + found.stderr[-2000:]
+
+
+def test_every_command_of_the_lessons_runs(lesson_runs, tmp_path, monkeypatch):
+    """At toy size. (What train.sh does is in lesson_runs; the debugger has tests of its own.)"""
+    shutil.copytree(lesson_runs / "runs", tmp_path / "runs")
+    monkeypatch.setitem(girl.SIZES, "demo", girl.SIZES["demo"] | {
+        "ppo": {"iterations": 2, "episodes": 8, "minibatch": 8, "keep": 1}})
+    monkeypatch.setitem(girl.SIZES, "quick", girl.SIZES["smoke"])
+    demo_run = tmp_path / "runs/demo"
+    assert girl.main(["ppo", "--demo", "--run", str(demo_run)]) == 0
+    kinds, ran = LESSONS.split("```"), 0                # text, block, text, block, ...
+    blocks = [block[1:] for block in kinds[1::2] if block.startswith("\n")]
+    for line in "".join(blocks).splitlines():
+        line = line.split("  #")[0].strip()
+        here = line.replace("runs/", f"{tmp_path}/runs/").replace("~", str(tmp_path))
+        if line.startswith("python girl.py "):
+            assert girl.main(here.split()[2:]) == 0, line
+        elif line.startswith(("cp ", "mkdir ", "bash ~/")):
+            subprocess.run(here, shell=True, cwd=copies.HOME, check=True, capture_output=True)
+        else:
+            assert line.startswith(("bash train.sh ", ". .venv/", "git clone . ")), line
+            continue
+        ran += 1
+    assert ran >= 15
+    assert (tmp_path / "runs/lesson6.html").exists()
 
 
 def test_what_the_lessons_name_is_there():

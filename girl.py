@@ -28,6 +28,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 
+import dpo
 import market
 import ppo
 import reward
@@ -216,7 +217,7 @@ def folders(args):
 
 
 def run_stage(args, device):
-    """Run sft, reward, judge or ppo, unless this stage is finished."""
+    """Run sft, reward, judge, ppo or dpo, unless this stage is finished."""
     name = "judge" if getattr(args, "judge", False) else args.command
     run, folder, the_market = folders(args)
     if getattr(args, "plan", None) is not None:
@@ -240,7 +241,8 @@ def run_stage(args, device):
                 truth = the_market and the_market.true_match
                 ppo.run(stage, run, folder, flags, args.seed, device, truth)
             else:
-                (sft if name == "sft" else reward).run(stage, run, folder, flags, args.seed, device)
+                module = {"sft": sft, "dpo": dpo}.get(name, reward)
+                module.run(stage, run, folder, flags, args.seed, device)
 
 
 def show_plan(args, run):
@@ -495,7 +497,8 @@ def recommend_run(args, device):
 
 
 # --------------------------------------------------------------------------------- the command line
-STAGES = {"sft": sft.SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags}
+STAGES = {"sft": sft.SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags,
+          "dpo": dpo.DPOFlags}
 # Runs of other sizes, each in its own folder runs/NAME, and the defaults that they change.
 # smoke: every stage at toy size, to see that all of it runs. quick: a smaller market and smaller
 # models, for a classroom. demo: only PPO, on the quick models that come with the project (see
@@ -507,6 +510,7 @@ SIZES = {
                 "save_seconds": 2.0},
         "reward": {"steps": 20, "samples": 32, "save_seconds": 2.0},
         "ppo": {"iterations": 3, "episodes": 16, "minibatch": 8, "save_seconds": 2.0},
+        "dpo": {"steps": 10, "save_seconds": 2.0},
         "evaluate": {"cvs": 24},
         "recommend": {"people": 40, "seeds": 2, "steps": 20, "cvs": 10},
         "train": {"save_seconds": 2.0}},
@@ -524,20 +528,24 @@ SIZES = {
 # Defaults that change if a run begins with a pretrained model. It can read and write already, so it
 # needs small steps, and none of the aids that teach a small model to copy. Adapters need larger
 # steps than the weights themselves. These are usual values. Only those of LORA were tried, in one
-# run of a model with 135M parameters.
+# run of a model with 135M parameters (without dpo).
 PRETRAINED = {
     "sft": {"epochs": 2, "batch": 8, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10,
             "reading": 0.0},
     "reward": {"steps": 120, "accumulate": 4, "lr": 2e-5, "matrix_lr": 0.0, "warmup": 10,
                "reading": 0.0, "samples": 32},
     "ppo": {"iterations": 20, "episodes": 32, "minibatch": 16, "accumulate": 4, "lr": 1e-5,
-            "keep": 0}}                         # a state of all weights takes 12 bytes for each
-LORA = {"sft": {"lr": 4e-4}, "reward": {"lr": 4e-4}, "ppo": {"lr": 1e-4, "keep": 5}}
+            "keep": 0},                         # a state of all weights takes 12 bytes for each
+    "dpo": {"steps": 400, "pairs": 4, "lr": 1e-6}}
+LORA = {"sft": {"lr": 4e-4}, "reward": {"lr": 4e-4}, "ppo": {"lr": 1e-4, "keep": 5},
+        "dpo": {"lr": 2e-5}}
 HELP = {
     "data": "make a data set: of the simulated job market, or of a table of your own CVs and JDs",
     "sft": "stage 1: learn to generate JDs from accepted pairs of a CV and a JD",
     "reward": "stage 2: learn to judge as the recruiter does",
     "ppo": "stage 3: learn to generate JDs that the reward model scores high",
+    "dpo": "instead of stages 2 and 3: learn from the decisions themselves, without a reward "
+           "model; not part of train",
     "trace": "do a kept iteration of PPO again, and show one of its texts token by token: KL, "
              "reward, value, advantage, ratio",
     "report": "write an HTML page about one run or several: texts, curves, tables, the trace",
@@ -596,8 +604,9 @@ def build_parser():
     top = Parser(prog="girl.py",
                  description="Generative job recommendation: SFT, reward model, PPO.",
                  epilog="The order of a run: data, sft, reward, reward --judge, ppo, evaluate, "
-                        "recommend, report; or all of it: train. CUDA or MPS is used if available; "
-                        "set GIRL_DEVICE=cpu in the environment to stay on the CPU.")
+                        "recommend, report; or all of it: train. dpo comes after sft. CUDA or MPS "
+                        "is used if available; set GIRL_DEVICE=cpu in the environment to stay on "
+                        "the CPU.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}
     for name, text in HELP.items():
@@ -821,7 +830,7 @@ def parse(argv):
     parsers[args.command].set_defaults(**of_size)
     args = top.parse_args(argv)
     init = getattr(args, "init", "")
-    base = args.command in ("reward", "ppo") and init_of(args.run)
+    base = args.command in ("reward", "ppo", "dpo") and init_of(args.run)
     if args.command in PRETRAINED and (init or base or getattr(args, "plan", None)):
         has_adapters = (args.lora_rank if init
                         else (Path(args.run) / "sft" / "adapter_config.json").exists())
@@ -883,8 +892,8 @@ def main(argv=None):
                 and "DefaultCPUAllocator" not in str(e)):
             raise
         print(f"girl.py: out of memory ({one_line(e)}); delete the unfinished stage's folder, and "
-              "lower --batch, --groups or --minibatch, raise --accumulate, or use --checkpointing",
-              file=sys.stderr)
+              "lower --batch, --groups, --minibatch or --pairs, raise --accumulate, or use "
+              "--checkpointing", file=sys.stderr)
         return 2
     except BrokenPipeError:             # the reader of our output has closed it
         no_more_output()

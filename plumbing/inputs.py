@@ -7,8 +7,9 @@ from plumbing.weights import check_links, read_lora
 
 HOME = Path(__file__).parents[1]
 MARKET = HOME / "market.py"
-BEFORE = {"sft": (), "reward": ("sft",), "judge": ("sft",), "ppo": ("sft", "reward"),
-          "recommend": ("sft", "reward", "ppo"), "evaluate": ("sft", "reward", "judge", "ppo")}
+BEFORE = {"sft": (), "reward": ("sft",), "judge": ("sft",), "dpo": ("sft",),
+          "ppo": ("sft", "reward"), "recommend": ("sft", "reward", "ppo"),
+          "evaluate": ("sft", "reward", "judge", "ppo")}
 DATA = ("train.jsonl", "valid.jsonl", "probes.jsonl", "market.json", "import.json")
 
 
@@ -87,14 +88,14 @@ def code_of(name):
     """Checksums of the files whose code the result of a stage or measurement depends on. (For the
     rules of the market see check_rules.)"""
     measured = ["sft.py", "ppo.py", "measure/evaluate.py"]
-    own = {"sft": ["sft.py"], "ppo": ["ppo.py"], "evaluate": measured,
-           "recommend": [*measured, "measure/recommend.py"]}
+    own = {"sft": ["sft.py"], "ppo": ["ppo.py"], "dpo": ["dpo.py", "ppo.py"],
+           "evaluate": measured, "recommend": [*measured, "measure/recommend.py"]}
     files = ["girl.py", "data.py", "model.py", "reward.py", "aids.py", "plumbing/files.py",
              "plumbing/inputs.py", "plumbing/records.py", "plumbing/stage.py", "plumbing/texts.py",
              "plumbing/tokenizer.py", "plumbing/weights.py", *own.get(name, [])]
     return {file: code_checksum(HOME / file) for file in files}
 
 
-for name in ("sft", "ppo", "recommend"):
+for name in ("sft", "dpo", "recommend"):
     code_of(name)                       # at import, while the files are the code that runs
 code_checksum(MARKET)

@@ -17,6 +17,7 @@ import girl
 from data import Codec, train_tokenizer
 from plumbing.tokenizer import EOS, PAD
 from model import Config, LanguageModel, RewardModel
+from plumbing.stage import Stage
 from ppo import Critic
 
 torch.set_num_threads(1)        # models this small are done sooner by one thread
@@ -111,7 +112,7 @@ def stage():
 class FakeStage:
     """What a training loop needs of a run.Stage, kept in lists."""
 
-    name, step = "test", 0
+    name, step, mean = "test", 0, Stage.mean
 
     def __init__(self):
         self.rows, self.lines = [], []
@@ -141,8 +142,10 @@ class FakeStage:
 # --------------------------------------------------------------------------------- a whole tiny run
 TINY = {"sft": ["--epochs", "4", "--batch", "8"], "reward": ["--steps", "10", "--samples", "16"],
         "ppo": ["--iterations", "2", "--episodes", "8", "--minibatch", "4", "--accumulate", "2",
-                "--kl-target", "0.5"]}
-STAGES = {"sft": ["sft"], "reward": ["reward"], "judge": ["reward", "--judge"], "ppo": ["ppo"]}
+                "--kl-target", "0.5"],
+        "dpo": ["--steps", "10", "--pairs", "8"]}
+STAGES = {"sft": ["sft"], "reward": ["reward"], "judge": ["reward", "--judge"], "ppo": ["ppo"],
+          "dpo": ["dpo"]}
 
 
 def argv(name, run, data, *more):
@@ -178,6 +181,6 @@ def refused(capsys, command, *says):
     assert girl.main(command) == 2
     *before, line = capsys.readouterr().err.splitlines()
     assert line.startswith("girl.py: ") and all(text in line for text in says), line
-    bar = r"(sft|reward|judge|ppo|data|report|recommend\b.*|evaluate\b.*): "
+    bar = r"(sft|reward|judge|ppo|dpo|data|report|recommend\b.*|evaluate\b.*): "
     assert not any(text.strip() and not re.match(bar, text) for text in before), before
     return line

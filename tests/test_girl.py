@@ -357,7 +357,7 @@ def test_what_is_finished_is_not_run_again(smoke, tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("size", ["smoke", "quick"])
 def test_a_run_of_another_size_has_a_folder_of_its_own(size):
-    for command in ("sft", "reward", "ppo", "evaluate", "recommend", "train"):
+    for command in ("sft", "reward", "ppo", "dpo", "evaluate", "recommend", "train"):
         assert girl.parse([command]).run == "runs/default"
         assert girl.parse([command, f"--{size}"]).run == f"runs/{size}"
         assert girl.parse([command, f"--{size}", "--out", "x"]).run == "x"

@@ -138,6 +138,26 @@ def test_only_the_adapters_differ_from_the_base(run):
                        if hasattr(layer, "lora_B"))
 
 
+def test_dpo_trains_what_stage_1_trained(run, tmp_path):
+    """On data of its own: it needs CVs with an accepted and a rejected JD."""
+    folder, adapters = run
+    shutil.copytree(folder / "run" / "sft", tmp_path / "run" / "sft")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "valid", "test"):
+        rows = [{"cv": f"{split} {row['cv']}", "jd": f"{split} {jd}", "accepted": jd == row["jd"]}
+                for row in ROWS for jd in (row["jd"], row["no"])]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n"
+                                                                  for r in rows))
+    assert girl.main(["dpo", "--steps", "3", "--run", str(tmp_path / "run"),
+                      "--data", str(tmp_path / "data")]) == 0
+    flags = json.loads((tmp_path / "run" / "config.json").read_text())["dpo"]
+    assert (flags["lr"], flags["pairs"]) == (2e-5 if adapters else 1e-6, 4)
+    before, after = (load_model(tmp_path / "run" / name).state_dict() for name in ("sft", "dpo"))
+    for name, p in after.items():
+        trained = "lora_" in name or not adapters
+        assert torch.equal(p, before[name]) != trained, name
+
+
 def test_what_comes_out_loads_in_transformers_and_in_peft(run, tmp_path):
     folder, adapters = run
     ours, cv = load_model(folder / "run" / "ppo").eval(), "Cook number 3 with knives"

@@ -150,7 +150,7 @@ def test_a_ppo_state_of_an_earlier_version_is_refused_in_one_line(whole, tmp_pat
 
 def test_code_that_changed_anywhere_but_in_a_later_stage_is_noted():
     """Of a stage every file that it can depend on is noted."""
-    noted = set(plumbing.inputs.code_of("ppo")) | set(plumbing.inputs.code_of("recommend"))
+    noted = {file for name in ("ppo", "dpo", "recommend") for file in plumbing.inputs.code_of(name)}
     root = plumbing.inputs.HOME
     files = {str(path.relative_to(root)) for folder in (root, root / "plumbing", root / "measure")
              for path in folder.glob("*.py")}

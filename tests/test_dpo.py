@@ -51,7 +51,7 @@ def spy(monkeypatch, name, look):
     monkeypatch.setattr(dpo, name, wrapped)
 
 
-# ------------------------------------------------------------------------------------------ the loss
+# ----------------------------------------------------------------------------------------- the loss
 def test_the_loss_by_hand_and_the_direction_of_its_gradient():
     logp = [torch.tensor(x, requires_grad=True) for x in ([-3.0, -5.0], [-4.0, -8.0])]
     ref = torch.tensor([-4.0, -4.0]), torch.tensor([-4.5, -5.0])
@@ -107,7 +107,7 @@ def test_a_step_by_hand(policy, reference):
     assert all(p.grad is None for p in reference.parameters())
 
 
-# ----------------------------------------------------------------------------------------- the pairs
+# ---------------------------------------------------------------------------------------- the pairs
 RECORDS = [Record("nurse", "wanted nurse", True), Record("nurse", "wanted nurse now", True),
            Record("nurse", "wanted cook", False), Record("nurse", "wanted driver", False),
            Record("cook", "wanted cook", True), Record("cook", "wanted nurse night", False),
@@ -155,7 +155,7 @@ def test_it_learns_from_half_a_and_its_hard_negatives(whole, monkeypatch):
     assert seen["records"] == [r for r in made if half(r.cv) == "A"] and seen["keep_contacts"]
 
 
-# -------------------------------------------------------------------------------------- the training
+# ------------------------------------------------------------------------------------- the training
 def test_the_margin_grows_and_the_reference_stays(policy, codec, stage, monkeypatch):
     references, betas, rates, norms = [], [], [], []
 
@@ -212,7 +212,7 @@ def test_what_it_saves_is_a_generator(whole, tmp_path, capsys):
     assert capsys.readouterr().out.strip()
 
 
-# ----------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 def test_decisions_without_a_pair_are_refused(whole, tmp_path, capsys):
     """Each CV has accepted JDs or rejected ones; some JDs have both."""
     (tmp_path / "data").mkdir()

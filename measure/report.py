@@ -614,14 +614,16 @@ paint();
 """
 
 
-LIGHT = {INK: "#1d2430", FAINT: "#8a93a0"} | dict(zip(SERIES, ("#1f6fb8", "#c75b12", "#2f8f4e")))
+LIGHT = {INK: "#1d2430", FAINT: "#8a93a0"} | dict(zip(
+    SERIES, ("#1f6fb8", "#c75b12", "#2f8f4e", "#8552b8", "#b8324a", "#5d6b78")))
 
 
 def write_svg(path, figure):
     """A figure as a file by itself, dark on white."""
+    width = f"width='{96 * figure.get_figwidth():.0f}'"         # CSS has 96 pixels in an inch
     head, rest = svg(figure, LIGHT).split(">", 1)
     background = '<rect width="100%" height="100%" fill="white"/>'
-    write_bytes(path, f"{head} font-family='sans-serif'>{background}{rest}".encode())
+    write_bytes(path, f"{head} {width} font-family='sans-serif'>{background}{rest}".encode())
 
 
 def write_picture(run, path):

@@ -1,6 +1,7 @@
 """The labs at toy size, and what is written of their results."""
 import importlib
 import shutil
+import statistics
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -71,6 +72,19 @@ def test_the_page_is_what_the_committed_results_give(tmp_path, monkeypatch):
     shutil.copytree(LEARN / "labs", tmp_path / "labs")
     assert run.main(["none", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "EXPERIMENTS.md").read_text() == (LEARN / "EXPERIMENTS.md").read_text()
+
+
+def test_the_readme_s_table_is_of_these_results():
+    found = read_json(LEARN / "labs" / "decisions.json")["found"]
+    readme = (LEARN.parent / "README.md").read_text()
+    table = readme[readme.index("What else could be done"):].split("\n\n")[1].splitlines()[2:]
+    figures = ("true_match", "greedy", "reward", "judge", "kl", "format_rate")
+    for line in table:
+        arm, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for figure, cell in zip(figures, cells, strict=True):
+            values = run.of_arm(found, arm, figure)
+            assert cell == (f"{statistics.median(values):.2f}" if values else "–"), (arm, figure)
+    assert len(table) == 7
 
 
 def test_other_parts_are_taken_back(monkeypatch):

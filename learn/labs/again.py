@@ -122,4 +122,4 @@ def draw(found, ax):
                     label=row["arm"] if row["seed"] == 0 else None)
     ax.set_xlabel("reward model's accuracy on the policy's samples")
     ax.set_ylabel("true match")
-    ax.legend(fontsize=7)
+    ax.figure.legend(loc="outside right upper", fontsize=7)

@@ -22,7 +22,8 @@ from pathlib import Path
 
 HOME = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(HOME))
-os.environ["OMP_NUM_THREADS"] = "1"
+if __name__ == "__main__":              # before torch is imported, here and in the arms' processes
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import matplotlib.pyplot as plt
 import torch
@@ -96,14 +97,13 @@ def of_arm(found, arm, figure):
 
 
 def shown(values, figure):
-    """The median, and if there are several seeds the range."""
+    """The median, and the range if there are several seeds."""
     if not values:
         return "–"
-    digits = 0 if figure == "seconds" else 2
-    text = f"{statistics.median(values):.{digits}f}"
-    if len(values) > 1 and figure != "seconds":
-        text += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
-    return text
+    digits = 2 if max(map(abs, values)) < 20 and figure not in ("seconds", "scored") else 0
+    median, low, high = (f"{value:.{digits}f}" for value in (
+        statistics.median(values), min(values), max(values)))
+    return median if figure == "seconds" or low == high else f"{median} ({low} to {high})"
 
 
 class Figures(dict):
@@ -155,7 +155,7 @@ def write_up(out):
             chapters.append(chapter(name, results, "labs"))
             lab = load(name)
             n = getattr(lab, "AXES", 1)
-            figure, axes = plt.subplots(1, n, figsize=(3.7 * n, 3.2))
+            figure, axes = plt.subplots(1, n, figsize=(3.5 * n if n > 1 else 5.5, 3.2))
             lab.draw(results["found"], axes)
             write_svg(out / "labs" / f"{name}.svg", figure)
     write_bytes(out / "EXPERIMENTS.md", "\n".join(chapters).encode())

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import girl
+import market
 from conftest import refused
 from learn import bughunt, checker, copies, symptoms
 from learn.exercises import EXERCISES
@@ -324,6 +325,29 @@ def test_a_lesson_s_breakpoint_shows_what_the_lesson_says(lesson_runs, tmp_path,
     found = subprocess.run(words, cwd=copies.HOME, input="\n".join(typed) + "\n", text=True,
                            capture_output=True, timeout=300)
     assert says in found.stdout, found.stdout[-2000:] + found.stderr[-2000:]
+
+
+def test_the_reward_model_notices_what_lesson_3_says(tmp_path, capsys):
+    cv, jd = (copies.HOME / "learn" / name for name in ("cv.txt", "jd.txt"))
+    text = jd.read_text()
+    plumber = text.replace("carpenter", "plumber")
+    for duty in market.BY_TITLE["carpenter"].duties:
+        plumber = plumber.replace(duty, market.BY_TITLE["plumber"].duties[0])
+    changed = [text, text.replace("stair building", "wood finishing"),
+               re.sub("|".join(market.CITIES), "Leeds", text),
+               re.sub(r"\w+, \d+\+ years?", "senior, 9+ years", text), plumber]
+    assert len(set(changed)) == 5
+    seen = []
+    for k, other in enumerate(changed):
+        path = tmp_path / f"{k}.txt"
+        path.write_text(other)
+        assert girl.main(["score", "--reward", str(demo.HOME / "reward"), "--cv", str(cv), "--jd",
+                          str(path)]) == 0
+        out, err = capsys.readouterr()
+        seen.append((f"{float(out):.2f}", f"{float(err.split(':')[1]) + 1e-9:.2f}"))
+    scores, truths = zip(*seen)
+    says, listed = " ".join(LESSONS.split()), "from {} to {}, {}, {} and {}".format
+    assert f"The score fell {listed(*scores)}, the true match {listed(*truths)}." in says, seen
 
 
 def test_every_command_of_the_lessons_runs(lesson_runs, tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ stage 2's ranking loss, where the number cancels.
 Algorithm:
 1. Policy and reference start as the model of stage 1.
 2. Gather the decisions on half A by CV, with the hard negatives of `probes.jsonl`. A CV needs an
-   accepted and a rejected JD. Two CVs of one JD, as in stage 2, are no pair: the number would stay.
+   accepted and a rejected JD. Two CVs of one JD make no pair here: the number differs between
+   CVs, so it would not cancel.
 3. Each step draws some CVs, and of each an accepted and a rejected JD. log pi of a JD is the sum
    over its tokens and its end-of-text.
 4. Adam on L; the learning rate falls linearly to 0.

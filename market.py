@@ -696,7 +696,8 @@ def draw_split(rng, people, jobs, n_applications, taken=None, fields=len(OCCUPAT
     added to it. People and jobs are of the first `fields` fields of work.
 
     The options move no draw of `rng`: people, jobs, applications and the decisions on people
-    without a gap stay the same. (But a hash of the CV picks its half, A or B: a gap may change it.)"""
+    without a gap stay the same. (But a hash of the CV picks its half, A or B: a gap may change
+    it.)"""
     taken = set() if taken is None else taken
     own = random.Random(repr(rng.getstate()))       # for the gaps and what they cost
     all_jobs, layouts, texts, titles = [], [], [], [

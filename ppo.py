@@ -153,14 +153,13 @@ def returns_to_go(rewards, mask, gamma):
 def group_advantages(totals, group, how):
     """Advantages without a critic, one for each text: all its tokens get the same. Each `group`
     texts in a row are for one CV.
-    rloo: the total minus the mean total of the others (Ahmadian et al. 2024, arXiv 2402.14740,
-    section 3.3).
-    grpo: the total minus the mean of all, in their standard deviations (Shao et al. 2024, arXiv
-    2402.03300, section 4.1.2).
+    rloo: the total minus the mean total of the others (Ahmadian et al. 2024, arXiv 2402.14740).
+    grpo: the score minus the mean of all, in their standard deviations (Shao et al. 2024, arXiv
+    2402.03300, section 4.1.2). So beta is then a price in these, not in units of the score.
     [B] -> [B]."""
     x = totals.view(-1, group)                                                      # [CVs, group]
     centred = x - x.mean(1, keepdim=True)                                           # [CVs, group]
-    if how == "rloo":                       # without the text itself the mean is further away
+    if how == "rloo":                       # x - mean of the others = centred * n / (n - 1)
         return (centred * group / (group - 1)).flatten()
     return (centred / (x.std(1, keepdim=True) + 1e-6)).flatten()
 
@@ -394,7 +393,8 @@ def minibatch_loss(policy, part, flags, tokens_in_step):
     # Clamped, so that exp cannot overflow.
     log_ratio = ((logp - part.logp) * part.mask).clamp(-20, 20)                     # [B, R]
     loss = policy_loss(log_ratio, part.advantages, flags.clip) * part.mask          # [B, R]
-    if flags.advantages == "grpo":          # equation 3 of the GRPO paper
+    if flags.advantages == "grpo":
+        # Equation 3 of the GRPO paper; but here all tokens count the same, there all texts.
         loss = loss + flags.kl_coef * k3(logp, part.ref_logp) * part.mask           # [B, R]
     with torch.no_grad():
         ratio = log_ratio.exp()                                                     # [B, R]
@@ -512,7 +512,7 @@ def train(policy, reward_model, codec, cvs, flags, seed, stage, device, true_mat
         rng = generator(seed, "ppo-sample", when, device=device)
         return roll_out(policy, reference, reward_model, critic, prompts, codec, flags,
                         controller.beta, rng, device)
-    if not saved:                           # samples of the SFT model, for the critic alone
+    if not saved and flags.advantages == "gae":     # samples of the SFT model, for the critic alone
         new_rollout(draw_cvs(cvs, flags, generator(seed, "ppo", "critic")), "critic")
 
     for i in range(stage.step, flags.iterations):
@@ -555,6 +555,9 @@ def run(stage, folder, data, flags, seed, device, true_match=None):
     if flags.advantages != "gae" and flags.episodes % flags.group:
         raise BadInput(f"ppo: --episodes {flags.episodes} must be a multiple of --group "
                        f"{flags.group}: each CV of a rollout gets as many JDs")
+    if flags.advantages != "gae" and flags.gamma != 1:
+        raise BadInput(f"ppo: --gamma {flags.gamma:g} needs --advantages gae; rloo and grpo compare "
+                       "whole texts, without a discount")
     if flags.advantages == "grpo" and flags.kl_target:
         raise BadInput("ppo: --kl-target steers a price that GRPO does not pay token by token; "
                        "leave it out, or choose other --advantages")

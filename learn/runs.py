@@ -1,5 +1,5 @@
-"""Runs of the project with other flags, and with changed lines of code, two at a time.
-learn/symptoms.py and the labs use it."""
+"""Runs of the project with other flags, and with changed lines of code, two at a time. (The labs
+use `take`, learn/symptoms.py all of it.)"""
 import os
 import shutil
 import subprocess

@@ -570,7 +570,7 @@ def test_each_cv_of_a_rollout_comes_as_often_as_the_group_is_large(how, copies):
 
 @pytest.mark.parametrize("flags, says", [
     ({"episodes": 12, "group": 8}, "--episodes 12 must be a multiple of --group 8"),
-    ({"kl_target": 3.0}, "--kl-target")])
+    ({"gamma": 0.9}, "--gamma 0.9 needs"), ({"kl_target": 3.0}, "--kl-target")])
 def test_what_does_not_fit_the_groups_is_refused(flags, says, tmp_path):
     with pytest.raises(BadInput, match=says):
         ppo.run(None, tmp_path, tmp_path, PPOFlags(advantages="grpo", **flags), 0, CPU)

@@ -23,7 +23,8 @@ PREDICTION = (
 SAW = ""
 TABLE = {"overqualified": "JDs that ask for too little", "notices": "reward model notices",
          "years_factor": "factor of the years", "degree_factor": "of the degree"} | {
-             name: WORTH[name] for name in ("true_match", "greedy", "reward", "judge", "kl")}
+             name: WORTH[name] for name in ("true_match", "greedy", "reward", "judge", "kl")} | {
+                 "last_reward": "its own reward"}
 
 
 @torch.no_grad()

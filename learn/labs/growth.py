@@ -1,4 +1,7 @@
-"""How it grows: width and batch, speed, memory, and what is learned in the same time."""
+"""How it grows: width and batch, speed, memory, and what is learned in the same time.
+
+Two arms run at a time, and their speed sets the number of their steps: so results differ a little
+from run to run. All have the learning rates that were chosen for width 64 and batch 16."""
 import subprocess
 import sys
 import time
@@ -82,7 +85,7 @@ WIDTHS = (64, 96, 128, 192, 256)
 ARMS = {f"width {width}": lambda place, width=width: grown(
             place, hidden=width, heads=width // 32, kv_heads=width // 32) for width in WIDTHS}
 ARMS |= {f"width 64, batch {batch}": lambda place, batch=batch: grown(place, batch=batch)
-         for batch in (4, 64)}
+         for batch in (4, 8, 64)}
 SMOKE = ("width 64",)
 
 

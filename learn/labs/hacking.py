@@ -7,7 +7,7 @@ import torch.nn as nn
 
 import market
 import ppo
-from learn.labs.lab import CPU, WORTH, changed, stage, take, train_ppo
+from learn.labs.lab import CPU, WORTH, changed, load_models, stage, take, train_ppo, worth
 from measure.report import SERIES, look_again
 from measure.trace import Replay
 
@@ -20,8 +20,10 @@ PREDICTION = (
     "more. The judge turns later than the truth, since it shares the reward model's blind spots.")
 SAW = ""
 WEAK, FULL = (0, 0.02, 0.05, 0.1, 0.2), (0, 0.05, 0.2)
-TABLE = WORTH | {"last_reward": "its own reward", "peak": "peak of the truth", "peak_kl": "at KL"}
-TABLE.pop("seconds")
+TABLE = {name: WORTH[name] for name in ("true_match", "greedy", "reward", "judge", "kl",
+                                        "format_rate")}
+TABLE |= {"last_reward": "its own reward", "peak": "in training: best truth", "peak_kl": "at KL",
+          "end": "truth at the end"}
 AXES = 3
 STEPS = {"--quick": 150, "--smoke": 4}
 
@@ -47,8 +49,12 @@ def measured(place, beta, reward=None):
     judged, _ = look_again(place.run, replay, with_judge=True)
     truth = np.convolve(found["curve"]["true_match"], np.ones(3) / 3, mode="valid")
     at = int(truth.argmax()) + 1 if len(truth) > 1 else 0
-    return found | {"judged": judged, "peak": float(truth.max()),
+    return found | {"judged": judged, "peak": float(truth.max()), "end": float(truth[-1]),
                     "peak_kl": found["curve"]["kl"][at]}
+
+
+def before(place):
+    return worth(place, load_models(place).sft)
 
 
 class Ensemble(nn.Module):
@@ -82,10 +88,12 @@ def with_ensemble(place, combine, beta):
 
 
 def arms():
-    found = {}
+    found = {"SFT": before}
     for beta in WEAK:
         found[f"weak, β {beta:g}"] = (
             lambda place, beta=beta: measured(place, beta, place.shared / "weak0"))
+    found["another weak one, β 0"] = (
+        lambda place: measured(place, 0, place.shared / "weak1"))
     for beta in FULL:
         found[f"full, β {beta:g}"] = lambda place, beta=beta: measured(place, beta)
     for combine in ("mean", "minimum"):

@@ -7,12 +7,11 @@ A lab is a file of this folder with
     SAW                     what we saw: a text with {arm[figure]}, filled in from the results
     ARMS                    {name: function of a Place that returns figures}
     SMOKE                   the arms of a toy run (if missing: all)
-    TABLE                   {figure: heading} of its table
+    TABLE                   {figure: heading} of its table; NOTE: a sentence below it
     prepare(place)          what all arms of a seed share (may be missing)
     draw(found, axes)       its picture; AXES: how many axes it has
 """
 import contextlib
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import torch
 import girl
 import market
 from data import load_codec, read_half, read_records
+from learn.runs import take
 from measure import evaluate
 from measure.report import read_metrics
 from model import LanguageModel, RewardModel
@@ -49,12 +49,6 @@ def command(*words):
         raise BadInput(f"girl.py {words[0]} failed; see the error above")
 
 
-def take(models, run, *stages):
-    """Copy finished stages of another run."""
-    for stage in stages:
-        shutil.copytree(Path(models) / stage, Path(run) / stage)
-
-
 def stage(place, name, *flags, data=None, run=None, seed=None):
     """Run a stage in the arm's folder, or in another."""
     seed = place.seed if seed is None else seed
@@ -63,12 +57,12 @@ def stage(place, name, *flags, data=None, run=None, seed=None):
             "--seed", seed, *flags, *keep)
 
 
-def train_ppo(place, *flags, reward=None, data=None):
+def train_ppo(place, *flags, reward=None):
     """PPO with these flags, from the finished run's SFT model and its reward model, or that of
     another run. Returns what its generator is worth."""
     take(place.models, place.run, "sft")
     take(reward or place.models, place.run, "reward")
-    stage(place, "ppo", *flags, data=data)
+    stage(place, "ppo", *flags)
     return worth(place, "ppo") | curve(place.run)
 
 
@@ -80,9 +74,9 @@ def curve(run):
             "last_reward": float(metrics["reward"][-1])}
 
 
-def valid_cvs(place, data=None):
+def valid_cvs(place):
     """The first CVs of the valid split."""
-    records = read_records((data or place.models / "data") / "valid.jsonl")
+    records = read_records(place.models / "data" / "valid.jsonl")
     return list(dict.fromkeys(r.cv for r in records))[:CVS]
 
 
@@ -106,10 +100,10 @@ def load_models(place):
 
 
 @torch.no_grad()
-def worth(place, generator, data=None):
+def worth(place, generator):
     """What a generator is worth: one sample and one greedy JD for each of some valid CVs.
     `generator`: a LanguageModel, or the name of the arm's stage that trained it."""
-    models, cvs, found = load_models(place), valid_cvs(place, data), {}
+    models, cvs, found = load_models(place), valid_cvs(place), {}
     if isinstance(generator, str):
         found["seconds"] = read_summary(place.run / generator)["seconds"]
         generator = load_model(place.run / generator, LanguageModel, CPU).eval()

@@ -28,13 +28,14 @@ def without_whitening(place):
         return measured(place)
 
 
-def without_critic(place):
+def without_critic(place, *flags):
+    """Without values, λ below 1 discounts the score: so λ 1 is tried, too."""
     with changed(ppo.Critic, values=lambda self, sums: sums[..., 0] * 0):
-        return measured(place)
+        return measured(place, *flags)
 
 
 def critic_on_policy(place):
-    """The critic reads the policy's states, as most code has it, not the reward model's."""
+    """The critic reads the policy's states, as some code has it, not the reward model's."""
     roll_out, score_responses = ppo.roll_out, ppo.score_responses
 
     def changed_roll_out(policy, *rest):
@@ -62,13 +63,14 @@ ARMS = {
     "20 epochs, no clipping": lambda place: measured(place, "--ppo-epochs", 20, "--clip", 1e9),
     "no whitening": without_whitening,
     "no critic": without_critic,
+    "no critic, λ 1": lambda place: without_critic(place, "--lam", 1),
     "critic on the policy's states": critic_on_policy,
     "rollout at 0.7, update at 1": colder_rollout,
-    "both at 0.7": lambda place: measured(place, "--temperature", 0.7),
+    "both at 0.7 (measured at 1)": lambda place: measured(place, "--temperature", 0.7),
     "λ 0": lambda place: measured(place, "--lam", 0),
     "λ 1": lambda place: measured(place, "--lam", 1),
 }
-SMOKE = ("no whitening", "no critic", "critic on the policy's states",
+SMOKE = ("as it is", "no whitening", "no critic", "critic on the policy's states",
          "rollout at 0.7, update at 1")
 
 
@@ -80,7 +82,8 @@ def draw(found, axes):
     for row in found:
         if row["seed"] == 0 and row["arm"] in shown:
             for ax, name in zip(axes, ("reward", "true_match")):
-                ax.plot(row["curve"][name], color=shown[row["arm"]], lw=1.2,
+                y = row["curve"][name]
+                ax.plot(range(1, len(y) + 1), y, color=shown[row["arm"]], lw=1.2,
                         label=row["arm"] if name == "reward" else None)
     for ax, name in zip(axes, ("reward", "true match")):
         ax.set_xlabel("iteration")

@@ -24,10 +24,12 @@ PREDICTION = (
     "inference the difference is 0 by construction; balanced decisions remove most of it.")
 SAW = ""
 P = 0.5
-TABLE = {"score": "score, with − without", "true_with": "true match with", "true_without":
-         "without", "pay": "pay of the JD, with − without (k)", "years": "years asked, with − "
-         "without", "top5": "match of the 5 best posted jobs, with − without", "top5_pay":
-         "their pay, with − without (k)", "cv_rank": "rank among 20 people, with − without"}
+TABLE = {"score": "score of an accepted JD", "true_with": "true match of GIRL's JD with the "
+         "sentence", "true": "with − without", "pay": "its pay (k)", "years": "years it asks for",
+         "top5": "true match of the 5 best posted jobs", "top5_pay": "their pay (k)",
+         "cv_rank": "rank among 20 people for a job"}
+NOTE = ("All but the second column: with the sentence less without it, for the same people. "
+        "*: the 95% interval over people leaves out 0 in every seed.")
 
 
 def make_data(place, folder, prejudice):
@@ -60,7 +62,8 @@ def train_on(place, data):
 
 
 def without_prejudice(place):
-    """The same sentence in the same CVs, and a recruiter who does not mind it."""
+    """The same sentence in the same CVs, and a recruiter who does not mind it. (A prejudice of 0
+    would leave out the sentence.)"""
     make_data(place, place.run / "data", 1e-9)
     stage(place, "sft", data=place.run / "data")
     return train_on(place, place.run / "data")
@@ -91,7 +94,8 @@ def differences(place, data):
     records = read_records(data / "valid.jsonl")
     people = list(dict.fromkeys(market.without_gap(r.cv) for r in records))[:CVS]
     kinds = {"without": people, "with": [market.with_gap(cv) for cv in people]}
-    accepted = [r for r in records if r.accepted][:CVS]
+    # One decision for each person, so that an interval is over people.
+    accepted = list({market.without_gap(r.cv): r for r in records if r.accepted}.values())[:CVS]
     posted = sorted({r.jd for r in records})
     rng = random.Random(place.seed)
     pools = [rng.sample(posted, min(30, len(posted))) for _ in people[:100]]
@@ -124,13 +128,14 @@ def differences(place, data):
     for name, values in gap.items():
         values = values[~np.isnan(values.astype(float))]
         if len(values):                     # in a toy run no JD may parse
-            result[name] = float(values.mean())
-            result[f"{name}_ci95"] = evaluate.bootstrap_ci95(values, place.seed)
+            low, high = evaluate.bootstrap_ci95(values, place.seed)
+            result |= {name: float(values.mean()), f"{name}_ci95": [low, high],
+                       f"{name}_differs": low > 0 or high < 0}
     return result
 
 
 ARMS = {"no prejudice": without_prejudice, "prejudice 0.5": with_prejudice,
-        "prejudice 0.5, decisions balanced": with_balance}
+        "prejudice 0.5, stages 2 and 3 on balanced decisions": with_balance}
 
 
 def draw(found, ax):

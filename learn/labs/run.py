@@ -70,13 +70,13 @@ def arms_of(lab, size):
 
 def run_lab(name, seeds, size, base, scratch):
     """All arms for all seeds. Returns [{"arm", "seed", and figures}], and the minutes of a seed."""
-    lab, start = load(name), time.time()
+    lab = load(name)
     arms = arms_of(lab, size)
     shutil.rmtree(scratch, ignore_errors=True)
     places = {(seed, k): Place(seed, base_run(base, seed, size).resolve(),
                                scratch / str(seed) / "shared", scratch / str(seed) / str(k), size)
               for seed in range(seeds) for k in range(len(arms))}
-    context = multiprocessing.get_context("spawn")
+    start, context = time.time(), multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(getattr(lab, "PROCESSES", 2), mp_context=context) as pool:
         if hasattr(lab, "prepare"):
             for done in [pool.submit(work, name, None, places[seed, 0]) for seed in range(seeds)]:
@@ -106,6 +106,11 @@ def shown(values, figure):
     return median if figure == "seconds" or low == high else f"{median} ({low} to {high})"
 
 
+def star(found, arm, figure):
+    """A star if this difference is one in every seed."""
+    return "*" if all(of_arm(found, arm, f"{figure}_differs") or [False]) else ""
+
+
 class Figures(dict):
     """For the text SAW: {arm[figure]}, as in the table."""
 
@@ -126,9 +131,11 @@ def chapter(name, results, pictures):
              "seed on two cores; it starts from a quick run of each seed).", "",
              "| | " + " | ".join(table.values()) + " |", "|---" * (len(table) + 1) + "|"]
     for arm in arms_of(lab, "--" + results["size"]):
-        cells = [shown(of_arm(found, arm, figure), figure) for figure in table]
+        cells = [shown(of_arm(found, arm, figure), figure) + star(found, arm, figure)
+                 for figure in table]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    lines += ["", f"![{lab.QUESTION}]({pictures}/{name}.svg)", "",
+    lines += ["", *([lab.NOTE, ""] if hasattr(lab, "NOTE") else []),
+              f"![{lab.QUESTION}]({pictures}/{name}.svg)", "",
               f"**What we saw.** {lab.SAW.format_map(Figures(found))}", ""]
     return "\n".join(lines)
 
@@ -187,7 +194,8 @@ def main(argv=None):
     out, size = Path(args.out), "--smoke" if args.smoke else "--quick"
     if args.name != "none":
         scratch = Path(args.scratch).resolve() / args.name
-        found, minutes = run_lab(args.name, args.seeds, size, Path(args.base), scratch)
+        base = Path(args.base).resolve()
+        found, minutes = run_lab(args.name, args.seeds, size, base, scratch)
         (out / "labs").mkdir(parents=True, exist_ok=True)
         write_json(out / "labs" / f"{args.name}.json",
                    {"seeds": args.seeds, "size": size[2:], "minutes": round(minutes, 1),

@@ -33,14 +33,17 @@ SETTINGS = {
         "ppo", ["--lr", "1e-5"], "The policy hardly moves.",
         "The clipped share is 0 and the KL stays near 0.", "raise --lr"),
     "beta 0": (
-        "ppo", ["--kl-coef", "0"], "Nothing holds the policy near the SFT model.",
+        "ppo", ["--kl-coef", "0"],
+        "Nothing holds the policy near the SFT model. (Case 8 is the same run, but for the KL that "
+        "it logs.)",
         "Draw reward and truth over KL: they part.", "raise --kl-coef"),
     "beta 40 times too large": (
         "ppo", ["--kl-coef", "2"], "Each nat costs more than it can bring.",
-        "The total (score minus price of the KL) rises, the reward does not.",
+        "The total (score minus price of the KL) falls at once, and the KL stays near 0.",
         "lower --kl-coef"),
     "8 episodes in a rollout": (
-        "ppo", ["--episodes", "8", "--minibatch", "8"], "Advantages of eight texts are noise.",
+        "ppo", ["--episodes", "8", "--minibatch", "8"],
+        "Advantages of eight texts are noise, and the run sees a sixteenth of the texts.",
         "The curves of two seeds differ, and each jumps.", "raise --episodes"),
     "a discount of 0.5": (
         "ppo", ["--gamma", "0.5"], "The score reaches only the last few tokens.",
@@ -94,9 +97,9 @@ def seen(healthy, sick):
 
 
 ORDER = ("PPO stops with an error", "The KL explodes", "Nothing ends", "The KL is negative",
-         "The KL is 0", "The reward rises, and the truth does not follow",
+         "The KL is 0", "The reward rises; the truth too little, or it falls",
          "Reward and truth rise too little, or not at all", "Only other figures tell",
-         "No figure of PPO tells: only a test does")
+         "No figure of PPO in the quick run tells")
 
 
 def symptom(found, sick):
@@ -115,8 +118,8 @@ def symptom(found, sick):
     if "reward" in too_low:
         return "Reward and truth rise too little, or not at all"
     if "true_match" in too_low:
-        return "The reward rises, and the truth does not follow"
-    return "Only other figures tell" if found else "No figure of PPO tells: only a test does"
+        return "The reward rises; the truth too little, or it falls"
+    return "Only other figures tell" if found else "No figure of PPO in the quick run tells"
 
 
 def in_words(found):
@@ -215,9 +218,10 @@ Find what you see first. Below each heading are the faults and the wrong setting
 this, with what other figures say, what it may be, how to tell, and the mend. `python -m
 learn.symptoms` made this page from real runs: PPO of the quick run, seeds 0 and 1 (lines), beside
 six healthy runs (the band). A figure is named if *both* seeds leave the range of the healthy runs
-(in brackets, widened by half on either side): at the first iteration, or over the last two.
-Faults that show in no figure are at the end: only a test finds those. (The two faults of stage 1,
-cases 13 and 14, have SFT and reward models of their own, so they differ a little anyway.)
+on the same side (in brackets, widened by half on either side): at the first iteration, or over the
+last two. One text that does not end is not counted. Faults that show in no figure are at the end:
+most of them only a test finds. (The two faults of stage 1, cases 13 and 14, have SFT and reward
+models of their own, so they differ a little anyway.)
 
 If you still want to hunt (`python girl.py bughunt`), read the headings and pictures only.
 """

@@ -60,12 +60,31 @@ def test_every_lab_runs_at_toy_size_and_is_written_up(name, base, tmp_path, monk
     assert run.main([name, "--smoke", "--seeds", "1", "--base", str(base), "--scratch",
                      str(tmp_path / "work"), "--out", str(tmp_path)]) == 0
     found = read_json(tmp_path / "labs" / f"{name}.json")["found"]
+    check_parts(name, {row["arm"]: row for row in found}, tmp_path / "work" / name / "0")
     arms = run.arms_of(the_lab, "--smoke")
     assert [row["arm"] for row in found] == arms and set(arms) <= set(the_lab.ARMS)
     page = (tmp_path / "EXPERIMENTS.md").read_text()
     assert the_lab.QUESTION in page and the_lab.PREDICTION in page
     assert all(f"\n| {arm} | " in page for arm in arms)
     assert (tmp_path / "labs" / f"{name}.svg").read_text().startswith("<svg")
+
+
+def check_parts(name, rows, work):
+    """What is changed in an arm has an effect."""
+    if name == "parts":
+        curves = [row["curve"] for row in rows.values()]
+        assert all(curve != other for k, curve in enumerate(curves) for other in curves[:k])
+        assert not any(rows["no critic"]["curve"]["explained_variance"])
+    if name == "hacking":
+        assert rows["weak, β 0"]["curve"] != rows["minimum of two weak, β 0"]["curve"]
+        assert len(rows["full, β 0"]["judged"]) == 2
+    if name == "again":         # goes on from the first round's policy, with SFT as its reference
+        assert abs(rows["PPO goes on"]["curve"]["kl"][0]) > 1e-4
+        at = list(rows).index("1,000 new decisions")
+        records = read_records(work / str(at) / "data" / "train.jsonl")
+        known = {r.cv for r in records if market.parse_jd(r.jd)}
+        assert {r.cv for r in records} - known                 # texts of a toy policy do not parse
+        assert known and read_records(work / str(at) / "data" / "probes.jsonl")
 
 
 def test_the_page_is_what_the_committed_results_give(tmp_path, monkeypatch):

@@ -245,7 +245,9 @@ def test_a_random_case_is_one_of_them_and_another_number_is_refused(tmp_path, ca
 def test_the_page_of_symptoms_has_every_fault_and_setting_and_its_pictures():
     page = (copies.HOME / "learn" / "SYMPTOMS.md").read_text()
     for patient in symptoms.patients():
-        assert f"\n### {patient.name}\n" in page and f"\n{patient.may_be} *How to" in page
+        assert f"\n### {patient.name}\n" in page
+        assert (f"\n{patient.may_be} *How to tell:* {patient.tell} *Mend:* {patient.mend}.\n"
+                in page)
     shown = re.findall(r"\]\((symptoms/[\w-]+\.svg)\)", page)
     assert len(shown) == len(set(shown)) >= 20
     assert all((copies.HOME / "learn" / file).exists() for file in shown)
@@ -262,11 +264,11 @@ def metrics_of(**last):
     ({"eos_rate": 0.2, "true_match": 0.1}, "Nothing ends"),
     ({"kl": 500.0, "eos_rate": 0.2}, "The KL explodes"),
     ({"reward": 0.2, "true_match": 0.1}, "Reward and truth rise too little, or not at all"),
-    ({"reward": 3.0, "true_match": 0.1}, "The reward rises, and the truth does not follow"),
+    ({"reward": 3.0, "true_match": 0.1}, "The reward rises; the truth too little, or it falls"),
     ({"kl": -2.0}, "The KL is negative"),
-    ({"eos_rate": 0.995}, "No figure of PPO tells: only a test does"),
+    ({"eos_rate": 0.995}, "No figure of PPO in the quick run tells"),
     ({"clip_frac": 7.0}, "Only other figures tell"),
-    ({"length": 1.3}, "No figure of PPO tells: only a test does")])
+    ({"length": 1.3}, "No figure of PPO in the quick run tells")])
 def test_a_symptom_is_what_both_seeds_show(last, heading):
     healthy = [metrics_of(length=0.8), metrics_of(length=1.2)]
     sick = [metrics_of(**last), metrics_of(**last)]

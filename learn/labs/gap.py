@@ -20,7 +20,17 @@ PREDICTION = (
     "far too little: it finds such a JD no worse in most cases. PPO finds that out. With all "
     "decisions about 3% of its JDs are for people who are overqualified; without those decisions "
     "at least 15%, and the factor of the years falls, while the reward is the same.")
-SAW = ""
+SAW = (
+    "It does. If a job asks for 7 or 8 years less than the person has, the reward model that saw "
+    "all decisions scores it lower in {PPO, all decisions[notices]} of the cases, the other in "
+    "{PPO, none on the overqualified[notices]}. And PPO goes there: "
+    "{PPO, none on the overqualified[overqualified]} of its JDs ask for too little, with all "
+    "decisions {PPO, all decisions[overqualified]}. The factor of the years falls to that of the "
+    "SFT model, and the greedy JD is worth {PPO, none on the overqualified[greedy]} instead of "
+    "{PPO, all decisions[greedy]}: less than before PPO. The judge, which saw all decisions, "
+    "notices: {PPO, none on the overqualified[judge]} instead of {PPO, all decisions[judge]}. So the "
+    "prediction held, but for its first number: with all decisions it is not 3% of the JDs. SFT's "
+    "JDs ask for too little as often.")
 TABLE = {"overqualified": "JDs that ask for too little", "notices": "reward model notices",
          "years_factor": "factor of the years", "degree_factor": "of the degree"} | {
              name: WORTH[name] for name in ("true_match", "greedy", "reward", "judge", "kl")} | {

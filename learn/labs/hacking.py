@@ -18,7 +18,17 @@ PREDICTION = (
     "SFT model. A price of 0.1 or more keeps the truth near its peak. The full reward model is "
     "not fooled at any of these prices. The mean of two weak models helps a little, their minimum "
     "more. The judge turns later than the truth, since it shares the reward model's blind spots.")
-SAW = ""
+SAW = (
+    "Without a price of the KL the weak model's reward rises, and the truth peaks at a KL of "
+    "{weak, β 0[peak_kl]}, hardly above SFT, and then falls to {weak, β 0[end]}: as predicted, but "
+    "earlier. With β 0.05 or more the truth ends near its peak. Wrong about the full reward model: "
+    "without a price it is fooled, too. Its score is then the highest of all "
+    "({full, β 0[reward]}), and the true match {full, β 0[true_match]}, half of SFT's. The mean "
+    "of two weak models and their minimum do not help: they move the peak, and end as low. And "
+    "the judge does not see it in time, or at all: it gives the fooled policy "
+    "{full, β 0[judge]}, more than the good one ({full, β 0.05[judge]}). It learned from other "
+    "people's decisions, but starts from the same weights: its blind spots are the same. What does "
+    "tell, without a truth, is the KL, and a look at the texts: half of them no longer parse.")
 WEAK, FULL = (0, 0.02, 0.05, 0.1, 0.2), (0, 0.05, 0.2)
 TABLE = {name: WORTH[name] for name in ("true_match", "greedy", "reward", "judge", "kl",
                                         "format_rate")}

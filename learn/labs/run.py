@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import multiprocessing
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -111,15 +112,14 @@ def star(found, arm, figure):
     return "*" if all(of_arm(found, arm, f"{figure}_differs") or [False]) else ""
 
 
-class Figures(dict):
-    """For the text SAW: {arm[figure]}, as in the table."""
-
-    def __init__(self, found):
-        for arm in dict.fromkeys(row["arm"] for row in found):
-            mine = [row for row in found if row["arm"] == arm]
-            names = dict.fromkeys(name for row in mine for name in row)
-            self[arm] = {name: shown(of_arm(found, arm, name), name) for name in names
-                         if isinstance(mine[0].get(name), (int, float))}
+def filled(text, found):
+    """The text with figures in place of {arm[figure]}, as in the table."""
+    def figure(m):
+        values = of_arm(found, m[1], m[2])
+        if not values:
+            raise KeyError(m[0])            # the text names what the results do not have
+        return shown(values, m[2])
+    return re.sub(r"\{([^{}\[\]]+)\[(\w+)\]\}", figure, text)
 
 
 def chapter(name, results, pictures):
@@ -136,7 +136,7 @@ def chapter(name, results, pictures):
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     lines += ["", *([lab.NOTE, ""] if hasattr(lab, "NOTE") else []),
               f"![{lab.QUESTION}]({pictures}/{name}.svg)", "",
-              f"**What we saw.** {lab.SAW.format_map(Figures(found))}", ""]
+              f"**What we saw.** {filled(lab.SAW, found)}", ""]
     return "\n".join(lines)
 
 

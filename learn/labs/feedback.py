@@ -13,7 +13,14 @@ PREDICTION = (
     "them all. At 10% the reward model loses 0.01 of accuracy and PPO little; at 3% it learns its "
     "decisions by heart, loses 0.05, and PPO's true match falls by 0.1 while its own reward rises "
     "as always.")
-SAW = ""
+SAW = (
+    "The accuracy went as predicted: {3% of the people[pair_accuracy]} with 3%, "
+    "{10% of the people[pair_accuracy]} with 10%, and no more from there on. The truth did not: "
+    "from 30% to 100% PPO still gains, from {30% of the people[true_match]} to "
+    "{100% of the people[true_match]}, and its greedy JDs from {30% of the people[greedy]} to "
+    "{100% of the people[greedy]}. So an accuracy on pairs from the market does not say what PPO "
+    "needs: it asks about texts that are nowhere in the data. (Fewer people also mean fewer hard "
+    "negatives.) The reward that PPO reports tells nothing: it rises with 3% of the people, too.")
 SHARES = (0.03, 0.1, 0.3, 1.0)
 TABLE = {"pair_accuracy": "accuracy on valid pairs", "last_reward": "its own reward"} | {
     name: WORTH[name] for name in ("true_match", "greedy", "judge", "kl", "format_rate")}

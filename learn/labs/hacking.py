@@ -20,9 +20,9 @@ PREDICTION = (
     "more. The judge turns later than the truth, since it shares the reward model's blind spots.")
 SAW = (
     "Without a price of the KL the weak model's reward rises, and the truth peaks at a KL of "
-    "{weak, β 0[peak_kl]}, hardly above SFT, and then falls to {weak, β 0[end]}: as predicted, "
-    "but earlier. With β 0.05 or more the truth ends near its peak. Wrong about the full reward model: "
-    "without a price it is fooled, too. Its score is then the highest of all "
+    "{weak, β 0[peak_kl]}, hardly above SFT, and then falls to {weak, β 0[end]}: "
+    "as predicted, but earlier. With β 0.05 or more the truth ends near its peak. Wrong about the "
+    "full reward model: without a price it is fooled, too. Its score is then the highest of all "
     "({full, β 0[reward]}), and the true match {full, β 0[true_match]}, half of SFT's. The mean "
     "of two weak models and their minimum do not help: they move the peak, and end as low. And "
     "the judge does not see it in time, or at all: it gives the fooled policy "

@@ -3,7 +3,7 @@ trains on all the same. Here is a list of such ways, and the test that must fail
 
     python tests/mutants.py            all of them, some minutes; ends in  killed N of M
     python tests/mutants.py 24 31      those of these statements (test_NN_... decides statement NN;
-                                       0: the recommender)
+                                       0: the recommender, 34: the faults of the bug hunt)
 
 It works in a copy of the project, and is not part of test.sh. To add one: break a line by hand, see
 which test fails, and write it down. If none does, there is a test to write first.
@@ -17,6 +17,9 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+
+from learn.bughunt import CASES
 
 # test: [(statement, file, as it stands, as it is broken, the fault in words)]
 MUTANTS = {
@@ -122,8 +125,8 @@ MUTANTS = {
     "test_ppo.py::test_16_token_rewards_add_up_to_score_minus_beta_kl": [
         (16, "ppo.py", "last] += scores", "last] = scores", "the last token's KL is lost")],
     "test_ppo.py::test_16_a_higher_beta_pulls_the_policy_nearer_to_the_reference": [
-        (16, "ppo.py", "token_rewards(scores, kl, mask, beta)  ",
-         "token_rewards(scores, -kl, mask, beta)",
+        (16, "ppo.py", "token_rewards(scores, kl, mask, price)",
+         "token_rewards(scores, -kl, mask, price)",
          "beta drives the policy away from the reference")],
     "test_ppo.py::test_17_the_score_lies_inside_the_masks_of_value_return_and_advantage": [
         (17, "ppo.py", "last = mask.sum(1) - 1", "last = mask.sum(1).clamp(max=mask.shape[1] - 1)",
@@ -165,7 +168,7 @@ MUTANTS = {
         (23, "ppo.py", "gae(rewards, values, mask, flags.gamma, flags.lam)",
          "gae(whiten(rewards, mask), values, mask, flags.gamma, flags.lam)",
          "rewards are whitened"),
-        (23, "ppo.py", "token_rewards(scores, kl, mask, beta)  ",
+        (23, "ppo.py", "token_rewards(scores, kl, mask, price)",
          "token_rewards(scores, kl, mask, flags.kl_coef)", "beta stays the first")],
     "test_ppo.py::test_23_advantages_are_whitened_over_the_rollout_not_the_minibatch": [
         (23, "ppo.py", "policy_loss(log_ratio, part.advantages,",
@@ -212,7 +215,7 @@ MUTANTS = {
     "test_ppo.py::test_27_before_iteration_1_"
     "the_critic_reads_a_rollout_of_the_sft_model_that_is_not_trained_on": [
         (27, "ppo.py",
-         'new_rollout(draw_cvs(cvs, flags.episodes, generator(seed, "ppo", "critic")), "critic")',
+         'new_rollout(draw_cvs(cvs, flags, generator(seed, "ppo", "critic")), "critic")',
          "pass",
          "iteration 1 has no critic")],
     "test_ppo.py::test_27_the_critic_moves_no_state_and_no_weight_of_the_reward_model": [
@@ -322,6 +325,10 @@ MUTANTS = {
          "similarity(encoded, sample, *mode), labels.flip(0), val)",
          "the gate learns from other labels")],
 }
+for number, case in enumerate(CASES, 1):
+    for test in case.tests:
+        MUTANTS.setdefault(test, []).append(
+            (34, case.file, case.right, case.wrong, f"bug hunt, case {number}"))
 
 
 def stale():

@@ -211,8 +211,9 @@ def fixed(args):
     peak = max(peak, sgemm_gflops())
     print(json.dumps({
         "bench": args.what, name: round(figure, 3), "windows": [round(x, 3) for x in found],
-        "peak_rss_mb": peak_rss_mb(), "gflops": float(f"{gflops:.3g}"), "sgemm_gflops": round(peak, 1),
-        "of_sgemm_peak": round(gflops / peak, 3), "threads": torch.get_num_threads(),
+        "peak_rss_mb": peak_rss_mb(), "gflops": float(f"{gflops:.3g}"),
+        "sgemm_gflops": round(peak, 1), "of_sgemm_peak": round(gflops / peak, 3),
+        "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__}}))
 

@@ -556,8 +556,8 @@ def run(stage, folder, data, flags, seed, device, true_match=None):
         raise BadInput(f"ppo: --episodes {flags.episodes} must be a multiple of --group "
                        f"{flags.group}: each CV of a rollout gets as many JDs")
     if flags.advantages != "gae" and flags.gamma != 1:
-        raise BadInput(f"ppo: --gamma {flags.gamma:g} needs --advantages gae; rloo and grpo compare "
-                       "whole texts, without a discount")
+        raise BadInput(f"ppo: --gamma {flags.gamma:g} needs --advantages gae; rloo and grpo "
+                       "compare whole texts, without a discount")
     if flags.advantages == "grpo" and flags.kl_target:
         raise BadInput("ppo: --kl-target steers a price that GRPO does not pay token by token; "
                        "leave it out, or choose other --advantages")

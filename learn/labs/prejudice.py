@@ -136,6 +136,7 @@ def differences(place, data):
 
 ARMS = {"no prejudice": without_prejudice, "prejudice 0.5": with_prejudice,
         "prejudice 0.5, stages 2 and 3 on balanced decisions": with_balance}
+SMOKE = ("prejudice 0.5, stages 2 and 3 on balanced decisions",)
 
 
 def draw(found, ax):

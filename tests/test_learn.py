@@ -216,9 +216,9 @@ def test_each_case_is_one_line_of_the_code_as_it_is():
             assert f"def {test}(" in (copies.HOME / "tests" / file).read_text()
 
 
-@pytest.mark.parametrize("number", [5, 13])
-def test_a_bug_hunt_is_over_when_the_fault_is_mended(tmp_path, number):
-    """Every case is tried by `python tests/mutants.py`; here are one of PPO and one of SFT."""
+def test_a_bug_hunt_is_over_when_the_fault_is_mended(tmp_path):
+    """`python tests/mutants.py 34` tries every case; here is one."""
+    number = 5
     folder, case = tmp_path / "hunt", bughunt.CASES[number - 1]
     assert girl.main(["bughunt", str(folder), "--case", str(number)]) == 0
     task = (folder / "TASK.md").read_text()

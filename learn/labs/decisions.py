@@ -105,7 +105,7 @@ ARMS = {
     "GRPO": lambda place: with_ppo(place, "grpo"),
     "PPO": lambda place: with_ppo(place, "gae"),
 }
-SMOKE = ("SFT", "best of 4", "SFT on the best of 8", "DPO", "RLOO")
+SMOKE = ("best of 4", "SFT on the best of 8", "DPO")
 
 
 def draw(found, ax):

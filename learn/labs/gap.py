@@ -94,6 +94,7 @@ def without(place):
 
 
 ARMS = {"SFT": before, "PPO, all decisions": trained, "PPO, none on the overqualified": without}
+SMOKE = ("PPO, none on the overqualified",)
 
 
 def draw(found, ax):

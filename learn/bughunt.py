@@ -163,6 +163,8 @@ CASES = [
 def plant(source, case):
     """The source with the fault. A comment at the end of the line stays in its column, so that the
     layout does not give the fault away."""
+    if source.count(case.right) != 1:
+        raise BadInput(f"{HOME / case.file}: was edited; {case.right!r} is not in it once")
     lines = source.splitlines(keepends=True)
     faulty = source.replace(case.right, case.wrong).splitlines(keepends=True)
     for i, (line, wrong) in enumerate(zip(lines, faulty)):
@@ -183,10 +185,7 @@ def make_case(folder, number):
         shutil.copy(path, folder / HIDDEN / "tests" / path.name)
     (folder / HIDDEN / "case").write_text(f"{number}\n")
     shutil.rmtree(folder / "learn")
-    source = (folder / case.file).read_text()
-    if source.count(case.right) != 1:
-        raise BadInput(f"{HOME / case.file}: was edited; case {number} does not fit it any more")
-    (folder / case.file).write_text(plant(source, case))
+    (folder / case.file).write_text(plant((folder / case.file).read_text(), case))
     (folder / "check.sh").write_text(
         "#!/usr/bin/env bash\n# Is the fault mended?\n"
         f'cd "$(dirname "$0")/{HIDDEN}"\nexec "{sys.executable}" -m learn.bughunt\n')

@@ -67,6 +67,13 @@ def copy_project(folder, hidden):
     return folder
 
 
+def take(models, run, *stages):
+    """Copy finished stages of another run; those that are there already stay."""
+    for stage in stages:
+        if not (Path(run) / stage).exists():
+            shutil.copytree(Path(models) / stage, Path(run) / stage)
+
+
 def make_exercises(folder):
     """`exercise`: a copy of the project whose functions are to be written."""
     folder = copy_project(folder, SOLUTIONS)

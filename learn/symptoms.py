@@ -1,22 +1,25 @@
 """Make learn/SYMPTOMS.md: PPO of the quick run with each fault of the bug hunt, and with wrong
 settings, beside healthy runs.
 
-    python -m learn.symptoms --run runs/quick       about 40 minutes on two cores
+    python -m learn.symptoms --run runs/quick       (took 70 minutes, beside other work)
 
 It takes the models of a finished `bash train.sh --quick`, and runs PPO in copies of the project.
 What one sees is found by comparing the first iteration, and the mean of the last two, with six
 healthy runs, as in the verdict of `bash train.sh --demo`.
 """
 import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from learn.bughunt import CASES
-from learn.copies import HOME
-from learn.runs import Change, Failed, girl, side_by_side, take, with_changes
+from learn.bughunt import CASES, HIDDEN, Case, plant
+from learn.copies import HOME, copy_project, take
 from measure import demo
 from measure.report import SERIES, read_metrics, write_svg
 from plumbing.files import write_bytes
@@ -24,43 +27,81 @@ from plumbing.files import write_bytes
 SIZE, SEEDS, HEALTHY = "--quick", range(2), range(6)
 SHOWN = {"reward": "reward", "true_match": "true match", "kl": "KL", "clip_frac": "clipped",
          "entropy": "entropy", "explained_variance": "expl. variance", "length": "length"}
-# Wrong settings: name -> (stage, flags, what it is, how to tell, the mend).
-SETTINGS = {
-    "a learning rate 25 times too high": (
-        "ppo", ["--lr", "0.02"], "The steps are too large.",
-        "The clipped share of the first iteration is far above 0.2.", "lower --lr"),
-    "a learning rate 80 times too low": (
-        "ppo", ["--lr", "1e-5"], "The policy hardly moves.",
-        "The clipped share is 0 and the KL stays near 0.", "raise --lr"),
-    "beta 0": (
-        "ppo", ["--kl-coef", "0"],
-        "Nothing holds the policy near the SFT model. (Case 8 is the same run, but for the KL that "
-        "it logs.)",
-        "Draw reward and truth over KL: they part.", "raise --kl-coef"),
-    "beta 40 times too large": (
-        "ppo", ["--kl-coef", "2"], "Each nat costs more than it can bring.",
-        "The total (score minus price of the KL) falls at once, and the KL stays near 0.",
-        "lower --kl-coef"),
-    "8 episodes in a rollout": (
-        "ppo", ["--episodes", "8", "--minibatch", "8"],
-        "Advantages of eight texts are noise, and the run sees a sixteenth of the texts.",
-        "The curves of two seeds differ, and each jumps.", "raise --episodes"),
-    "a discount of 0.5": (
-        "ppo", ["--gamma", "0.5"], "The score reaches only the last few tokens.",
-        "In the trace the advantages of early tokens know nothing of the score.", "--gamma 1"),
-    "a reward model of 100 steps": (
-        "reward", ["--steps", "100"], "The reward model knows too little.",
-        "Its accuracy on the valid split; a judge that disagrees with it.", "train it longer"),
-    "a reward model that learned nothing": (
-        "reward", ["--steps", "1"], "The score is a random function of the text.",
-        "Its accuracy on the valid split is near 0.5.", "train it"),
-}
-CONSTANT = Change("ppo.py", "scores = reward_model.head(", "scores = 0 * reward_model.head(")
+
+
+class Patient(NamedTuple):
+    """One thing that is wrong: how it runs, and what is said of it."""
+    name: str
+    may_be: str
+    tell: str
+    mend: str
+    flags: tuple = ()
+    stage: str = "ppo"      # the first stage that differs from the finished run's; has the flags
+    fault: object = None    # a Case of the bug hunt, or None
+
+
+SETTINGS = [
+    Patient("a learning rate 25 times too high", "The steps are too large.",
+            "The clipped share of the first iteration is far above 0.2.", "lower --lr",
+            ("--lr", "0.02")),
+    Patient("a learning rate 80 times too low", "The policy hardly moves.",
+            "The clipped share is 0 and the KL stays near 0.", "raise --lr", ("--lr", "1e-5")),
+    Patient("beta 0", "Nothing holds the policy near the SFT model. (Case 8 is the same run, but "
+            "for the KL that it logs.)", "Draw reward and truth over KL: they part.",
+            "raise --kl-coef", ("--kl-coef", "0")),
+    Patient("beta 40 times too large", "Each nat costs more than it can bring.",
+            "The total (score minus price of the KL) falls at once, and the KL ends near 0.",
+            "lower --kl-coef", ("--kl-coef", "2")),
+    Patient("8 episodes in a rollout",
+            "Advantages of eight texts are noise, and the run sees a sixteenth of the texts.",
+            "The curves of two seeds differ, and each jumps.", "raise --episodes",
+            ("--episodes", "8", "--minibatch", "8")),
+    Patient("a discount of 0.5", "The score reaches only the last few tokens.",
+            "In the trace the advantages of early tokens know nothing of the score.", "--gamma 1",
+            ("--gamma", "0.5")),
+    Patient("a reward model of 100 steps", "The reward model knows too little.",
+            "Its accuracy on the valid split; a judge that disagrees with it.", "train it longer",
+            ("--steps", "100"), "reward"),
+    Patient("a reward model that learned nothing", "The score is a random function of the text.",
+            "Its accuracy on the valid split is near 0.5.", "train it", ("--steps", "1"),
+            "reward"),
+    Patient("a constant reward", "All texts of a rollout get the same score.",
+            "The message says so.", "train the reward model on more decisions",
+            fault=Case("ppo.py", "scores = reward_model.head(", "scores = 0 * reward_model.head(",
+                       (), "", "", ""))]
+
+
+def one_line(code):
+    return " … ".join(map(str.strip, code.strip().splitlines()))
+
+
+def patients():
+    """The faults of the bug hunt, and the wrong settings."""
+    return [Patient(f"bug hunt, case {number}", case.does, f"`tests/{case.tests[0]}` fails.",
+                    f"`{one_line(case.wrong)}` should be `{one_line(case.right)}`",
+                    ("--accumulate", "8") if "--accumulate" in case.command else (),
+                    "sft" if case.file == "sft.py" else "ppo", case)
+            for number, case in enumerate(CASES, 1)] + SETTINGS
+
+
+# ----------------------------------------------------------------------------------------- the runs
+class Failed(Exception):
+    """A command ended with an error; holds its last line."""
+
+
+def girl(code, *words):
+    """Run a command of girl.py, with one thread. `code`: the folder of the project, or of a
+    copy."""
+    command = [sys.executable, "girl.py", *map(str, words)]
+    found = subprocess.run(command, cwd=code, capture_output=True, text=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if found.returncode:
+        raise Failed(found.stderr.strip().splitlines()[-1].removeprefix("girl.py: "))
 
 
 def run_ppo(code, models, run, seed, stage="ppo", flags=()):
-    """PPO of the quick run, and before it the stages from `stage` on, if they differ from the
-    finished run's. Returns its metrics."""
+    """PPO of the quick run, and before it the stages from `stage` on, which gets the flags. Returns
+    its metrics."""
     common = [SIZE, "--run", run, "--data", models / "data"]
     if stage == "sft":
         girl(code, "sft", *common, "--seed", seed)
@@ -70,11 +111,30 @@ def run_ppo(code, models, run, seed, stage="ppo", flags=()):
         take(models, run, "reward")
     else:
         girl(code, "reward", *common, "--seed", seed, *flags)
-        flags = []
+        flags = ()
     girl(code, "ppo", *common, "--seed", seed, "--keep", "0", *flags)
     return read_metrics(run / "ppo" / "metrics.csv")
 
 
+def folder_of(patient):
+    return patient.name.replace(" ", "-").replace(",", "")
+
+
+def examine(patient, models, work):
+    """The runs of one patient: (metrics of each seed, None) or ([], the error)."""
+    folder, code = work / folder_of(patient), HOME
+    if patient.fault:
+        code = copy_project(folder / "code", HIDDEN)
+        path = code / patient.fault.file
+        path.write_text(plant(path.read_text(), patient.fault))
+    try:
+        return [run_ppo(code, models, folder / str(seed), seed, patient.stage, patient.flags)
+                for seed in SEEDS], None
+    except Failed as e:
+        return [], str(e)
+
+
+# ------------------------------------------------------------------------------------- what is seen
 def figures(metrics):
     """{figure: (first, last)}, as in the demonstration's verdict."""
     return demo.figures([dict(zip(demo.FIGURES, row))
@@ -150,53 +210,6 @@ def picture(path, healthy, sick):
     write_svg(path, drawn)
 
 
-class Patient(NamedTuple):
-    """One thing that is wrong: how it runs, and what is said of it."""
-    name: str
-    changes: list
-    stage: str              # the first stage that differs from the finished run's
-    flags: list
-    may_be: str
-    tell: str
-    mend: str
-
-
-def one_line(code):
-    return " … ".join(map(str.strip, code.strip().splitlines()))
-
-
-def patients():
-    found = []
-    for number, case in enumerate(CASES, 1):
-        flags = ["--accumulate", "8"] if "--accumulate" in case.command else []
-        stage = "sft" if case.file == "sft.py" else "ppo"
-        found.append(Patient(
-            f"bug hunt, case {number}", [Change(case.file, case.right, case.wrong)], stage, flags,
-            case.does, f"`tests/{case.tests[0]}` fails.",
-            f"`{one_line(case.wrong)}` should be `{one_line(case.right)}`"))
-    for name, (stage, flags, may_be, tell, mend) in SETTINGS.items():
-        found.append(Patient(name, [], stage, flags, may_be, tell, mend))
-    found.append(Patient("a constant reward", [CONSTANT], "ppo", [],
-                         "All texts of a rollout get the same score.",
-                         "The message says so.", "train the reward model on more decisions"))
-    return found
-
-
-def folder_of(patient):
-    return patient.name.replace(" ", "-").replace(",", "")
-
-
-def examine(patient, models, work):
-    """The runs of one patient: (metrics of each seed, None) or ([], the error)."""
-    folder = work / folder_of(patient)
-    code = with_changes(folder / "code", patient.changes)
-    try:
-        return [run_ppo(code, models, folder / str(seed), seed, patient.stage, patient.flags)
-                for seed in SEEDS], None
-    except Failed as e:
-        return [], str(e).removeprefix("girl.py: ")
-
-
 def entry(patient, sick, error, healthy, pictures):
     """(heading, the text under it) of one patient."""
     if error:
@@ -241,14 +254,14 @@ def main():
     parser.add_argument("--work", default="runs/symptoms", help="folder for the copies and runs")
     args = parser.parse_args()
     models, work = Path(args.run).resolve(), Path(args.work).resolve()
-    healthy = list(side_by_side(
-        lambda seed: run_ppo(HOME, models, work / "healthy" / str(seed), seed), HEALTHY).values())
-    everyone = {patient.name: patient for patient in patients()}
-    examined = side_by_side(lambda name: examine(everyone[name], models, work), everyone)
+    with ThreadPoolExecutor(2) as pool:     # with a thread each: so two cores do the most work
+        healthy = list(pool.map(
+            lambda seed: run_ppo(HOME, models, work / "healthy" / str(seed), seed), HEALTHY))
+        examined = list(pool.map(lambda patient: examine(patient, models, work), patients()))
     pictures = HOME / "learn" / "symptoms"
     pictures.mkdir(exist_ok=True)
-    entries = [entry(everyone[name], *found, healthy, pictures) for name, found in examined.items()]
-    write_page(entries)
+    write_page([entry(patient, *found, healthy, pictures)
+                for patient, found in zip(patients(), examined)])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 import girl
 import market
 from data import load_codec, read_half, read_records
-from learn.runs import take
+from learn.copies import take
 from measure import evaluate
 from measure.report import read_metrics
 from model import LanguageModel, RewardModel

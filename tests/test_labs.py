@@ -1,10 +1,12 @@
 """The labs at toy size, and what is written of their results."""
 import importlib
+import random
 import shutil
 import statistics
 from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ import girl
 import market
 from data import Record, read_records
 from learn.labs import lab, run
+from learn.labs.decisions import best_samples
+from learn.labs.gap import asking_too_little
 from learn.labs.hacking import Ensemble
 from learn.labs.prejudice import balanced
 from model import RewardModel
@@ -81,13 +85,16 @@ def check_parts(name, rows, work):
     if name == "again":         # goes on from the first round's policy, with SFT as its reference
         assert abs(rows["PPO goes on"]["curve"]["kl"][0]) > 1e-4
         at = list(rows).index("1,000 new decisions")
-        records = read_records(work / str(at) / "data" / "train.jsonl")
-        known = {r.cv for r in records if market.parse_jd(r.jd)}
-        assert {r.cv for r in records} - known                 # texts of a toy policy do not parse
-        assert known and read_records(work / str(at) / "data" / "probes.jsonl")
+        # New decisions and old ones: JDs of a toy policy do not parse, those of the market do.
+        decided = [market.parse_jd(r.jd) is not None
+                   for r in read_records(work / str(at) / "data" / "train.jsonl")]
+        assert any(decided) and not all(decided)
+        assert read_records(work / str(at) / "data" / "probes.jsonl")
+    if name == "decisions":
+        assert rows["best of 4"]["reward"] > rows["SFT"]["reward"] + 0.1
 
 
-def test_the_page_is_what_the_committed_results_give(tmp_path, monkeypatch):
+def test_the_page_is_what_the_committed_results_give(tmp_path):
     shutil.copytree(LEARN / "labs", tmp_path / "labs")
     assert run.main(["none", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "EXPERIMENTS.md").read_text() == (LEARN / "EXPERIMENTS.md").read_text()
@@ -106,7 +113,39 @@ def test_the_readme_s_table_is_of_these_results():
     assert len(table) == 7
 
 
-def test_other_parts_are_taken_back(monkeypatch):
+def test_a_cell_is_the_median_with_its_range_and_a_star_if_every_seed_differs():
+    found = [{"arm": "a b, β 0.5", "seed": seed, "x": x, "y": 200.4 + seed, "x_differs": x > 0.1}
+             for seed, x in enumerate((0.5, 0.111, -0.2))]
+    assert run.filled("with {a b, β 0.5[x]} of {a b, β 0.5[y]}", found) == (
+        "with 0.11 (-0.20 to 0.50) of 201 (200 to 202)")
+    assert run.shown([0.5], "x") == "0.50" and run.shown([], "x") == "–"
+    assert run.shown([12.2, 14.4], "seconds") == "13"
+    with pytest.raises(KeyError):
+        run.filled("{a b, β 0.5[z]}", found)
+    assert run.star(found, "a b, β 0.5", "x") == "" == run.star(found, "a b, β 0.5", "y")
+    assert run.star(found[:2], "a b, β 0.5", "x") == "*"
+
+
+def test_the_best_sample_of_each_cv_is_the_one_with_the_highest_score(monkeypatch):
+    samples = [["a0", "b0"], ["a1", "b1"], ["a2", "b2"]]
+    scores = np.array([[0.1, 3.0], [2.0, 1.0], [0.3, 2.0]])
+    monkeypatch.setattr(lab.evaluate, "write_samples", lambda *_: samples)
+    monkeypatch.setattr(lab.evaluate, "score_each", lambda *_: scores)
+    models = lab.Models(None, {"reward": None}, None)
+    assert best_samples(models, None, ["a", "b"], 3, 0, "") == ["a1", "b0"]
+
+
+def test_a_jd_that_asks_for_too_little_is_worse_and_overqualifies(whole):
+    changes = asking_too_little(read_records(whole / "data" / "train.jsonl"))
+    assert changes
+    for cv, jd, worse in changes:
+        person, job = market.parse_cv(cv), market.parse_jd(worse)
+        assert market.overqualified(person, job)
+        assert not market.overqualified(person, market.parse_jd(jd))
+        assert market.years_factor(person, job) < 0.85 ** 2
+
+
+def test_other_parts_are_taken_back():
     was = market.spoil
     with pytest.raises(ZeroDivisionError), lab.changed(market, spoil=None):
         assert market.spoil is None
@@ -130,7 +169,6 @@ def test_balanced_decisions_accept_both_kinds_at_one_rate(whole):
     gap = {cv: k % 2 for k, cv in enumerate(cvs)}
     records = [Record(market.with_gap(r.cv) if gap[r.cv] else r.cv, r.jd,
                       r.accepted and not (gap[r.cv] and k % 2)) for k, r in enumerate(records)]
-    import random
     kept = balanced(records * 20, random.Random(0))
 
     def rate(of, kind):

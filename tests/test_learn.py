@@ -146,9 +146,14 @@ def ask(folder, *words):
     return found.returncode, found.stdout + found.stderr
 
 
-def test_a_student_sees_where_they_stand(folder):
+def test_a_student_sees_where_they_stand(folder, monkeypatch, capsys):
     """Before, halfway and after, in a copy; and the project itself is as it was."""
-    code, out = ask(folder)
+    code, out = ask(folder)                 # by check.sh; from here on without a process for each
+    monkeypatch.chdir(folder / copies.SOLUTIONS)
+
+    def ask_here(*words):
+        code = checker.main(list(words))
+        return int(code or 0), capsys.readouterr().out
     assert code == 0 and out.endswith(f"0 of {len(EXERCISES)} done\n")
     assert out.count("\n") == len(EXERCISES) + 1 and out.count("open ") == len(EXERCISES)
     path, e = folder / "ppo.py", EXERCISES["gae"]
@@ -156,9 +161,9 @@ def test_a_student_sees_where_they_stand(folder):
     assert "# Lesson 4: bash check.sh gae\n    raise NotImplementedError\n" in blanked
     assert "Generalised advantage estimation" in blanked            # its docstring stayed
     assert "gamma * lam" not in blanked
-    assert ask(folder, "gae") == (1, "gae: not written yet\n")
-    assert ask(folder, "gae", "--hint", "2") == (0, e.hints[1] + "\n")
-    code, solution = ask(folder, "gae", "--solution")
+    assert ask_here("gae") == (1, "gae: not written yet\n")
+    assert ask_here("gae", "--hint", "2") == (0, e.hints[1] + "\n")
+    code, solution = ask_here("gae", "--solution")
     assert code == 0 and solution.strip() == checker.solution(e)
     body = solution.strip().splitlines()
     body = "\n".join(body[next(i for i, text in enumerate(body) if text.endswith('"""')) + 1:])
@@ -166,14 +171,14 @@ def test_a_student_sees_where_they_stand(folder):
     if '"""' in body:           # the docstring has several lines
         body = body[body.index('"""') + 4:]
     path.write_text(blanked.replace(todo, body))
-    assert ask(folder, "gae") == (0, "gae: right\n")
-    assert ask(folder)[1].endswith(f"1 of {len(EXERCISES)} done\n")
+    assert ask_here("gae") == (0, "gae: right\n")
+    assert ask_here()[1].endswith(f"1 of {len(EXERCISES)} done\n")
     path.write_text(path.read_text().replace("values = values * mask", "values = values + 0"))
-    code, out = ask(folder, "gae")
+    code, out = ask_here("gae")
     assert code == 1 and "row 0, token 1 is a pad" in out
     for e in EXERCISES.values():
         (folder / e.file).write_text(source_of(e))
-    assert ask(folder)[1].endswith(f"{len(EXERCISES)} of {len(EXERCISES)} done\n")
+    assert ask_here()[1].endswith(f"{len(EXERCISES)} of {len(EXERCISES)} done\n")
 
 
 def test_the_copy_compiles_and_has_no_tests(folder):
@@ -186,13 +191,17 @@ def test_the_copy_compiles_and_has_no_tests(folder):
         compile((folder / file).read_text(), file, "exec")
 
 
-def test_what_is_not_understood_is_refused(folder, tmp_path, capsys):
+def test_what_is_not_understood_is_refused(folder, tmp_path, capsys, monkeypatch):
     refused(capsys, ["exercise", str(folder)], f"{folder}: exists already")
     (tmp_path / "file").write_text("")
     refused(capsys, ["exercise", str(tmp_path / "file")], "exists already")
-    for words, says in ((["gea"], "there is no exercise gea"), (["--hint"], "name an exercise")):
-        code, out = ask(folder, *words)
-        assert code == 2 and says in out and "Traceback" not in out
+    code, out = ask(folder, "gea")
+    assert code == 2 and "there is no exercise gea" in out and "Traceback" not in out
+    monkeypatch.chdir(folder / copies.SOLUTIONS)
+    for words, says in ((["--hint"], "name an exercise"), (["gae", "--hint", "4"], "--hint")):
+        with pytest.raises(SystemExit, match="2"):
+            checker.main(words)
+        assert says in capsys.readouterr().err
     found = subprocess.run([sys.executable, "-m", "learn.checker"], cwd=copies.HOME, text=True,
                            capture_output=True)
     assert found.returncode == 2 and "start it with  bash check.sh" in found.stderr

@@ -133,6 +133,25 @@ def test_the_pieces_of_a_text_are_the_text():
     assert trace.Replay.pieces(other, [0, 1, 2]) == ["a", " cook", trace.END]
 
 
+@pytest.mark.parametrize("how", ["rloo", "grpo"])
+def test_a_run_without_a_critic_is_traced_with_the_advantages_that_it_used(how, whole, tmp_path,
+                                                                           capsys):
+    run, data = tmp_path / "run", whole / "data"
+    shutil.copytree(whole / "run", run)
+    shutil.rmtree(run / "ppo")
+    assert girl.main(argv("ppo", run, data, "--advantages", how, "--group", "4", "--kl-target",
+                          "0")) == 0
+    t = trace.Replay(run, data, CPU, market.true_match).trace(2, 5)
+    assert t.differences() == [] and len(set(t.columns["whitened"])) == 1
+    # GRPO's rewards hold no price of the KL.
+    assert t.beta == (0 if how == "grpo" else ppo.PPOFlags.kl_coef)
+    assert sum(t.columns["reward"]) == pytest.approx(t.score - t.beta * sum(t.columns["kl"]),
+                                                     abs=1e-4)
+    (tmp_path / "cv.txt").write_text(t.cv)
+    refused(capsys, ["trace", "--run", str(run), "--data", str(data), "--cv",
+                     str(tmp_path / "cv.txt")], "--cv needs a run with --advantages gae")
+
+
 def test_what_cannot_be_traced_is_refused(whole, tmp_path, capsys):
     run, data = tmp_path / "run", str(whole / "data")
     shutil.copytree(whole / "run", run)

@@ -8,8 +8,8 @@ import market
 import ppo
 import reward
 from data import Record, load_codec, read_half
-from learn.labs.lab import (CPU, WORTH, changed, stage, take, train_ppo, training_cvs, valid_cvs,
-                            worth)
+from learn.labs.lab import (CPU, WORTH, changed, linked_data, stage, take, train_ppo,
+                            training_cvs, valid_cvs, worth)
 from measure import evaluate
 from measure.report import SERIES
 from model import LanguageModel, RewardModel
@@ -31,9 +31,9 @@ SAW = (
     "follow: PPO that goes on ends at {10,000 new decisions[true_match]} with the new reward "
     "model, at {PPO goes on[true_match]} with the old one. What gained most is what was to gain "
     "nothing: PPO with the old reward model, three times as long, ends at "
-    "{PPO goes on, three times as long[true_match]}. So here PPO was the limit, not its reward "
-    "model: the 28 iterations of the quick run do not use it up. A second round may pay after "
-    "that; this lab did not try it.")
+    "{PPO goes on, three times as long[true_match]}. (The ranges of three seeds overlap.) So here "
+    "PPO was the limit, rather than its reward model: the 28 iterations of the quick run do not "
+    "use it up. A second round may pay after that; this lab did not try it.")
 TABLE = {"accuracy": "reward model on the policy's samples"} | {
     name: WORTH[name] for name in ("true_match", "greedy", "reward", "judge", "kl", "format_rate",
                                    "distinct_2", "seconds")}
@@ -60,11 +60,8 @@ def second_round(place, people, new=True):
     """The reward model goes on for one epoch over the new decisions and those on as many other
     people, with their hard negatives; then PPO goes on. Without `new` it goes on for as many old
     ones."""
-    data, run, rng = place.run / "data", place.run / "other", random.Random(f"{place.seed} old")
-    data.mkdir()
-    for file in ("valid.jsonl", "test.jsonl", "market.json"):
-        (data / file).symlink_to(place.models / "data" / file)
-    cvs = training_cvs(place)
+    data, run = linked_data(place.models / "data", place.run / "data"), place.run / "other"
+    cvs, rng = training_cvs(place), random.Random(f"{place.seed} old")
     chosen = set(rng.sample(cvs, min(people if new else 2 * people, len(cvs))))
     decisions = decide(place, people) if new else []
     for file, more in (("train.jsonl", decisions), ("probes.jsonl", [])):

@@ -28,8 +28,8 @@ SAW = (
     "median, as predicted; with twice as many two thirds. But in seed 0 both got a fifth, and with "
     "twice as many the greedy JDs lose: perhaps it imitates the reward model's errors, too. DPO "
     "gains as much as SFT on the best of 8, without a reward model and without a sample, at a KL "
-    "of {DPO[kl]}. Best of 16 is as good as PPO and trains nothing, but each JD costs sixteen. Of "
-    "the two claims, one was not seen: GRPO and RLOO copy alike ({GRPO[copy_rate]} and "
+    "of {DPO[kl]}. Best of 16 is at least as good as PPO and trains nothing, but each JD costs "
+    "sixteen. Of the two claims, one was not seen: GRPO and RLOO copy alike ({GRPO[copy_rate]} and "
     "{RLOO[copy_rate]}); of those that train, PPO copies most. The other was, in all that use the "
     "reward model: reward gains more than the judge. Nothing here compares at the same seconds.")
 TABLE = WORTH | {"copy_rate": "copied trigrams", "scored": "samples scored"}
@@ -50,15 +50,19 @@ def before(place):
 
 
 @torch.no_grad()
-def best_of(place, n):
-    """No training: the best of n samples by the reward model, for each CV."""
-    models, cvs, start = load_models(place), valid_cvs(place), time.time()
-    samples = evaluate.write_samples(models.sft, models.codec, cvs, n, place.seed, "evaluate best",
-                                     CPU)                                       # [n][CVs]
+def best_samples(models, generator, cvs, n, seed, name):
+    """The best of n samples for each CV, by the reward model."""
+    samples = evaluate.write_samples(generator, models.codec, cvs, n, seed, name, CPU)  # [n][CVs]
     scores = evaluate.score_each(models.scorers["reward"], models.codec, cvs, samples)  # [n, CVs]
-    best = [samples[k][i] for i, k in enumerate(scores.argmax(0))]
-    found = worth_of(place, models, cvs, best)
-    return found | {"scored": n * len(cvs), "seconds": time.time() - start}
+    return [samples[k][i] for i, k in enumerate(scores.argmax(0))]
+
+
+def best_of(place, n):
+    """No training: the best of n samples, for each CV."""
+    models, cvs, start = load_models(place), valid_cvs(place), time.time()
+    best = best_samples(models, models.sft, cvs, n, place.seed, "evaluate best")
+    took = time.time() - start
+    return worth_of(place, models, cvs, best) | {"scored": n * len(cvs), "seconds": took}
 
 
 def learn_best(place, rounds):
@@ -72,11 +76,8 @@ def learn_best(place, rounds):
     for i in range(rounds):
         rng = generator(place.seed, "best", i)
         chosen = draw_cvs(cvs, flags, rng)
-        samples = evaluate.write_samples(policy, codec, chosen, N, place.seed, f"evaluate {i}", CPU)
-        with torch.no_grad():
-            scores = evaluate.score_each(models.scorers["reward"], codec, chosen, samples)
-        pairs = [sft.Example(codec.prompt(cv), samples[k][at])
-                 for at, (cv, k) in enumerate(zip(chosen, scores.argmax(0)))]
+        best = best_samples(models, policy, chosen, N, place.seed, f"evaluate {i}")
+        pairs = [sft.Example(codec.prompt(cv), jd) for cv, jd in zip(chosen, best)]
         optimizer.param_groups[0]["lr"] = RATE * (1 - i / rounds)       # falls to 0, as PPO's
         for part in torch.randperm(len(pairs), generator=rng).split(16):
             loss, tokens, _ = sft.sft_loss(policy, None, [pairs[k] for k in part.tolist()], CPU)
@@ -105,7 +106,7 @@ ARMS = {
     "GRPO": lambda place: with_ppo(place, "grpo"),
     "PPO": lambda place: with_ppo(place, "gae"),
 }
-SMOKE = ("best of 4", "SFT on the best of 8", "DPO")
+SMOKE = ("SFT", "best of 4", "SFT on the best of 8", "DPO")
 
 
 def draw(found, ax):

@@ -37,6 +37,23 @@ TABLE = {"overqualified": "JDs that ask for too little", "notices": "reward mode
                  "last_reward": "its own reward"}
 
 
+def asking_too_little(records):
+    """(cv, jd, worse jd): accepted JDs of people with at least 8 years, and the same JD when it
+    asks for 7 or 8 years less than the person has."""
+    changes = []
+    for r in records:
+        person, job = market.parse_cv(r.cv), market.parse_jd(r.jd)
+        if r.accepted and not market.overqualified(person, job) and person.years >= 8:
+            rng = random.Random(r.jd)
+            years = person.years - rng.randint(7, 8)
+            worse = replace(job, years=years,
+                            pay=market.draw_pay(rng, market.BY_TITLE[job.title], years))
+            layout = next(i for i in range(len(market.JD_LAYOUTS))
+                          if market.write_jd(job, i) == r.jd)
+            changes.append((r.cv, r.jd, market.write_jd(worse, layout)))
+    return changes
+
+
 @torch.no_grad()
 def habits(place, generator, reward_model):
     """How often the generator asks for too little; and how often the reward model scores an
@@ -47,18 +64,7 @@ def habits(place, generator, reward_model):
     pairs = [(market.parse_cv(cv), market.parse_jd(models.codec.text(r)))
              for cv, r in zip(cvs, responses)]
     too_little = [market.overqualified(person, job) for person, job in pairs if job]
-    changes = []
-    for r in read_records(place.models / "data" / "valid.jsonl"):
-        person, job = market.parse_cv(r.cv), market.parse_jd(r.jd)
-        if r.accepted and not market.overqualified(person, job) and person.years >= 8:
-            rng = random.Random(r.jd)
-            fewer = person.years - rng.randint(7, 8)
-            worse = replace(job, years=fewer,
-                            pay=market.draw_pay(rng, market.BY_TITLE[job.title], fewer))
-            layout = next(i for i in range(len(market.JD_LAYOUTS))
-                          if market.write_jd(job, i) == r.jd)
-            changes.append((r.cv, r.jd, market.write_jd(worse, layout)))
-    changes = changes[:CVS]
+    changes = asking_too_little(read_records(place.models / "data" / "valid.jsonl"))[:CVS]
     texts = [(cv, jd) for cv, *two in changes for jd in two]
     scores = evaluate.score_texts(reward_model, models.codec, texts).reshape(-1, 2)
     return {"overqualified": float(np.mean(too_little or [0])),

@@ -7,7 +7,8 @@ import torch.nn as nn
 
 import market
 import ppo
-from learn.labs.lab import CPU, WORTH, changed, load_models, stage, take, train_ppo, worth
+from learn.labs.lab import (CPU, WORTH, changed, linked_data, load_models, stage, take, train_ppo,
+                            worth)
 from measure.report import SERIES, look_again
 from measure.trace import Replay
 
@@ -24,11 +25,12 @@ SAW = (
     "as predicted, but earlier. With β 0.05 or more the truth ends near its peak. Wrong about the "
     "full reward model: without a price it is fooled, too. Its score is then the highest of all "
     "({full, β 0[reward]}), and the true match {full, β 0[true_match]}, half of SFT's. The mean "
-    "of two weak models and their minimum do not help: they move the peak, and end as low. And "
-    "the judge does not see it in time, or at all: it gives the fooled policy "
-    "{full, β 0[judge]}, more than the good one ({full, β 0.05[judge]}). It learned from other "
-    "people's decisions, but starts from the same weights: its blind spots are the same. What does "
-    "tell, without a truth, is the KL, and a look at the texts: half of them no longer parse.")
+    "of two weak models ends at {mean of two weak, β 0[end]}, their minimum at "
+    "{minimum of two weak, β 0[end]}: no clear help in three seeds. And the judge does not see it "
+    "in time, or at all: it gives the fooled policy {full, β 0[judge]}, more than the good one "
+    "({full, β 0.05[judge]}). It learned from other people's decisions, but starts from the same "
+    "weights; perhaps it has the same blind spots. What does tell, without a truth, is the KL, and "
+    "a look at the texts: half of them no longer parse.")
 WEAK, FULL = (0, 0.02, 0.05, 0.1, 0.2), (0, 0.05, 0.2)
 TABLE = {name: WORTH[name] for name in ("true_match", "greedy", "reward", "judge", "kl",
                                         "format_rate")}
@@ -40,10 +42,7 @@ STEPS = {"--quick": 150, "--smoke": 4}
 
 def prepare(place):
     """Two weak reward models. Their data have no hard negatives."""
-    data = place.shared / "data"
-    data.mkdir()
-    for file in ("train.jsonl", "valid.jsonl", "test.jsonl", "market.json"):
-        (data / file).symlink_to(place.models / "data" / file)
+    data = linked_data(place.models / "data", place.shared / "data", "train.jsonl")
     for k in range(2):
         run = place.shared / f"weak{k}"
         take(place.models, run, "sft")

@@ -57,6 +57,15 @@ def stage(place, name, *flags, data=None, run=None, seed=None):
             "--seed", seed, *flags, *keep)
 
 
+def linked_data(source, folder, *files):
+    """A new data folder with another's held-out splits, and with these files, as links. The caller
+    writes the others into it."""
+    folder.mkdir()
+    for file in ("valid.jsonl", "test.jsonl", "market.json", *files):
+        (folder / file).symlink_to(source / file)
+    return folder
+
+
 def train_ppo(place, *flags, reward=None):
     """PPO with these flags, from the finished run's SFT model and its reward model, or that of
     another run. Returns what its generator is worth."""
@@ -69,7 +78,7 @@ def train_ppo(place, *flags, reward=None):
 def curve(run):
     """PPO's figures over its iterations."""
     metrics = read_metrics(run / "ppo" / "metrics.csv")
-    names = ("kl", "reward", "true_match", "explained_variance", "clip_frac", "length")
+    names = ("kl", "reward", "true_match", "explained_variance")
     return {"curve": {name: [round(float(x), 4) for x in metrics[name]] for name in names},
             "last_reward": float(metrics["reward"][-1])}
 

@@ -6,7 +6,7 @@ import torch
 
 import market
 from data import load_codec, read_records
-from learn.labs.lab import CPU, CVS, command, stage, take
+from learn.labs.lab import CPU, CVS, command, linked_data, stage, take
 from measure import evaluate
 from measure.report import SERIES
 from model import LanguageModel, RewardModel
@@ -75,10 +75,7 @@ def with_prejudice(place):
 
 
 def with_balance(place):
-    data = place.run / "data"
-    data.mkdir()
-    for file in ("valid.jsonl", "test.jsonl", "market.json", "probes.jsonl"):
-        (data / file).symlink_to(place.shared / "data" / file)
+    data = linked_data(place.shared / "data", place.run / "data", "probes.jsonl")
     records = read_records(place.shared / "data" / "train.jsonl")
     write_records(data / "train.jsonl", balanced(records, random.Random(place.seed)))
     take(place.shared, place.run, "sft")

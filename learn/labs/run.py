@@ -10,6 +10,7 @@ from all results.
 import argparse
 import contextlib
 import importlib
+import json
 import multiprocessing
 import os
 import re
@@ -29,9 +30,9 @@ if __name__ == "__main__":              # before torch is imported, here and in 
 import matplotlib.pyplot as plt
 import torch
 
-from learn.labs.lab import WORTH, Place
+from learn.labs.lab import CVS, WORTH, Place
 from measure.report import write_svg
-from plumbing.files import BadInput, read_json, write_bytes, write_json
+from plumbing.files import BadInput, read_json, write_bytes
 
 LABS = ("hacking", "parts", "decisions", "prejudice", "gap", "feedback", "again", "growth")
 
@@ -78,7 +79,7 @@ def run_lab(name, seeds, size, base, scratch):
                                scratch / str(seed) / "shared", scratch / str(seed) / str(k), size)
               for seed in range(seeds) for k in range(len(arms))}
     start, context = time.time(), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(getattr(lab, "PROCESSES", 2), mp_context=context) as pool:
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
         if hasattr(lab, "prepare"):
             for done in [pool.submit(work, name, None, places[seed, 0]) for seed in range(seeds)]:
                 done.result()
@@ -153,7 +154,6 @@ is in nats per text; seconds are those of one thread, with another process besid
 
 def write_up(out):
     """EXPERIMENTS.md and the pictures, from all results in `out`/labs."""
-    from learn.labs.lab import CVS
     chapters = [HEAD.format(cvs=CVS)]
     for name in LABS:
         path = out / "labs" / f"{name}.json"
@@ -166,6 +166,13 @@ def write_up(out):
             lab.draw(results["found"], axes)
             write_svg(out / "labs" / f"{name}.svg", figure)
     write_bytes(out / "EXPERIMENTS.md", "\n".join(chapters).encode())
+
+
+def write_results(path, results):
+    """As JSON, with a line for each arm and seed."""
+    head = json.dumps({name: x for name, x in results.items() if name != "found"})
+    rows = ",\n".join(json.dumps(rounded(row), ensure_ascii=False) for row in results["found"])
+    write_bytes(path, f'{head[:-1]}, "found": [\n{rows}\n]}}\n'.encode())
 
 
 def rounded(x):
@@ -197,9 +204,9 @@ def main(argv=None):
         base = Path(args.base).resolve()
         found, minutes = run_lab(args.name, args.seeds, size, base, scratch)
         (out / "labs").mkdir(parents=True, exist_ok=True)
-        write_json(out / "labs" / f"{args.name}.json",
-                   {"seeds": args.seeds, "size": size[2:], "minutes": round(minutes, 1),
-                    "found": rounded(found)})
+        write_results(out / "labs" / f"{args.name}.json",
+                      {"seeds": args.seeds, "size": size[2:], "minutes": round(minutes, 1),
+                       "found": found})
     write_up(out)
     return 0
 

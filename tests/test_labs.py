@@ -5,6 +5,7 @@ import shutil
 import statistics
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,11 @@ import torch
 
 import girl
 import market
+import sft
 from data import Record, read_records
-from learn.labs import lab, run
+from learn.labs import gap, growth, lab, prejudice, run
 from learn.labs.decisions import best_samples
-from learn.labs.gap import asking_too_little
 from learn.labs.hacking import Ensemble
-from learn.labs.prejudice import balanced
 from model import RewardModel
 from plumbing.files import read_json
 
@@ -84,14 +84,69 @@ def check_parts(name, rows, work):
         assert len(rows["full, β 0"]["judged"]) == 2
     if name == "again":         # goes on from the first round's policy, with SFT as its reference
         assert abs(rows["PPO goes on"]["curve"]["kl"][0]) > 1e-4
-        at = list(rows).index("1,000 new decisions")
         # New decisions and old ones: JDs of a toy policy do not parse, those of the market do.
-        decided = [market.parse_jd(r.jd) is not None
-                   for r in read_records(work / str(at) / "data" / "train.jsonl")]
-        assert any(decided) and not all(decided)
-        assert read_records(work / str(at) / "data" / "probes.jsonl")
+        for arm, only_old in (("more old decisions", True), ("1,000 new decisions", False)):
+            data = work / str(list(rows).index(arm)) / "data"
+            parses = [market.parse_jd(r.jd) is not None for r in read_records(data / "train.jsonl")]
+            assert any(parses) and all(parses) == only_old
+            assert read_records(data / "probes.jsonl")
     if name == "decisions":
         assert rows["best of 4"]["reward"] > rows["SFT"]["reward"] + 0.1
+
+
+@pytest.fixture
+def place(base, tmp_path):
+    """An arm whose run is the finished run itself."""
+    return lab.Place(0, base / "0", tmp_path / "shared", base / "0", "--smoke")
+
+
+def by_truth(model, codec, pairs):
+    """Scores of a reward model that knows the truth."""
+    return np.array([market.true_match(cv, jd) for cv, jd in pairs])
+
+
+def test_a_generator_is_measured_by_its_samples_and_its_greedy_jds_apart(place, monkeypatch):
+    records = [r for r in read_records(place.models / "data" / "valid.jsonl") if r.accepted]
+    monkeypatch.setattr(lab, "valid_cvs", lambda _: [r.cv for r in records])
+    monkeypatch.setattr(lab.evaluate, "write_jds", lambda lm, codec, cvs, temperature, *_: [
+        codec.jd(r.jd) if temperature else codec.jd("") for r in records])
+    found = lab.worth(place, "ppo")
+    truth = [market.true_match(r.cv, r.jd) for r in records]
+    assert found["true_match"] == pytest.approx(statistics.mean(truth)) and min(truth) > 0
+    assert found["greedy"] == 0 and found["format_rate"] == 1
+    monkeypatch.undo()
+    assert lab.worth(place, lab.load_models(place).sft)["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_reward_model_that_knows_the_truth_notices_what_asks_for_too_little(place, monkeypatch):
+    generator = lab.load_models(place).sft
+    monkeypatch.setattr(lab.evaluate, "score_texts", by_truth)
+    assert gap.habits(place, generator, None)["notices"] == 1
+    monkeypatch.setattr(lab.evaluate, "score_texts", lambda *args: -by_truth(*args))
+    assert gap.habits(place, generator, None)["notices"] == 0
+
+
+def test_a_difference_is_with_the_sentence_less_without(place, monkeypatch):
+    """With a score that falls by 2 for a gap."""
+    def score(model, codec, pairs):
+        return by_truth(model, codec, pairs) - 2 * np.array(
+            [cv != market.without_gap(cv) for cv, _ in pairs])
+    monkeypatch.setattr(lab.evaluate, "score_texts", score)
+    found = prejudice.differences(place, place.models / "data")
+    assert found["score"] == pytest.approx(-2) and found["score_differs"]
+    assert found["cv_rank"] > 1                 # more rivals, who have no gap, stand above
+    assert found["top5"] == 0 and not found["top5_differs"]     # for one CV all jobs lose the same
+
+
+def test_speed_is_what_20_steps_read_in_their_time(place, monkeypatch):
+    clock = iter((100.0, 110.0))
+    monkeypatch.setattr(growth, "time", SimpleNamespace(time=lambda: next(clock)))
+    flags = girl.from_args(girl.STAGES["sft"], girl.parse(["sft", "--smoke", "--batch", "2"]))
+    found = growth.speed(place, flags)
+    records = [r for r in read_records(place.models / "data" / "train.jsonl") if r.accepted]
+    codec = sft.new_codec(records, flags)
+    longest = max(len(codec.prompt(r.cv)) + len(codec.jd(r.jd)) for r in records)
+    assert found["step"] == 0.5 and 40 < found["tokens_per_s"] * 10 <= 40 * longest
 
 
 def test_the_page_is_what_the_committed_results_give(tmp_path):
@@ -136,7 +191,7 @@ def test_the_best_sample_of_each_cv_is_the_one_with_the_highest_score(monkeypatc
 
 
 def test_a_jd_that_asks_for_too_little_is_worse_and_overqualifies(whole):
-    changes = asking_too_little(read_records(whole / "data" / "train.jsonl"))
+    changes = gap.asking_too_little(read_records(whole / "data" / "train.jsonl"))
     assert changes
     for cv, jd, worse in changes:
         person, job = market.parse_cv(cv), market.parse_jd(worse)
@@ -166,10 +221,10 @@ def test_an_ensemble_is_the_mean_or_the_minimum_of_its_models(config):
 def test_balanced_decisions_accept_both_kinds_at_one_rate(whole):
     records = read_records(whole / "data" / "train.jsonl")
     cvs = sorted({r.cv for r in records})
-    gap = {cv: k % 2 for k, cv in enumerate(cvs)}
-    records = [Record(market.with_gap(r.cv) if gap[r.cv] else r.cv, r.jd,
-                      r.accepted and not (gap[r.cv] and k % 2)) for k, r in enumerate(records)]
-    kept = balanced(records * 20, random.Random(0))
+    has_gap = {cv: k % 2 for k, cv in enumerate(cvs)}
+    records = [Record(market.with_gap(r.cv) if has_gap[r.cv] else r.cv, r.jd,
+                      r.accepted and not (has_gap[r.cv] and k % 2)) for k, r in enumerate(records)]
+    kept = prejudice.balanced(records * 20, random.Random(0))
 
     def rate(of, kind):
         mine = [r.accepted for r in of if market.parse_cv(r.cv).gap == kind]

@@ -125,7 +125,7 @@ ARMS = {
     "1,000 new decisions": lambda place: second_round(place, PEOPLE[place.size] // 10),
     "10,000 new decisions": lambda place: second_round(place, PEOPLE[place.size]),
 }
-SMOKE = ("the judge, to compare", "PPO goes on", "1,000 new decisions")
+SMOKE = ("the judge, to compare", "PPO goes on", "more old decisions", "1,000 new decisions")
 
 
 def draw(found, ax):

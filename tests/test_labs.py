@@ -149,6 +149,11 @@ def test_speed_is_what_20_steps_read_in_their_time(place, monkeypatch):
     assert found["step"] == 0.5 and 40 < found["tokens_per_s"] * 10 <= 40 * longest
 
 
+def test_longer_rows_hold_the_prompts_and_then_the_jds():
+    pairs = [sft.Example([k, k], [10 + k]) for k in range(3)]
+    assert growth.joined(pairs, 2) == [([0, 0, 1, 1], [10, 11]), ([2, 2], [12])]
+
+
 def test_the_page_is_what_the_committed_results_give(tmp_path):
     shutil.copytree(LEARN / "labs", tmp_path / "labs")
     assert run.main(["none", "--out", str(tmp_path)]) == 0

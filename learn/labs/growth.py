@@ -1,4 +1,4 @@
-"""How it grows: width and batch, speed, memory, and what is learned in the same time.
+"""How it grows: width, batch and length; speed, memory, and what is learned in the same time.
 
 Two arms run at a time, and their speed sets the number of their steps: so results differ a little
 from run to run. All have the learning rates that were chosen for width 64 and batch 16."""
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
 
 import girl
@@ -24,7 +25,9 @@ PREDICTION = (
     "Tokens per second fall with the FLOPs of a token, but slower: a narrow model wastes the "
     "processor, so the rate in GFLOP/s doubles from width 64 to 256. In the same 45 seconds the "
     "narrow models learn most: 64 or 96 is best, 256 worst by far. Small batches learn more in the "
-    "same time than large ones, down to 8.")
+    "same time than large ones, down to 8. Rows four times as long, with a quarter of the batch, "
+    "cost nothing: the tokens are as many. With sixteen times as long rows the tokens per second "
+    "fall by a third, since attention grows with the length, and its rate is lower.")
 SAW = ""
 TABLE = {"tokens_per_s": "tokens/s", "gflops": "GFLOP/s", "peak_rss_mb": "MB", "pairs": "pairs "
          "seen", "nll": "valid NLL", "true_match": "true match", "greedy": "greedy",
@@ -33,12 +36,21 @@ SECONDS = {"--quick": 45.0, "--smoke": 0.3}
 AXES = 2
 
 
-def speed(place, flags):
+def joined(pairs, n):
+    """Rows n times as long: the prompts of n pairs one after the other, then their JDs."""
+    return [sft.Example([t for e in pairs[k:k + n] for t in e.prompt],
+                        [t for e in pairs[k:k + n] for t in e.jd])
+            for k in range(0, len(pairs), n)]
+
+
+def speed(place, flags, longer=1):
     """Real tokens in a second of training, seconds a step, FLOPs a token, pairs an epoch: from 20
-    steps of a model that is then thrown away."""
+    steps of a model that is then thrown away. `longer`: how many pairs stand in a row."""
     records = [r for r in read_half(place.models / "data", "A") if r.accepted]
     codec = sft.new_codec(records, flags)
-    pairs = [sft.Example(codec.prompt(r.cv), codec.jd(r.jd)) for r in records[:25 * flags.batch]]
+    pairs = [sft.Example(codec.prompt(r.cv), codec.jd(r.jd))
+             for r in records[:25 * flags.batch * longer]]
+    pairs = joined(pairs, longer)
     codec.shrink(max(len(e.prompt) for e in pairs), max(len(e.jd) for e in pairs))
     model = sft.new_model(codec, pairs, flags, place.seed)
     reader = torch.nn.Linear(flags.hidden, 1)
@@ -54,19 +66,37 @@ def speed(place, flags):
         optimizer.step(i)
         tokens += sum(len(e.prompt) + len(e.jd) for e in batch) if i >= 5 else 0
     took = time.time() - start
-    jd_share = sum(len(e.jd) for e in pairs) / sum(len(e.prompt) + len(e.jd) for e in pairs)
+    all_tokens = sum(len(e.prompt) + len(e.jd) for e in pairs)
+    jd_share = sum(len(e.jd) for e in pairs) / all_tokens
+    attention = flags.layers * flags.hidden * all_tokens / len(pairs)   # half of a row, 2 products
     blocks = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
     head = model.lm_head.weight.numel()
     return {"tokens_per_s": tokens / took, "step": took / 20, "records": len(records),
-            "flops": 6 * (blocks + jd_share * head)}        # forward 2, backward 4 a weight
+            # Forward 2 a weight, backward 4.
+            "flops": 6 * (blocks + jd_share * head + attention)}
+
+
+def words_and_flags(place, sizes):
+    """The command line of stage 1 with these sizes, and its flags."""
+    words = [place.size, "--seed", str(place.seed)]
+    for name, value in sizes.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words, girl.from_args(sft.SFTFlags, girl.parse(["sft", *words]))
+
+
+def figures(measured):
+    return {"tokens_per_s": measured["tokens_per_s"], "flops": measured["flops"],
+            "gflops": measured["flops"] * measured["tokens_per_s"] / 1e9}
+
+
+def longer_rows(place, longer):
+    """Only the speed: the market has no longer texts to learn from."""
+    return figures(speed(place, words_and_flags(place, {"batch": 16 // longer})[1], longer))
 
 
 def grown(place, **sizes):
     """Stage 1 in a process of its own, for as many steps as fit into the time."""
-    words = [place.size, "--seed", str(place.seed)]
-    for name, value in sizes.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
-    flags = girl.from_args(sft.SFTFlags, girl.parse(["sft", *words]))
+    words, flags = words_and_flags(place, sizes)
     measured = speed(place, flags)
     steps = SECONDS[place.size] / measured["step"]
     epochs = max(steps * flags.batch / measured["records"], 0.01)
@@ -74,10 +104,9 @@ def grown(place, **sizes):
                     place.run, "--data", place.models / "data"], cwd=HOME, check=True,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     summary = read_summary(place.run / "sft")
-    return worth(place, load_model(place.run / "sft", LanguageModel, CPU).eval()) | {
-        "tokens_per_s": measured["tokens_per_s"], "nll": summary["valid_nll"],
-        "gflops": measured["flops"] * measured["tokens_per_s"] / 1e9,
-        "flops": measured["flops"], "peak_rss_mb": summary["peak_rss_mb"],
+    generator = load_model(place.run / "sft", LanguageModel, CPU).eval()
+    return worth(place, generator) | figures(measured) | {
+        "nll": summary["valid_nll"], "peak_rss_mb": summary["peak_rss_mb"],
         "pairs": round(epochs * measured["records"]), "seconds": summary["seconds"]}
 
 
@@ -86,24 +115,27 @@ ARMS = {f"width {width}": lambda place, width=width: grown(
             place, hidden=width, heads=width // 32, kv_heads=width // 32) for width in WIDTHS}
 ARMS |= {f"width 64, batch {batch}": lambda place, batch=batch: grown(place, batch=batch)
          for batch in (4, 8, 64)}
-SMOKE = ("width 64",)
+ARMS |= {f"width 64, rows {n} times as long (speed only)": lambda place, n=n: longer_rows(place, n)
+         for n in (4, 16)}
+SMOKE = ("width 64", "width 64, rows 4 times as long (speed only)")
 
 
 def draw(found, axes):
-    """Speed over the FLOPs of a token, with the line of a constant rate; what was learned over the
-    width."""
-    widths = [row for row in found if "batch" not in row["arm"]]
-    flops = [row["flops"] for row in widths]
-    axes[0].plot(flops, [row["tokens_per_s"] for row in widths], "o", ms=4)
-    middle = sorted(row["flops"] * row["tokens_per_s"] for row in widths)[len(widths) // 2]
-    ends = [min(flops), max(flops)]
-    axes[0].plot(ends, [middle / x for x in ends], lw=0.8, color=SERIES[2],
-                 label=f"{middle / 1e9:.0f} GFLOP/s")
+    """Speed over the FLOPs of a token, with a fitted power; what was learned over the width."""
+    widths = [row for row in found if "," not in row["arm"]]
+    flops = np.array([row["flops"] for row in widths])
+    speeds = np.array([row["tokens_per_s"] for row in widths])
+    axes[0].plot(flops, speeds, "o", ms=4)
+    if len(set(flops)) > 1:
+        power, offset = np.polyfit(np.log(flops), np.log(speeds), 1)
+        ends = np.array([min(flops), max(flops)])
+        axes[0].plot(ends, np.exp(offset) * ends ** power, lw=0.8, color=SERIES[2],
+                     label=f"FLOPs to the power {power:.2f}")
+        axes[0].legend(fontsize=7)
     axes[0].set_xscale("log")
     axes[0].set_yscale("log")
     axes[0].set_xlabel("FLOPs of a token")
     axes[0].set_ylabel("tokens per second")
-    axes[0].legend(fontsize=7)
     axes[1].plot([int(row["arm"].split()[1]) for row in widths], [row["nll"] for row in widths],
                  "o", ms=4)
     axes[1].set_xlabel("width")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import girl
 import market
@@ -18,7 +19,7 @@ from data import Record, read_records
 from learn.labs import gap, growth, lab, prejudice, run
 from learn.labs.decisions import best_samples
 from learn.labs.hacking import Ensemble
-from model import RewardModel
+from model import Config, LanguageModel, RewardModel
 from plumbing.files import read_json
 
 LEARN = Path(run.HOME) / "learn"
@@ -147,6 +148,17 @@ def test_speed_is_what_20_steps_read_in_their_time(place, monkeypatch):
     codec = sft.new_codec(records, flags)
     longest = max(len(codec.prompt(r.cv)) + len(codec.jd(r.jd)) for r in records)
     assert found["step"] == 0.5 and 40 < found["tokens_per_s"] * 10 <= 40 * longest
+
+
+def test_flops_are_those_that_pytorch_counts():
+    model = LanguageModel(Config(vocab_size=50, num_hidden_layers=2))
+    with FlopCounterMode(display=False) as counted:         # it leaves out attention on the CPU
+        hidden = model.model(torch.ones(1, 12, dtype=torch.long))
+        model.lm_head(hidden[:, 4:])
+    attention = 4 * 2 * model.config.hidden_size * sum(range(1, 13))
+    forward = (counted.get_total_flops() + attention) / 12
+    found = growth.flops_per_token(model, [sft.Example([1] * 4, [1] * 8)])
+    assert found == pytest.approx(3 * forward, rel=0.01)
 
 
 def test_longer_rows_hold_the_prompts_and_then_the_jds():

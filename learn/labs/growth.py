@@ -66,14 +66,18 @@ def speed(place, flags, longer=1):
         optimizer.step(i)
         tokens += sum(len(e.prompt) + len(e.jd) for e in batch) if i >= 5 else 0
     took = time.time() - start
-    all_tokens = sum(len(e.prompt) + len(e.jd) for e in pairs)
-    jd_share = sum(len(e.jd) for e in pairs) / all_tokens
-    attention = flags.layers * flags.hidden * all_tokens / len(pairs)   # half of a row, 2 products
-    blocks = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
-    head = model.lm_head.weight.numel()
     return {"tokens_per_s": tokens / took, "step": took / 20, "records": len(records),
-            # Forward 2 a weight, backward 4.
-            "flops": 6 * (blocks + jd_share * head + attention)}
+            "flops": flops_per_token(model, pairs)}
+
+
+def flops_per_token(model, pairs):
+    """Forward 2 for a weight, backward 4; the head only before the JDs' tokens. In attention a
+    token sees half of its row on average, in two products."""
+    c, tokens = model.config, sum(len(e.prompt) + len(e.jd) for e in pairs)
+    blocks = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+    head = model.lm_head.weight.numel() * sum(len(e.jd) for e in pairs) / tokens
+    attention = c.num_hidden_layers * c.hidden_size * tokens / len(pairs)
+    return 6 * (blocks + head + attention)
 
 
 def words_and_flags(place, sizes):

@@ -151,13 +151,13 @@ def test_speed_is_what_20_steps_read_in_their_time(place, monkeypatch):
 
 
 def test_flops_are_those_that_pytorch_counts():
-    model = LanguageModel(Config(vocab_size=50, num_hidden_layers=2))
+    model = LanguageModel(Config(vocab_size=500, hidden_size=64, num_hidden_layers=2))
     with FlopCounterMode(display=False) as counted:         # it leaves out attention on the CPU
-        hidden = model.model(torch.ones(1, 12, dtype=torch.long))
-        model.lm_head(hidden[:, 4:])
-    attention = 4 * 2 * model.config.hidden_size * sum(range(1, 13))
-    forward = (counted.get_total_flops() + attention) / 12
-    found = growth.flops_per_token(model, [sft.Example([1] * 4, [1] * 8)])
+        hidden = model.model(torch.ones(1, 120, dtype=torch.long))
+        model.lm_head(hidden[:, 40:])
+    attention = 4 * 2 * model.config.hidden_size * sum(range(1, 121))
+    forward = (counted.get_total_flops() + attention) / 120
+    found = growth.flops_per_token(model, [sft.Example([1] * 40, [1] * 80)])
     assert found == pytest.approx(3 * forward, rel=0.01)
 
 

@@ -23,11 +23,11 @@ PREDICTION = (
     "CV hardly changes either, while a ranking of CVs for one job would. Without the sentence at "
     "inference the difference is 0 by construction; balanced decisions remove most of it.")
 SAW = (
-    "The reward model learns the prejudice, as predicted: the same CV and JD lose "
-    "{prejudice 0.5[score]} standard deviations, and in two seeds a person with the sentence falls "
-    "by almost two places among twenty. Within one CV all JDs lose alike. So GIRL's jobs, their "
-    "pay, and the ranking of posted jobs for one person do not change: none of these intervals "
-    "leaves out 0. Whoever looks only at the JDs that GIRL writes finds no prejudice. But it costs "
+    "The reward model learns the prejudice, as predicted: with the sentence the score of the same "
+    "CV and JD changes by {prejudice 0.5[score]} standard deviations, and in two seeds a person "
+    "falls by almost two places among twenty. Within one CV all JDs lose alike. So for GIRL's "
+    "jobs, their pay, and the ranking of posted jobs for one person we see no difference: none of "
+    "these intervals leaves out 0. Whoever looks only at the JDs that GIRL writes finds no prejudice. But it costs "
     "all people, with the sentence and without: in two of three seeds the truth is far lower "
     "({no prejudice[true_with]} without prejudice, {prejudice 0.5[true_with]} with). Perhaps "
     "because stage 1 has fewer accepted pairs: balanced decisions for stages 2 and 3 take at least "

@@ -139,7 +139,7 @@ def test_a_difference_is_with_the_sentence_less_without(place, monkeypatch):
     assert found["top5"] == 0 and not found["top5_differs"]     # for one CV all jobs lose the same
 
 
-def test_speed_is_what_20_steps_read_in_their_time(place, monkeypatch):
+def test_speed_is_what_the_timed_steps_read_in_their_time(place, monkeypatch):
     clock = iter((100.0, 110.0))
     monkeypatch.setattr(growth, "time", SimpleNamespace(time=lambda: next(clock)))
     flags = girl.from_args(girl.STAGES["sft"], girl.parse(["sft", "--smoke", "--batch", "2"]))
@@ -147,7 +147,9 @@ def test_speed_is_what_20_steps_read_in_their_time(place, monkeypatch):
     records = [r for r in read_records(place.models / "data" / "train.jsonl") if r.accepted]
     codec = sft.new_codec(records, flags)
     longest = max(len(codec.prompt(r.cv)) + len(codec.jd(r.jd)) for r in records)
-    assert found["step"] == 0.5 and 40 < found["tokens_per_s"] * 10 <= 40 * longest
+    rows = 2 * growth.TIMED
+    assert found["step"] == 10 / growth.TIMED
+    assert rows < found["tokens_per_s"] * 10 <= rows * longest
 
 
 def test_flops_are_those_that_pytorch_counts():

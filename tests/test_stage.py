@@ -5,7 +5,10 @@ import fcntl
 import os
 import random
 import stat
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +20,8 @@ import plumbing.stage
 from plumbing import files
 from aids import lr_factor
 from plumbing.files import BadInput, read_json, save_tensors, write_bytes, write_json
-from plumbing.stage import Stage, code_checksum, finished, generator, pick_device, read_summary
+from plumbing.stage import (Stage, code_checksum, finished, generator, peak_rss_mb, pick_device,
+                            read_summary)
 
 
 def test_the_device_is_one_that_is_here(monkeypatch):
@@ -348,6 +352,15 @@ def test_a_stage_leaves_metrics_and_a_summary(tmp_path):
     assert finished(tmp_path / "run", "sft") and not finished(tmp_path / "run", "ppo")
     assert read_summary(tmp_path / "run" / "sft") == summary
     assert summary["valid_nll"] == 1.25 and summary["seconds"] >= 0 and summary["peak_rss_mb"] > 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+def test_the_peak_memory_is_not_that_of_the_process_that_started_this_one():
+    held = b"x" * (400 * 2 ** 20)
+    started = subprocess.run(
+        [sys.executable, "-c", "from plumbing.stage import peak_rss_mb; print(peak_rss_mb())"],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    assert len(held) and int(started.stdout) < peak_rss_mb() - 200
 
 
 def test_metrics_can_be_written_while_the_stage_runs(tmp_path):

@@ -20,28 +20,31 @@ PREDICTION = (
     "cost of a JD. GRPO copies more from the CV than RLOO does, and in all the training reward "
     "gains more than the judge.")
 SAW = (
-    "Of those that train, PPO with the critic is best: a sample's true match is "
-    "{PPO[true_match]}, with RLOO {RLOO[true_match]}, with GRPO {GRPO[true_match]}. So RLOO comes "
-    "next, as predicted, but GRPO stays further behind: it goes as far from the SFT model as "
-    "RLOO, and loses format ({GRPO[format_rate]}). (β, rates and group size were not chosen for "
-    "these two.) With as many samples as PPO, SFT on the best of 8 gets half of PPO's gain in the "
-    "median, as predicted; with twice as many two thirds. But in seed 0 both got a fifth, and with "
-    "twice as many the greedy JDs lose: it imitates the reward model's errors, too, and pays no "
-    "price for its KL. With five times as many, in a third more seconds than PPO, reward and judge "
-    "are higher than PPO's, the truth is {SFT on the best of 8, five times as many[true_match]}, "
-    "and half of the JDs no longer parse. So more seconds do not bring it to the two thirds that "
-    "we predicted; they ruin it. RLOO gains little in 36 iterations, a fifth more seconds than "
-    "PPO. DPO takes as long as PPO and gains as much as SFT on the best of 8, without a "
-    "reward model and without a sample, at a KL of {DPO[kl]}. Best of 16 is at least as good as "
-    "PPO and trains nothing, but each JD costs sixteen. Of the two claims, one was not seen: GRPO "
-    "and RLOO copy alike ({GRPO[copy_rate]} and {RLOO[copy_rate]}); of those that train, PPO "
-    "copies as much as any. The other was, in all that use the reward model: reward gains more "
-    "than the judge.")
+    "For one sample at temperature 1, PPO with the critic is best of those that train: its true "
+    "match is {PPO[true_match]}, with RLOO {RLOO[true_match]}, with GRPO {GRPO[true_match]}. "
+    "RLOO comes next, as predicted, and gains little in 36 iterations. GRPO stays further "
+    "behind, and loses format ({GRPO[format_rate]}). SFT on the best of 8, with as many samples "
+    "as PPO, gets a fifth to a half of PPO's gain. With twice as many, in half of PPO's seconds, "
+    "it gets a fifth to three quarters, and in two seeds its greedy JDs get worse. With five "
+    "times as many, in at least a third more seconds than PPO, it is ruined: the judge is higher "
+    "than PPO's, the KL is {SFT on the best of 8, five times as many[kl]}, the truth is {SFT on "
+    "the best of 8, five times as many[true_match]}, and about half of the JDs or more no longer "
+    "parse. (It pays no price for the KL.) No arm takes exactly PPO's seconds. DPO does as well "
+    "as SFT on the best of 8 or better, at a KL of {DPO[kl]}, and needs neither a sample nor "
+    "stage 2. For samples RLOO is above it, as predicted.\n\n"
+    "For greedy JDs the order is another: DPO {DPO[greedy]}, RLOO {RLOO[greedy]}, GRPO "
+    "{GRPO[greedy]}, where SFT has {SFT[greedy]}. RLOO and GRPO are not above SFT in every seed: "
+    "much of what they gain is sharpening. A sample of PPO is worth less than SFT's greedy JD, "
+    "too. The best of 16 samples is above one of PPO in two seeds and trains nothing, but each "
+    "JD costs sixteen; PPO's greedy JD is above it in every seed.\n\n"
+    "GRPO does not copy more than RLOO ({GRPO[copy_rate]} and {RLOO[copy_rate]}). In most arms "
+    "the training reward gains more than the judge, as claimed, but not in all.")
 TABLE = WORTH | {"copy_rate": "copied trigrams", "scored": "samples scored"}
 N = 8                   # samples for each CV, of which the best is learned
 SAMPLES = {"--quick": 29 * 128, "--smoke": 32}          # what PPO of the quick run scores
 NOTE = ("Samples and seconds of \"best of\" are those of writing for 200 CVs: it trains nothing. "
-        "RLOO and GRPO write no rollout for the critic.")
+        "RLOO and GRPO write no rollout for the critic. Seconds leave out stages 1 and 2. β and "
+        "the rates were chosen for PPO and for DPO only.")
 RATE = 5e-4
 
 

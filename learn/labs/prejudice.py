@@ -11,6 +11,7 @@ from measure import evaluate
 from measure.report import SERIES
 from model import LanguageModel, RewardModel
 from plumbing.records import write_records
+from plumbing.stage import read_summary
 from plumbing.weights import load_model
 
 QUESTION = "What becomes of a recruiter's prejudice?"
@@ -23,24 +24,31 @@ PREDICTION = (
     "CV hardly changes either, while a ranking of CVs for one job would. Without the sentence at "
     "inference the difference is 0 by construction; balanced decisions remove most of it.")
 SAW = (
-    "The reward model learns the prejudice, as predicted: with the sentence the score of the same "
-    "CV and JD changes by {prejudice 0.5[score]} standard deviations, and in two seeds a person "
-    "falls by almost two places among twenty. Within one CV all JDs lose alike. So for GIRL's "
-    "jobs, their pay, and the ranking of posted jobs for one person we see no difference: none of "
-    "these intervals leaves out 0. Whoever looks only at the JDs that GIRL writes finds no prejudice. But it costs "
-    "all people, with the sentence and without: in two of three seeds the truth is far lower "
-    "({no prejudice[true_with]} without prejudice, {prejudice 0.5[true_with]} with). Perhaps "
-    "because stage 1 has fewer accepted pairs: balanced decisions for stages 2 and 3 take at least "
-    "85% of the prejudice out of the reward model, but do not bring the truth back. Without any "
-    "prejudice the score is not quite 0 either ({no prejudice[score]}): a sentence that means "
-    "nothing moves a small model a little, up or down.")
+    "The reward model learns the prejudice, and more of it than we predicted: with the sentence "
+    "the score of the same CV and JD changes by {prejudice 0.5[score]} standard deviations. "
+    "Among twenty people for a job, a person with the sentence loses 1.8 places in two seeds, "
+    "and 0.15 in the third. Within one CV all JDs lose nearly alike: the loss varies by "
+    "{prejudice 0.5[spread]} from JD to JD, where a sentence without meaning makes {no "
+    "prejudice[spread]}. So we see no difference in GIRL's jobs, in their pay, or in the "
+    "ranking of posted jobs for one person: with prejudice none of these intervals leaves out "
+    "0. Whoever looks only at the JDs that GIRL writes finds no prejudice.\n\n"
+    "Balanced decisions take at least 85% of it out of the reward model; a rest stays in every "
+    "seed. Does the prejudice also cost those without the sentence? With and without it, GIRL's "
+    "true match was far lower in two seeds (0.79 to 0.48 and 0.55 to 0.39) and a little higher "
+    "in the third (0.65 to 0.69). Without prejudice the seeds are already 0.24 apart, so three "
+    "of them cannot tell. There is a reason why it may: fewer accepted pairs for stage 1, which "
+    "also takes fewer steps, and decisions that depend less on the fit, which lower the "
+    "accuracy of the reward model. Balancing does not change that.")
 P = 0.5
-TABLE = {"score": "score of an accepted JD", "true_with": "true match of GIRL's JD with the "
-         "sentence", "true": "with − without", "pay": "its pay (k)", "years": "years it asks for",
-         "top5": "true match of the 5 best posted jobs", "top5_pay": "their pay (k)",
-         "cv_rank": "rank among 20 people for a job"}
-NOTE = ("All but the second column: with the sentence less without it, for the same people. "
-        "*: the 95% interval over people leaves out 0 in every seed.")
+TABLE = {"score": "score of an accepted JD", "spread": "its spread over one person's JDs",
+         "cv_rank": "places lost among 20", "true": "true match of GIRL's JD", "pay": "its pay (k)",
+         "years": "years it asks for", "top5": "true match of the 5 best posted jobs",
+         "top5_pay": "their pay (k)", "true_with": "*true match of GIRL's JD, with*",
+         "accuracy": "*reward model's accuracy*"}
+NOTE = ("With the sentence less without it, for the same people; the last two columns are plain "
+        "figures, the accuracy on each arm's own decisions. The 19 rivals for a job have no such "
+        "sentence. *: the 95% interval over people leaves out 0 in every seed.")
+STARTS = "it trains all stages itself"
 
 
 def make_data(place, folder, prejudice):
@@ -107,8 +115,9 @@ def differences(place, data):
     posted = sorted({r.jd for r in records})
     rng = random.Random(place.seed)
     pools = [rng.sample(posted, min(30, len(posted))) for _ in people[:100]]
-    others = [rng.sample(people, min(19, len(people))) for _ in accepted[:100]]
-    found = {}
+    rivals = [[cv for cv in people if cv != market.without_gap(r.cv)] for r in accepted[:100]]
+    rivals = [rng.sample(cvs, min(19, len(cvs))) for cvs in rivals]
+    found, ranked = {}, {}
     for kind, cvs in kinds.items():
         form = market.with_gap if kind == "with" else market.without_gap
         scores = evaluate.score_texts(reward_model, codec,
@@ -117,10 +126,10 @@ def differences(place, data):
                                                          "evaluate jds", CPU)]
         jobs = [market.parse_jd(jd) for jd in jds]
         pairs = [(cv, jd) for cv, pool in zip(cvs, pools) for jd in pool]
-        ranked = evaluate.score_texts(reward_model, codec, pairs).reshape(len(pools), -1)
-        best = [[pool[k] for k in np.argsort(-row)[:5]] for pool, row in zip(pools, ranked)]
-        rivals = [(other, r.jd) for r, group in zip(accepted, others) for other in group]
-        theirs = evaluate.score_texts(reward_model, codec, rivals).reshape(len(others), -1)
+        ranked[kind] = evaluate.score_texts(reward_model, codec, pairs).reshape(len(pools), -1)
+        best = [[pool[k] for k in np.argsort(-row)[:5]] for pool, row in zip(pools, ranked[kind])]
+        pairs = [(cv, r.jd) for r, cvs in zip(accepted, rivals) for cv in cvs]
+        theirs = evaluate.score_texts(reward_model, codec, pairs).reshape(len(rivals), -1)
         found[kind] = {
             "score": scores,
             "true": evaluate.true_matches(cvs, jds, market),
@@ -130,9 +139,11 @@ def differences(place, data):
                               for cv, five in zip(cvs, best)]),
             "top5_pay": np.array([np.mean([market.parse_jd(jd).pay[0] for jd in five])
                                   for five in best]),
-            "cv_rank": (theirs > scores[:len(others), None]).sum(1)}
+            "cv_rank": (theirs > scores[:len(rivals), None]).sum(1)}
     gap = {name: found["with"][name] - found["without"][name] for name in found["with"]}
     result = {f"true_{kind}": float(found[kind]["true"].mean()) for kind in kinds}
+    result["spread"] = float((ranked["with"] - ranked["without"]).std(1).mean())
+    result["accuracy"] = read_summary(place.run / "reward")["pair_accuracy"]
     for name, values in gap.items():
         values = values[~np.isnan(values.astype(float))]
         if len(values):                     # in a toy run no JD may parse
@@ -143,8 +154,8 @@ def differences(place, data):
 
 
 ARMS = {"no prejudice": without_prejudice, "prejudice 0.5": with_prejudice,
-        "prejudice 0.5, stages 2 and 3 on balanced decisions": with_balance}
-SMOKE = ("prejudice 0.5, stages 2 and 3 on balanced decisions",)
+        "prejudice 0.5, stage 2 on balanced decisions": with_balance}
+SMOKE = ("prejudice 0.5, stage 2 on balanced decisions",)
 
 
 def draw(found, ax):

@@ -127,9 +127,10 @@ def chapter(name, results, pictures):
     """What EXPERIMENTS.md says of a lab."""
     lab, found = load(name), results["found"]
     table = getattr(lab, "TABLE", WORTH)
+    starts = getattr(lab, "STARTS", "it starts from a quick run of each seed")
     lines = [f"## {lab.QUESTION}", "", f"**Predicted, before the run.** {lab.PREDICTION}", "",
              f"**Run it.** `python learn/labs/run.py {name}` ({results['minutes']:.0f} minutes a "
-             "seed on two cores; it starts from a quick run of each seed).", "",
+             f"seed on two cores; {starts}).", "",
              "| | " + " | ".join(table.values()) + " |", "|---" * (len(table) + 1) + "|"]
     for arm in arms_of(lab, "--" + results["size"]):
         cells = [shown(of_arm(found, arm, figure), figure) + star(found, arm, figure)

@@ -42,8 +42,8 @@ SAW = (
 TABLE = {"tokens_per_s": "tokens/s", "gflops": "GFLOP/s", "peak_rss_mb": "MB", "pairs": "pairs "
          "seen", "nll": "valid NLL", "true_match": "true match", "greedy": "greedy",
          "format_rate": "format", "seconds": "seconds of training"}
-NOTE = ("GFLOP/s count what a plain implementation computes; ours leaves out about a tenth of it, the "
-        "end of the last block where no JD token is predicted.")
+NOTE = ("GFLOP/s count what a plain implementation computes; ours leaves out about a tenth of it, "
+        "the end of the last block where no JD token is predicted.")
 SECONDS = {"--quick": 45.0, "--smoke": 0.3}
 STEPS, TIMED = 100, 80
 AXES = 2

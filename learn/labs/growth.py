@@ -41,8 +41,7 @@ SAW = (
     "times as long cost nothing in two seeds, as predicted. Sixteen times as long they are "
     "slower by a quarter to a half, because a token has twice the FLOPs; the rate is higher, "
     "not lower as we had thought. Memory grows from {width 64[peak_rss_mb]} to {width "
-    "256[peak_rss_mb]} MB with the width, and as much with a batch of 64: most of it is Python, "
-    "PyTorch and the data.")
+    "256[peak_rss_mb]} MB with the width, and as much with a batch of 64.")
 TABLE = {"tokens_per_s": "tokens/s", "gflops": "GFLOP/s", "peak_rss_mb": "MB", "pairs": "pairs "
          "seen", "nll": "valid NLL", "true_match": "true match", "greedy": "greedy",
          "format_rate": "format", "seconds": "seconds of training"}

@@ -60,6 +60,8 @@ def test_every_lab_runs_at_toy_size_and_is_written_up(name, base, tmp_path, monk
         "data": {"people": 60, "held_out": 20, "jobs": 400},
         "ppo": {"iterations": 2, "episodes": 8, "minibatch": 8}}
     monkeypatch.setitem(girl.SIZES, "smoke", sizes)
+    monkeypatch.setattr(growth, "STEPS", 10)
+    monkeypatch.setattr(growth, "TIMED", 8)
     the_lab = importlib.import_module(f"learn.labs.{name}")
     monkeypatch.setattr(the_lab, "SAW", "nothing")
     assert run.main([name, "--smoke", "--seeds", "1", "--base", str(base), "--scratch",

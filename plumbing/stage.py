@@ -423,8 +423,8 @@ def finished(run, name):
 
 
 def peak_rss_mb():
-    """The most memory that this process has had. Linux's own figure, ru_maxrss, begins with that of
-    the process that started this one; so there we read another."""
+    """The most memory that this process has had. On Linux ru_maxrss starts at the peak of the
+    process that started this one; VmHWM does not."""
     status = Path("/proc/self/status")
     peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     if peak:

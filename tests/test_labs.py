@@ -95,6 +95,7 @@ def check_parts(name, rows, work):
             assert read_records(data / "probes.jsonl")
     if name == "decisions":
         assert rows["best of 4"]["reward"] > rows["SFT"]["reward"] + 0.1
+        assert rows["RLOO"]["scored"] == 2 * 8
 
 
 @pytest.fixture
@@ -130,15 +131,27 @@ def test_a_reward_model_that_knows_the_truth_notices_what_asks_for_too_little(pl
 
 
 def test_a_difference_is_with_the_sentence_less_without(place, monkeypatch):
-    """With a score that falls by 2 for a gap."""
-    def score(model, codec, pairs):
-        return by_truth(model, codec, pairs) - 2 * np.array(
-            [cv != market.without_gap(cv) for cv, _ in pairs])
-    monkeypatch.setattr(lab.evaluate, "score_texts", score)
+    """With a score that falls for a gap: by 2, or by 4 for every other JD."""
+    def falls(loss):
+        def score(model, codec, pairs):
+            return by_truth(model, codec, pairs) - np.array(
+                [(cv != market.without_gap(cv)) * loss(jd) for cv, jd in pairs])
+        monkeypatch.setattr(lab.evaluate, "score_texts", score)
+    falls(lambda jd: 4 * (len(jd) % 2))
+    assert 1 < prejudice.differences(place, place.models / "data")["spread"] <= 2
+    falls(lambda jd: 2)
     found = prejudice.differences(place, place.models / "data")
     assert found["score"] == pytest.approx(-2) and found["score_differs"]
     assert found["cv_rank"] > 1                 # more rivals, who have no gap, stand above
     assert found["top5"] == 0 and not found["top5_differs"]     # for one CV all jobs lose the same
+    assert found["spread"] == pytest.approx(0)
+
+
+def test_nobody_is_a_rival_of_himself():
+    people = [f"person {k}" for k in range(21)]
+    for k in range(20):
+        drawn = prejudice.draw_rivals(people, people[k], random.Random(k))
+        assert len(set(drawn)) == 19 and people[k] not in drawn
 
 
 def test_speed_is_what_the_timed_steps_read_in_their_time(place, monkeypatch):
@@ -152,6 +165,16 @@ def test_speed_is_what_the_timed_steps_read_in_their_time(place, monkeypatch):
     rows = 2 * growth.TIMED
     assert found["step"] == 10 / growth.TIMED
     assert rows < found["tokens_per_s"] * 10 <= rows * longest
+
+
+def test_training_is_timed_without_its_validation(tmp_path, monkeypatch):
+    clock = iter((0.0, 10.0, 14.0, 30.0))       # training begins, validation begins and ends
+    monkeypatch.setattr(growth, "time", SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(sft, "validate", lambda: None)
+    monkeypatch.setattr(sft, "train", lambda: sft.validate())
+    monkeypatch.setattr(growth, "command", lambda *words: sft.train())
+    seconds, peak = growth.trained([], tmp_path / "log.txt")
+    assert seconds == 26 and peak > 10
 
 
 def test_flops_are_those_that_pytorch_counts():

@@ -8,7 +8,7 @@ from learn.labs.lab import (CPU, WORTH, load_models, stage, take, train_ppo, tra
                             valid_cvs, worth, worth_of)
 from measure import evaluate
 from measure.report import INK, SERIES
-from plumbing.stage import generator
+from plumbing.stage import generator, read_summary
 from ppo import PPOFlags, draw_cvs
 
 QUESTION = "What else could be done with the same decisions?"
@@ -48,10 +48,11 @@ NOTE = ("Samples and seconds of \"best of\" are those of writing for 200 CVs: it
 RATE = 5e-4
 
 
-def with_ppo(place, how, iterations=28):
-    rollouts = iterations + (how == "gae")          # one more for the critic
-    found = train_ppo(place, "--advantages", how, "--iterations", iterations)
-    return found | {"scored": 128 * rollouts}
+def with_ppo(place, how, *flags):
+    found = train_ppo(place, "--advantages", how, *flags)
+    asked = read_summary(place.run / "ppo")["asked"]
+    rollouts = asked["iterations"] + (how == "gae")         # one more for the critic
+    return found | {"scored": asked["episodes"] * rollouts}
 
 
 def before(place):
@@ -113,11 +114,11 @@ ARMS = {
     "SFT on the best of 8, five times as many": lambda place: learn_best(place, 20),
     "DPO": with_dpo,
     "RLOO": lambda place: with_ppo(place, "rloo"),
-    "RLOO, 36 iterations": lambda place: with_ppo(place, "rloo", 36),
+    "RLOO, 36 iterations": lambda place: with_ppo(place, "rloo", "--iterations", 36),
     "GRPO": lambda place: with_ppo(place, "grpo"),
     "PPO": lambda place: with_ppo(place, "gae"),
 }
-SMOKE = ("SFT", "best of 4", "SFT on the best of 8", "DPO")
+SMOKE = ("SFT", "best of 4", "SFT on the best of 8", "DPO", "RLOO")
 
 
 def draw(found, ax):

@@ -60,8 +60,8 @@ def joined(pairs, n):
 
 
 def speed(place, flags, longer=1):
-    """Real tokens in a second of training, seconds a step, FLOPs a token, pairs an epoch: from
-    TIMED steps of a model that is then thrown away. `longer`: how many pairs stand in a row."""
+    """How fast stage 1 trains with these flags: from TIMED steps of a model that is then thrown
+    away. Tokens are without pads; `longer` says how many pairs stand in a row."""
     records = [r for r in read_half(place.models / "data", "A") if r.accepted]
     codec = sft.new_codec(records, flags)
     pairs = [sft.Example(codec.prompt(r.cv), codec.jd(r.jd))
@@ -84,8 +84,9 @@ def speed(place, flags, longer=1):
         if i >= STEPS - TIMED:
             tokens += sum(len(e.prompt) + len(e.jd) for e in batch)
     took = time.time() - start
-    return {"tokens_per_s": tokens / took, "step": took / TIMED, "records": len(records),
-            "flops": flops_per_token(model, pairs)}
+    flops = flops_per_token(model, pairs)
+    return {"tokens_per_s": tokens / took, "flops": flops, "gflops": flops * tokens / took / 1e9,
+            "step": took / TIMED, "records": len(records)}
 
 
 def flops_per_token(model, pairs):
@@ -106,14 +107,9 @@ def words_and_flags(place, sizes):
     return words, girl.from_args(sft.SFTFlags, girl.parse(["sft", *words]))
 
 
-def figures(measured):
-    return {"tokens_per_s": measured["tokens_per_s"], "flops": measured["flops"],
-            "gflops": measured["flops"] * measured["tokens_per_s"] / 1e9}
-
-
 def longer_rows(place, longer):
     """Only the speed: the market has no longer texts to learn from."""
-    return figures(speed(place, words_and_flags(place, {"batch": 16 // longer})[1], longer))
+    return speed(place, words_and_flags(place, {"batch": 16 // longer})[1], longer)
 
 
 def trained(words, log):
@@ -149,7 +145,7 @@ def grown(place, **sizes):
         seconds, peak = pool.submit(trained, words, place.run / "log.txt").result()
     summary = read_summary(place.run / "sft")
     generator = load_model(place.run / "sft", LanguageModel, CPU).eval()
-    return worth(place, generator) | figures(measured) | {
+    return worth(place, generator) | measured | {
         "nll": summary["valid_nll"], "peak_rss_mb": peak, "seconds": seconds,
         "pairs": round(epochs * measured["records"])}
 

@@ -8,7 +8,6 @@ A lab is a file of this folder with
     ARMS                    {name: function of a Place that returns figures}
     SMOKE                   the arms of a toy run (if missing: all)
     TABLE                   {figure: heading} of its table; NOTE: a sentence below it
-    STARTS                  what it starts from (may be missing)
     prepare(place)          what all arms of a seed share (may be missing)
     draw(found, axes)       its picture; AXES: how many axes it has
 """

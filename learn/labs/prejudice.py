@@ -36,9 +36,9 @@ SAW = (
     "seed. Does the prejudice also cost those without the sentence? With and without it, GIRL's "
     "true match was far lower in two seeds (0.79 to 0.48 and 0.55 to 0.39) and a little higher "
     "in the third (0.65 to 0.69). Without prejudice the seeds are already 0.24 apart, so three "
-    "of them cannot tell. There is a reason why it may: fewer accepted pairs for stage 1, which "
-    "also takes fewer steps, and decisions that depend less on the fit, which lower the "
-    "accuracy of the reward model. Balancing does not change that.")
+    "of them cannot tell. It may: stage 1 has fewer accepted pairs and so takes fewer steps, and "
+    "decisions that depend less on the fit are harder to predict (see the accuracy). Balancing "
+    "does not change that.")
 P = 0.5
 TABLE = {"score": "score of an accepted JD", "spread": "its spread over one person's JDs",
          "cv_rank": "places lost among 20", "true": "true match of GIRL's JD", "pay": "its pay (k)",
@@ -48,7 +48,6 @@ TABLE = {"score": "score of an accepted JD", "spread": "its spread over one pers
 NOTE = ("With the sentence less without it, for the same people; the last two columns are plain "
         "figures, the accuracy on each arm's own decisions. The 19 rivals for a job have no such "
         "sentence. *: the 95% interval over people leaves out 0 in every seed.")
-STARTS = "it trains all stages itself"
 
 
 def make_data(place, folder, prejudice):
@@ -101,6 +100,12 @@ def with_balance(place):
     return train_on(place, data)
 
 
+def draw_rivals(people, cv, rng):
+    """19 other people for a job."""
+    others = [other for other in people if other != market.without_gap(cv)]
+    return rng.sample(others, min(19, len(others)))
+
+
 @torch.no_grad()
 def differences(place, data):
     """The same people with and without the sentence."""
@@ -115,8 +120,7 @@ def differences(place, data):
     posted = sorted({r.jd for r in records})
     rng = random.Random(place.seed)
     pools = [rng.sample(posted, min(30, len(posted))) for _ in people[:100]]
-    rivals = [[cv for cv in people if cv != market.without_gap(r.cv)] for r in accepted[:100]]
-    rivals = [rng.sample(cvs, min(19, len(cvs))) for cvs in rivals]
+    rivals = [draw_rivals(people, r.cv, rng) for r in accepted[:100]]
     found, ranked = {}, {}
     for kind, cvs in kinds.items():
         form = market.with_gap if kind == "with" else market.without_gap

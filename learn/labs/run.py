@@ -127,10 +127,9 @@ def chapter(name, results, pictures):
     """What EXPERIMENTS.md says of a lab."""
     lab, found = load(name), results["found"]
     table = getattr(lab, "TABLE", WORTH)
-    starts = getattr(lab, "STARTS", "it starts from a quick run of each seed")
     lines = [f"## {lab.QUESTION}", "", f"**Predicted, before the run.** {lab.PREDICTION}", "",
              f"**Run it.** `python learn/labs/run.py {name}` ({results['minutes']:.0f} minutes a "
-             f"seed on two cores; {starts}).", "",
+             "seed on two cores).", "",
              "| | " + " | ".join(table.values()) + " |", "|---" * (len(table) + 1) + "|"]
     for arm in arms_of(lab, "--" + results["size"]):
         cells = [shown(of_arm(found, arm, figure), figure) + star(found, arm, figure)
@@ -145,10 +144,11 @@ def chapter(name, results, pictures):
 HEAD = """# Experiments
 
 On real data nobody knows what a suggestion is truly worth. In the simulated market it is known, so
-these labs can show what usually stays hidden. Each starts from finished runs of `bash train.sh
---quick`. A cell gives the median of the seeds and their range, on {cvs} CVs of the valid split.
-Reward and judge are those of the quick run, in standard deviations of the SFT model's samples; KL
-is in nats per text; seconds are those of one thread, with another process beside it.
+these labs can show what usually stays hidden. Each starts from a finished run of `bash train.sh
+--quick` for each seed; only the prejudiced recruiter needs new data, and trains all stages on them.
+A cell gives the median of the seeds and their range, on {cvs} CVs of the valid split. Reward and
+judge are those of the quick run, in standard deviations of the SFT model's samples; KL is in nats
+per text; seconds are those of one thread, with another process beside it.
 `python learn/labs/run.py NAME` wrote this page from the results in `learn/labs/`.
 """
 

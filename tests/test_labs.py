@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import girl
 import market
 import sft
-from data import Record, read_records
+from data import Record, read_half, read_records
 from learn.labs import gap, growth, lab, prejudice, run
 from learn.labs.decisions import best_samples
 from learn.labs.hacking import Ensemble
 from model import Config, LanguageModel, RewardModel
+from measure.report import read_metrics
 from plumbing.files import read_json
 
 LEARN = Path(run.HOME) / "learn"
@@ -96,6 +97,12 @@ def check_parts(name, rows, work):
     if name == "decisions":
         assert rows["best of 4"]["reward"] > rows["SFT"]["reward"] + 0.1
         assert rows["RLOO"]["scored"] == 2 * 8
+    if name == "parts":
+        metrics = read_metrics(work / "0" / "ppo" / "metrics.csv")
+        assert rows["as it is"]["clipped"] == pytest.approx(metrics["clip_frac"].mean(), rel=1e-5)
+    if name == "growth":        # a token of a longer row costs more attention
+        short, long = (row["flops"] for row in rows.values())
+        assert long > 1.02 * short
 
 
 @pytest.fixture
@@ -159,12 +166,12 @@ def test_speed_is_what_the_timed_steps_read_in_their_time(place, monkeypatch):
     monkeypatch.setattr(growth, "time", SimpleNamespace(time=lambda: next(clock)))
     flags = girl.from_args(girl.STAGES["sft"], girl.parse(["sft", "--smoke", "--batch", "2"]))
     found = growth.speed(place, flags)
-    records = [r for r in read_records(place.models / "data" / "train.jsonl") if r.accepted]
+    records = [r for r in read_half(place.models / "data", "A") if r.accepted]
     codec = sft.new_codec(records, flags)
-    longest = max(len(codec.prompt(r.cv)) + len(codec.jd(r.jd)) for r in records)
-    rows = 2 * growth.TIMED
+    lengths = [len(codec.prompt(r.cv)) + len(codec.jd(r.jd)) for r in records[:2 * growth.STEPS]]
+    timed = sft.schedule(lengths, 2, growth.STEPS, place.seed)[-growth.TIMED:]
     assert found["step"] == 10 / growth.TIMED
-    assert rows < found["tokens_per_s"] * 10 <= rows * longest
+    assert found["tokens_per_s"] * 10 == sum(lengths[k] for batch in timed for k in batch)
 
 
 def test_training_is_timed_without_its_validation(tmp_path, monkeypatch):

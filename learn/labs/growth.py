@@ -99,6 +99,10 @@ def flops_per_token(model, pairs):
     return 6 * (blocks + head + attention)
 
 
+def wide(width):
+    return {"hidden": width, "heads": width // 32, "kv_heads": width // 32}
+
+
 def words_and_flags(place, sizes):
     """The command line of stage 1 with these sizes, and its flags."""
     words = [place.size, "--seed", str(place.seed)]
@@ -109,7 +113,8 @@ def words_and_flags(place, sizes):
 
 def longer_rows(place, longer):
     """Only the speed: the market has no longer texts to learn from."""
-    return speed(place, words_and_flags(place, {"batch": 16 // longer})[1], longer)
+    _, flags = words_and_flags(place, wide(64) | {"batch": 16 // longer})
+    return speed(place, flags, longer)
 
 
 def trained(words, log):
@@ -133,7 +138,7 @@ def trained(words, log):
     return seconds["train"] - seconds["validate"], peak_rss_mb()
 
 
-def grown(place, **sizes):
+def grown(place, sizes):
     """Stage 1 in a process of its own, for as many steps as fit into the time."""
     words, flags = words_and_flags(place, sizes)
     measured = speed(place, flags)
@@ -151,10 +156,9 @@ def grown(place, **sizes):
 
 
 WIDTHS = (64, 96, 128, 192, 256)
-ARMS = {f"width {width}": lambda place, width=width: grown(
-            place, hidden=width, heads=width // 32, kv_heads=width // 32) for width in WIDTHS}
-ARMS |= {f"width 64, batch {batch}": lambda place, batch=batch: grown(place, batch=batch)
-         for batch in (4, 8, 64)}
+ARMS = {f"width {width}": lambda place, width=width: grown(place, wide(width)) for width in WIDTHS}
+ARMS |= {f"width 64, batch {batch}": lambda place, batch=batch: grown(
+            place, wide(64) | {"batch": batch}) for batch in (4, 8, 64)}
 ARMS |= {f"width 64, rows {n} times as long (speed only)": lambda place, n=n: longer_rows(place, n)
          for n in (4, 16)}
 SMOKE = ("width 64", "width 64, rows 4 times as long (speed only)")

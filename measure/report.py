@@ -550,13 +550,15 @@ STYLE = """
   --c4: #f08098; --c5: #a7b3c0; } }
 body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }
-h1, h2, h3 { line-height: 1.2; } h3 { font-size: 1rem; margin: .3rem 0; }
+h1, h2, h3 { line-height: 1.2; overflow-wrap: anywhere; } h3 { font-size: 1rem; margin: .3rem 0; }
 h2 { margin-top: 2.5rem; border-top: 1px solid var(--faint); padding-top: 1rem; }
 svg { width: 100%; height: auto; } svg text { font-family: inherit; }
 figure { margin: 0; padding: .8rem; background: var(--card); border-radius: .5rem; }
 .lead { margin-bottom: .8rem; } figcaption, .lead, .scores, small { font-size: .9rem; }
-.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); }
-.card { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
+.figures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); }
+.card { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(15rem, 100%), 1fr));
   background: var(--card); border-radius: .5rem; padding: .8rem; margin-top: 1rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; } mark { background: var(--mark);
   color: inherit; border-radius: .2rem; }

@@ -26,14 +26,47 @@ from model import Block
 
 
 # ------------------------------------------------------------------------------- stages 1 and 2
+class Muon(torch.optim.Optimizer):
+    """For matrices (Jordan 2024, kellerjordan.github.io/posts/muon): makes each update orthogonal,
+    so that all directions of a matrix are learned at the same pace.
+
+    torch.optim.Muon does the same in bf16. A CPU without instructions for bf16 must imitate it: on
+    one, a step of stage 1 took 0.26 s with that, and takes 0.06 s in float32."""
+
+    MOMENTUM, STEPS = 0.95, 3
+
+    def __init__(self, matrices, lr):
+        super().__init__(matrices, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        for p in (p for p in group["params"] if p.grad is not None):
+            rows, columns = p.shape
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            momentum = state["momentum_buffer"].lerp_(p.grad, 1 - self.MOMENTUM)
+            update = orthogonal(p.grad.lerp(momentum, self.MOMENTUM), self.STEPS)   # Nesterov's
+            p -= group["lr"] * max(1, rows / columns) ** 0.5 * update
+
+
+def orthogonal(matrix, steps):
+    """Newton-Schulz: moves all singular values towards 1 and keeps the singular vectors. Jordan's
+    coefficients are fast rather than exact. (Three steps instead of the usual five: 5% faster, at
+    the cost of a valid NLL of 0.383 instead of 0.379, one short run each.)"""
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    x = x.T if len(x) > len(x.T) else x         # fewer rows than columns: x x' is small
+    for _ in range(steps):
+        xx = x @ x.T
+        change = torch.addmm(xx, xx, xx, beta=-4.7750, alpha=2.0315)    # -4.775 xx + 2.0315 xx xx
+        x = torch.addmm(x, change, x, beta=3.4445)                      # 3.4445 x + change x
+    return x.T if len(matrix) > len(matrix.T) else x
+
+
 class Optimizer:
     """Muon for the matrices of the transformer's blocks, AdamW for the rest (embeddings, norms,
-    heads), or for all if `matrix_lr` is 0. Both follow one schedule.
-
-    Muon (Jordan 2024, kellerjordan.github.io/posts/muon) makes each update of a matrix orthogonal,
-    so that all its directions are learned at the same pace. Three Newton-Schulz steps instead of
-    the usual five: 5% faster, at the cost of a valid NLL of 0.383 instead of 0.379 (one short run
-    each)."""
+    heads), or for all if `matrix_lr` is 0. Both follow one schedule."""
 
     def __init__(self, model, flags, steps):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -45,8 +78,7 @@ class Optimizer:
         adamw = torch.optim.AdamW(rest, lr=flags.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.optimizers, self.peak_lrs = [adamw], [flags.lr]
         if matrices:
-            muon = torch.optim.Muon(matrices, lr=flags.matrix_lr, weight_decay=0.0, ns_steps=3)
-            self.optimizers = [muon, adamw]
+            self.optimizers = [Muon(matrices, flags.matrix_lr), adamw]
             self.peak_lrs = [flags.matrix_lr, flags.lr]
 
     def clip(self):
@@ -88,9 +120,9 @@ def start_small(model, used):
     unused = torch.ones(c.vocab_size, dtype=torch.bool)
     unused[sorted(used)] = False
     model.model.embed_tokens.weight[unused] = 0
-    # Half of the key heads (at least one) start equal to the first query head of their group: a
-    # token then attends to tokens like itself, which is how one text is found in another (Trockman
-    # and Kolter 2023, arXiv 2305.09828).
+    # Half of the key heads (rounded down, but at least one) start equal to the first query head of
+    # their group: a token then attends to tokens like itself, which is how one text is found in
+    # another (Trockman and Kolter 2023, arXiv 2305.09828).
     for attention in (layer.self_attn for layer in model.model.layers):
         rows = max(1, attention.K // 2) * attention.D
         queries = attention.q_proj.weight.view(attention.K, -1, attention.D, c.hidden_size)
@@ -127,8 +159,9 @@ def add_averaging_block(model, gain=10.0):
     poorly.
 
     The block starts as an average, and training improves it. Zero queries attend to all tokens
-    equally, orthogonal values and their transposed outputs pass the states on unchanged, and `gain`
-    outweighs the last token's own state. The MLP starts at zero."""
+    equally, orthogonal values and their transposed outputs pass the states on unchanged (if there
+    are fewer key than query heads, a projection of them), and `gain` outweighs the last token's own
+    state. The MLP starts at zero."""
     layers = model.config.num_hidden_layers + 1
     c = model.config = model.model.config = replace(model.config, num_hidden_layers=layers)
     block = Block(c)
@@ -167,8 +200,8 @@ class BranchCache:
         self.prompts, self.owner = prompts, owner
 
     def append(self, k, v):
-        # Not prompts.k[owner]: its backward adds with atomics in the order in which threads arrive,
-        # so two runs would differ in their last bits.
+        # Not prompts.k[owner]: on a CPU its backward adds with atomics in the order in which
+        # threads arrive, so two runs would differ in their last bits.
         k = torch.cat((self.prompts.k.index_select(0, self.owner), k), dim=2)       # [B, K, P+R, D]
         v = torch.cat((self.prompts.v.index_select(0, self.owner), v), dim=2)
         return k, v

@@ -233,7 +233,7 @@ class Critic(nn.Module):
 
 class Rollout(NamedTuple):
     """The episodes: JDs that the policy wrote for some CVs, and what is known of each token. (The
-    update needs its log pi and its advantage; measure/trace.py shows the rest.)
+    update needs log pi and the advantages, for GRPO also log pi_ref; measure/trace.py shows all.)
 
     Rows are prompt + response, padded on the right. The responses are also kept apart, [B, R]."""
     ids: torch.Tensor                           # [B, T]
@@ -439,7 +439,7 @@ def kl_is_negative(rows):
     """Is the mean KL of the last five iterations more than 2 standard errors below 0? The KL of one
     rollout may be negative by chance, but a mean that low says that log-probabilities or masks are
     wrong. (While the policy hardly moves and its KL is near 0, one window in forty is that low by
-    chance.)"""
+    chance; more with groups of JDs for one CV, which are alike.)"""
     last = rows[-5:]
     mean = sum(row["kl"] for row in last) / 5
     error = math.sqrt(sum(row["kl_error"] ** 2 for row in last)) / 5

@@ -148,15 +148,18 @@ def batch_loss(model, reader, groups, device):
     for group in groups:
         pairs += [(len(rows) + i, len(rows) + j) for i, j in comparisons(group.accepted)]
         rows += group.rows
+    # With index_select gradients add up in one order; with scores[better] they may not.
     better, worse = torch.tensor(pairs, device=device).unbind(1)                    # [M], [M]
     with autocast(device):
         last, inputs, in_jd = jd_states(model.model, rows, device)      # [B, C], [B, R, C], [B, R]
         scores = model.head(last)                                                   # [B]
         pooled = model.head(mean_states(inputs, in_jd))                             # [B]
         reading = reading_loss(reader, inputs[in_jd], rows)
-    loss = ranking_loss(scores[better], scores[worse]) * len(pairs)
-    pooled_loss = ranking_loss(pooled[better], pooled[worse]) * len(pairs)
-    return loss, pooled_loss, int((scores[better] > scores[worse]).sum()), reading
+    chosen, rejected = (scores.index_select(0, i) for i in (better, worse))         # [M], [M]
+    loss = ranking_loss(chosen, rejected) * len(pairs)
+    chosen_mean, rejected_mean = (pooled.index_select(0, i) for i in (better, worse))
+    pooled_loss = ranking_loss(chosen_mean, rejected_mean) * len(pairs)
+    return loss, pooled_loss, int((chosen > rejected).sum()), reading
 
 
 def reward_step(model, reader, groups, flags, device):

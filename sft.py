@@ -194,7 +194,7 @@ def new_model(codec, examples, flags, seed):
     model = LanguageModel(Config(
         vocab_size=codec.tokenizer.get_vocab_size(),
         hidden_size=flags.hidden,
-        intermediate_size=8 * round(flags.hidden * 8 / 3 / 8),
+        intermediate_size=8 * round(flags.hidden / 3),
         num_hidden_layers=flags.layers,
         num_attention_heads=flags.heads,
         num_key_value_heads=flags.kv_heads,

@@ -333,6 +333,9 @@ def restore(path, digest, modules, optimizers, remedy):
             values.setdefault(int(i), {})[key] = tensors.pop(name).clone()
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": values, "param_groups": groups})
+    if tensors:
+        raise BadInput(f"{path}: of another model or version, there is no place for "
+                       f"{min(tensors)}; {remedy}")
 
 
 def machine():

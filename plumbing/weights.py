@@ -491,8 +491,8 @@ def load_pretrained(flags, codec, seed, device):
     model.config = model.model.config = replace(
         c, eos_token_id=codec.eos, pad_token_id=codec.pad,
         max_cv_tokens=codec.max_cv, max_jd_tokens=codec.max_jd)
+    torch.manual_seed(seed)                     # for the adapters, and for heads that are added
     if flags.lora_rank:
-        torch.manual_seed(seed)
         alpha = flags.lora_alpha or 2.0 * flags.lora_rank
         add_lora(model, LoRA(str(folder), flags.lora_rank, alpha, flags.lora_targets.split(",")))
     return model

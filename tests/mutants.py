@@ -55,7 +55,7 @@ MUTANTS = {
         (5, "reward.py", "F.logsigmoid(chosen - rejected)", "F.logsigmoid(rejected - chosen)",
          "what was rejected is preferred")],
     "test_reward.py::test_05_equal_scores_are_not_right": [
-        (5, "reward.py", "(scores[better] > scores[worse])", "(scores[better] >= scores[worse])",
+        (5, "reward.py", "(chosen > rejected)", "(chosen >= rejected)",
          "a model that says the same of everything is right everywhere")],
     "test_reward.py::test_05_the_gradient_is_that_of_the_objective_by_hand": [
         (5, "reward.py", "((loss + pooled_loss) / n +", "((loss + pooled_loss) / n_rows +",

@@ -15,7 +15,7 @@ import reward
 from conftest import CVS
 from data import Record, pad_right
 from model import RewardModel
-from aids import Optimizer, add_averaging_block, lr_factor
+from aids import Muon, Optimizer, add_averaging_block, lr_factor
 from plumbing.stage import generator
 from plumbing.weights import load_model, save_model
 
@@ -345,12 +345,40 @@ def test_matrices_of_layers_have_their_own_rate_and_all_rates_follow_the_schedul
 
     def parameters(part):
         return {id(p) for p in part.param_groups[0]["params"]}
-    assert all(part.param_groups[0]["weight_decay"] == 0 for part in optimizer.optimizers)
+    assert optimizer.optimizers[1].param_groups[0]["weight_decay"] == 0          # Muon has none
     matrices, rest = map(parameters, optimizer.optimizers)
     assert matrices == {id(p) for n, p in both.named_parameters() if n.endswith("proj.weight")}
     assert matrices | rest == {id(p) for p in both.parameters()} and not matrices & rest
     [alone] = Optimizer(both, replace(flags, matrix_lr=0.0), 10).optimizers     # AdamW for all
     assert parameters(alone) == matrices | rest
+
+
+@pytest.mark.parametrize("rows, columns", [(8, 20), (20, 8), (12, 12)])
+def test_muon_moves_as_torch_s_own_does_in_bf16(rows, columns):
+    """And its state is the same: a stage that an earlier version began goes on."""
+    torch.manual_seed(0)
+    mine, theirs = (torch.nn.Parameter(torch.zeros(rows, columns)) for _ in range(2))
+    ours = Muon([mine], 0.1)
+    other = torch.optim.Muon([theirs], 0.1, weight_decay=0.0, ns_steps=3)
+    for _ in range(4):
+        mine.grad = torch.randn(rows, columns)
+        theirs.grad = mine.grad.clone()
+        before = mine.detach().clone(), theirs.detach().clone()
+        ours.step(), other.step()
+        moved, expected = mine - before[0], theirs - before[1]
+        assert (moved - expected).norm() < 0.02 * expected.norm()
+    state, others = ours.state_dict()["state"], other.state_dict()["state"]
+    assert torch.equal(state[0].pop("momentum_buffer"), others[0].pop("momentum_buffer"))
+    assert state == others
+
+
+def test_muon_makes_the_singular_values_of_an_update_alike():
+    torch.manual_seed(0)
+    matrix = torch.randn(6, 4) @ torch.diag(torch.tensor([1.0, 0.7, 0.5, 0.3])) @ torch.randn(4, 4)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inside = u.T @ aids.orthogonal(matrix, 5) @ v.T
+    assert (inside - inside.diagonal().diag()).abs().max() < 1e-4       # the same directions
+    assert 0.6 < inside.diagonal().min() and inside.diagonal().max() < 1.3
 
 
 def test_gradients_are_shortened_to_the_largest_norm_and_cleared_after_the_step(reward_model):

@@ -26,14 +26,16 @@ PREDICTION = (
 SAW = (
     "The reward model learns what it was asked: with 10,000 new decisions it orders the policy's "
     "samples right in {10,000 new decisions[accuracy]} of the cases instead of "
-    "{first round[accuracy]}, nearly as predicted. But as much training on old decisions alone "
+    "{first round[accuracy]}, nearly as predicted. (The judge is right in {the judge, to "
+    "compare[accuracy]}, less often than we thought.) But as much training on old decisions alone "
     "brings {more old decisions[accuracy]}, and 1,000 new ones bring nothing. The truth did not "
     "follow: PPO that goes on ends at {10,000 new decisions[true_match]} with the new reward "
-    "model, at {PPO goes on[true_match]} with the old one. What gained most is what was to gain "
-    "nothing: PPO with the old reward model, three times as long, ends at "
-    "{PPO goes on, three times as long[true_match]}. (The ranges of three seeds overlap.) So here "
-    "PPO was the limit, rather than its reward model: the 28 iterations of the quick run do not "
-    "use it up. A second round may pay after that; this lab did not try it.")
+    "model, at {PPO goes on[true_match]} with the old one. We had predicted that PPO with the old "
+    "reward model gains nothing. Three times as long, it gained most: it ends at {PPO goes on, "
+    "three times as long[true_match]}. (The ranges of three seeds overlap.) So here PPO was the "
+    "limit, rather than its reward model: the 28 iterations of the quick run do not use it up. "
+    "(Those of the default run do, see RESULTS.md.) A second round may pay after that; this lab "
+    "did not try it.")
 TABLE = {"accuracy": "reward model on the policy's samples"} | {
     name: WORTH[name] for name in ("true_match", "greedy", "reward", "judge", "kl", "format_rate",
                                    "distinct_2", "seconds")}

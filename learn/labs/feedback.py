@@ -14,8 +14,9 @@ PREDICTION = (
     "decisions by heart, loses 0.05, and PPO's true match falls by 0.1 while its own reward rises "
     "as always.")
 SAW = (
-    "The accuracy went as predicted: {3% of the people[pair_accuracy]} with 3%, "
-    "{10% of the people[pair_accuracy]} with 10%, and no more from there on. The truth "
+    "With 3% of the people more is lost than predicted: the accuracy is {3% of the "
+    "people[pair_accuracy]}, and PPO's true match {3% of the people[true_match]}. With 10% the "
+    "accuracy is {10% of the people[pair_accuracy]}, and no more from there on. The truth "
     "seems to gain more: from 30% to 100% PPO goes from {30% of the people[true_match]} to "
     "{100% of the people[true_match]}, and its greedy JDs from {30% of the people[greedy]} to "
     "{100% of the people[greedy]}; but in three seeds these ranges touch. If it is so, an accuracy "

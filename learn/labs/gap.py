@@ -29,8 +29,8 @@ SAW = (
     "SFT model, and the greedy JD is worth {PPO, none on the overqualified[greedy]} instead of "
     "{PPO, all decisions[greedy]}: less than before PPO. The judge, which saw all decisions, "
     "notices: {PPO, none on the overqualified[judge]} instead of {PPO, all decisions[judge]}. So "
-    "the prediction held, but for its first number: with all decisions it is not 3% of the JDs. "
-    "SFT's JDs ask for too little as often.")
+    "the prediction held, but for two numbers. With all decisions it is not 3% of the JDs: SFT's "
+    "ask for too little as often. And its own reward is not the same: it is lower in two seeds.")
 TABLE = {"overqualified": "JDs that ask for too little", "notices": "reward model notices",
          "years_factor": "factor of the years", "degree_factor": "of the degree"} | {
              name: WORTH[name] for name in ("true_match", "greedy", "reward", "judge", "kl")} | {

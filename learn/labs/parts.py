@@ -16,7 +16,7 @@ SAW = (
     "Most of all it needs few passes over a rollout, at this learning rate. With 20 epochs instead "
     "of 2 (so ten times as many steps) the policy runs away from its own samples: KL "
     "{20 epochs[kl]} nats, true match {20 epochs[true_match]}, although {20 epochs[clipped]} of "
-    "the tokens are clipped. Without clipping every policy shrinks to texts of a few tokens, and "
+    "the tokens are clipped. Without clipping, these policies shrink to texts of a few tokens, and "
     "none parses. We had predicted that clipping holds; it only softens the fall. With 2 "
     "epochs few ratios leave the range, as predicted ({as it is[clipped]}); still, without "
     "clipping the KL is higher in every seed.\n\n"
@@ -28,7 +28,7 @@ SAW = (
     "worse, by 0.05 to 0.13; compared with λ 1 *and* the critic, it is worse in two seeds of "
     "three. A rollout at 0.7 with an update at 1 is lower in every seed, by 0.03 to 0.10: bad, "
     "but not the worst. λ 0 has a lower reward and less KL in every seed. A critic on the policy's "
-    "states explains less in every seed; what it does to the truth (+0.00, -0.05, -0.08), three "
+    "states explains less in every seed; what it does to the truth (-0.05, +0.00, -0.08), three "
     "seeds cannot tell, nor what λ 1 does. With both temperatures at 0.7 the reward and the KL are "
     "lower in every seed, and the greedy JDs are no worse.")
 TABLE = WORTH | {"explained": "explained variance, iterations 2 to 4", "clipped": "clipped"}

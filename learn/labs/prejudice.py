@@ -32,22 +32,22 @@ SAW = (
     "prejudice[spread]}. So we see no difference in GIRL's jobs, in their pay, or in the "
     "ranking of posted jobs for one person: with prejudice none of these intervals leaves out "
     "0. Whoever looks only at the JDs that GIRL writes finds no prejudice.\n\n"
-    "Balanced decisions take at least 85% of it out of the reward model; a rest stays in every "
-    "seed. Does the prejudice also cost those without the sentence? With and without it, GIRL's "
-    "true match was far lower in two seeds (0.79 to 0.48 and 0.55 to 0.39) and a little higher "
-    "in the third (0.65 to 0.69). Without prejudice the seeds are already 0.24 apart, so three "
-    "of them cannot tell. It may: stage 1 has fewer accepted pairs and so takes fewer steps, and "
-    "decisions that depend less on the fit are harder to predict (see the accuracy). Balancing "
-    "does not change that.")
+    "Balanced decisions take at least 85% of it out of the reward model. What is left, -0.10 to "
+    "-0.05, is no more than what a sentence without meaning does (-0.12 to +0.04). Does the "
+    "prejudice also cost those without the sentence? The true match of GIRL's jobs for them was "
+    "far lower in two seeds (0.78 to 0.47 and 0.55 to 0.39) and higher in the third (0.63 to "
+    "0.70). Without prejudice the seeds are already 0.24 apart, so three of them cannot tell. It "
+    "may: stage 1 has fewer accepted pairs and so takes fewer steps, and decisions that depend "
+    "less on the fit are harder to predict (see the accuracy). Balancing does not change that.")
 P = 0.5
 TABLE = {"score": "score of an accepted JD", "spread": "its spread over one person's JDs",
          "cv_rank": "places lost among 20", "true": "true match of GIRL's JD", "pay": "its pay (k)",
          "years": "years it asks for", "top5": "true match of the 5 best posted jobs",
          "top5_pay": "their pay (k)", "true_with": "*true match of GIRL's JD, with*",
          "accuracy": "*reward model's accuracy*"}
-NOTE = ("With the sentence less without it, for the same people; the last two columns are plain "
-        "figures, the accuracy on each arm's own decisions. The 19 rivals for a job have no such "
-        "sentence. *: the 95% interval over people leaves out 0 in every seed.")
+NOTE = ("Values with the sentence minus those without it, for the same people; the last two columns "
+        "are plain figures, the accuracy on each arm's own decisions. The 19 rivals for a job have "
+        "no such sentence. *: the 95% interval over people leaves out 0 in every seed.")
 
 
 def make_data(place, folder, prejudice):

@@ -145,7 +145,8 @@ HEAD = """# Experiments
 
 On real data nobody knows what a suggestion is truly worth. In the simulated market it is known, so
 these labs can show what usually stays hidden. Each starts from a finished run of `bash train.sh
---quick` for each seed; only the prejudiced recruiter needs new data, and trains all stages on them.
+--quick` for each seed. The prejudiced recruiter needs new data, and trains all stages on them; the
+gap in the decisions needs new data for stage 2; the lab on size trains models of its own.
 A cell gives the median of the seeds and their range, on {cvs} CVs of the valid split. Reward and
 judge are those of the quick run, in standard deviations of the SFT model's samples; KL is in nats
 per text; seconds are those of one thread, with another process beside it.

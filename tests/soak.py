@@ -103,11 +103,15 @@ def differences(run, whole):
                   or content(run / name) != content(whole / name))
 
 
-def soak(kills, seed):
+def soak(kills, seed, whole=None):
+    """`whole`: a run of this seed that was left alone, in a folder `run`; without it, one is
+    made."""
     draw, count, different = random.Random(seed), Counter(), []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        assert not kill(start(folder / "whole", folder / "whole.log", seed), None)
+        if whole is None:
+            whole = folder / "whole" / "run"
+            assert not kill(start(whole.parent, folder / "whole.log", seed), None)
         while count["kills"] < kills:
             place, log = folder / f"{count['runs']}", folder / f"{count['runs']}.log"
             log.touch()
@@ -129,7 +133,7 @@ def soak(kills, seed):
             count["runs"] += 1
             count["steps"] += len(steps)
             count["twice"] += sum(n - 1 for n in steps.values())
-            different += differences(place / "run", folder / "whole" / "run")
+            different += differences(place / "run", whole)
             print(f"run {count['runs']}: {count['kills']} kills and {len(different)} differences "
                   "so far", file=sys.stderr, flush=True)
     print(f"soak: {count['kills']} kills in {count['runs']} runs, {count['inside']} of them inside "

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from model import (Cache, Config, LanguageModel, LoRA, RewardModel, RMSNorm, add_lora, attend_once,
-                   generate, merge_lora, rotary_table, rotate, rows_that_fit, sample)
+                   copy_trainable, generate, merge_lora, rotary_table, rotate, rows_that_fit,
+                   sample)
 from plumbing.files import BadInput
 from plumbing.weights import load_model, save_model
 
@@ -387,6 +388,32 @@ def test_fresh_adapters_change_nothing_and_merging_changes_nothing():
     torch.testing.assert_close(model(ids), adapted, atol=1e-4, rtol=1e-4)
     assert not any("lora" in name for name, _ in model.named_modules())
     assert (adapted - plain).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_merging_leaves_a_model_with_the_same_base_as_it_was():
+    model, ids = tiny(), random_ids(2, 6)
+    add_lora(model, LoRA("", 2, 6.0, ["q_proj", "down_proj"]))
+    for p in model.parameters():
+        if p.requires_grad:
+            p.normal_(std=0.1)
+    reference = copy_trainable(model)
+    before = reference(ids)
+    merge_lora(model)
+    assert torch.equal(reference(ids), before)
+
+
+def test_under_autocast_the_cache_holds_what_attention_computes_with(monkeypatch):
+    kinds, real = [], Cache.__init__
+
+    def noted(self, B, c, capacity, device, dtype):
+        kinds.append(dtype)
+        real(self, B, c, capacity, device, dtype)
+    monkeypatch.setattr(Cache, "__init__", noted)
+    generate(tiny(), [[5, 6]], 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(tiny(), [[5, 6]], 3)
+    assert kinds == [torch.float32] * 2 + [torch.bfloat16] * 2
 
 
 # ------------------------------------------------------------------------------- weights in and out

@@ -24,7 +24,6 @@ from plumbing import files
 from conftest import STAGES, argv, refused
 from plumbing.files import BadInput, read_json
 from plumbing.stage import Stage
-from soak import soak
 
 
 def results(folder):
@@ -219,12 +218,6 @@ def test_without_a_state_a_stage_begins_anew(whole, tmp_path, monkeypatch):
     assert list(folder.iterdir()) == []
     assert girl.main(command) == 0
     assert results(folder) == results(whole / "run" / "sft")
-
-
-def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_had_not_been(capsys):
-    """All of `train`, three times; `python tests/soak.py --kills 200` does it more often."""
-    assert soak(3, 1) == []
-    assert capsys.readouterr().out.startswith("soak: 3 kills in 1 runs, ")
 
 
 # ------------------------------------------------------------------------------------------ signals

@@ -224,6 +224,19 @@ def test_adapters_have_the_rank_the_scale_and_the_layers_of_the_flags(tmp_path):
         assert all((m.scale, m.lora_A.out_features) == (scale, 3) for m in adapters.values())
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_what_is_added_to_a_pretrained_model_depends_on_the_seed_alone(tmp_path, rank):
+    codec, lm = tiny()
+    save_model(tmp_path, lm)
+    save_tokenizer(tmp_path, codec)
+    flags, heads = sft.SFTFlags(init=str(tmp_path), lora_rank=rank), []
+    for seed, drawn_before in ((1, 0), (1, 5), (2, 0)):
+        torch.rand(drawn_before)
+        load_pretrained(flags, codec, seed, CPU)
+        heads.append(torch.nn.Linear(4, 1).weight)
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
 def test_no_text_makes_a_token_that_was_added_to_a_pretrained_tokenizer(tmp_path):
     """Whatever its file says of it: only tokens that are called special stay apart from texts."""
     codec, lm = tiny()

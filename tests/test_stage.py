@@ -91,6 +91,9 @@ def test_states_that_are_kept_are_those_of_this_attempt(tmp_path):
     assert torch.equal(other.weight, layer.weight) and torch.equal(other.bias, layer.bias)
     with pytest.raises(BadInput, match="3.safetensors: missing or damaged .* run it again"):
         restore(kept / "3.safetensors", "0" * 64, {"model": other}, [], "run it again")
+    with pytest.raises(BadInput, match="there is no place for model.bias; run it again"):
+        without = torch.nn.Linear(2, 1, bias=False)
+        restore(kept / "3.safetensors", found["sha256"], {"model": without}, [], "run it again")
 
 
 def test_a_state_keeps_the_time_and_refuses_another_model(tmp_path):

@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
     so that all directions of a matrix are learned at the same pace.
 
     torch.optim.Muon does the same in bf16. A CPU without instructions for bf16 must imitate it: on
-    one, a step of stage 1 took 0.26 s with that, and takes 0.06 s in float32."""
+    one, a step of stage 1 took 0.26 s with that, and takes 0.09 s in float32."""
 
     MOMENTUM, STEPS = 0.95, 3
 
@@ -53,15 +53,17 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrix, steps):
     """Newton-Schulz: moves all singular values towards 1 and keeps the singular vectors. Jordan's
-    coefficients are fast rather than exact. (Three steps instead of the usual five: 5% faster, at
-    the cost of a valid NLL of 0.383 instead of 0.379, one short run each.)"""
+    coefficients are fast rather than exact. (With torch's own, three steps instead of the usual
+    five were 5% faster, at the cost of a valid NLL of 0.383 instead of 0.379, one short run each.)
+    """
+    rows, columns = matrix.shape
     x = matrix / matrix.norm().clamp(min=1e-7)
-    x = x.T if len(x) > len(x.T) else x         # fewer rows than columns: x x' is small
+    x = x.T if rows > columns else x            # so that x x' is the smaller of the two squares
     for _ in range(steps):
         xx = x @ x.T
         change = torch.addmm(xx, xx, xx, beta=-4.7750, alpha=2.0315)    # -4.775 xx + 2.0315 xx xx
         x = torch.addmm(x, change, x, beta=3.4445)                      # 3.4445 x + change x
-    return x.T if len(matrix) > len(matrix.T) else x
+    return x.T if rows > columns else x
 
 
 class Optimizer:

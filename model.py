@@ -137,8 +137,8 @@ def attend_once(q, k, v, visible):
     v [B, K, S, D], visible [B, 1, 1, S]. The query heads of a group are computed together.
 
     PyTorch's own attention is made for many queries. This one, with values stored in long rows (see
-    Cache), writes 128 rows 1.08 to 1.19 times as fast on a CPU, with a model of C 128 and 4
-    blocks."""
+    Cache), writes 128 rows 1.08 to 1.19 times as fast on a CPU, with a model of C 128 and 4 blocks.
+    Elsewhere autocast would round its scores to bf16, and double the error."""
     B, H, _, D = q.shape
     grouped = q.reshape(B, k.shape[1], -1, D)                                       # [B, K, H/K, D]
     scores = grouped @ k.transpose(2, 3) / math.sqrt(D)                             # [B, K, H/K, S]

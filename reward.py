@@ -148,7 +148,7 @@ def batch_loss(model, reader, groups, device):
     for group in groups:
         pairs += [(len(rows) + i, len(rows) + j) for i, j in comparisons(group.accepted)]
         rows += group.rows
-    # With index_select gradients add up in one order; with scores[better] they may not.
+    # Not scores[better]: on a CPU its gradients add up in no fixed order if they are many.
     better, worse = torch.tensor(pairs, device=device).unbind(1)                    # [M], [M]
     with autocast(device):
         last, inputs, in_jd = jd_states(model.model, rows, device)      # [B, C], [B, R, C], [B, R]

@@ -8,9 +8,9 @@ export GOMP_SPINCOUNT=5000      # threads that wait leave the cores to the other
 half=(tests/test_{hostile,resume,labs,report,trace,demo,pretrained}.py)   # about half of the time
 said=$(mktemp)
 trap 'kill $other 2>/dev/null || true; rm -f "$said"' EXIT
-python -m pytest -q "${half[@]}" >"$said" 2>&1 & other=$!
+python -m pytest -q -rs "${half[@]}" >"$said" 2>&1 & other=$!
 failed=0
-python -m pytest -q tests "${half[@]/#/--ignore=}" || failed=$?
+python -m pytest -q -rs tests "${half[@]/#/--ignore=}" || failed=$?
 wait "$other" || failed=$?
 cat "$said"
 exit "$failed"

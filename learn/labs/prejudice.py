@@ -45,9 +45,9 @@ TABLE = {"score": "score of an accepted JD", "spread": "its spread over one pers
          "years": "years it asks for", "top5": "true match of the 5 best posted jobs",
          "top5_pay": "their pay (k)", "true_with": "*true match of GIRL's JD, with*",
          "accuracy": "*reward model's accuracy*"}
-NOTE = ("Values with the sentence minus those without it, for the same people; the last two columns "
-        "are plain figures, the accuracy on each arm's own decisions. The 19 rivals for a job have "
-        "no such sentence. *: the 95% interval over people leaves out 0 in every seed.")
+NOTE = ("Values with the sentence minus those without it, for the same people; the last two "
+        "columns are plain figures, the accuracy on each arm's own decisions. The 19 rivals for a "
+        "job have no such sentence. *: the 95% interval over people leaves out 0 in every seed.")
 
 
 def make_data(place, folder, prejudice):

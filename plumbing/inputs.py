@@ -2,7 +2,7 @@
 from pathlib import Path
 
 from plumbing.files import BadInput, checksums, read_json, sha256
-from plumbing.stage import check_folder, code_checksum, finished, read_summary
+from plumbing.stage import check_folder, code_checksum, finished, read_summary, source_of
 from plumbing.weights import check_links, read_lora
 
 HOME = Path(__file__).parents[1]
@@ -85,18 +85,23 @@ def check_rules(folder):
                        "bash train.sh --out DIR")
 
 
-def code_of(name):
-    """Checksums of the files whose code the result of a stage or measurement depends on. (For the
-    rules of the market see check_rules.)"""
+def code_files(name):
+    """The files whose code the result of a stage or measurement depends on. (For the rules of the
+    market see check_rules.)"""
     measured = ["sft.py", "ppo.py", "measure/evaluate.py"]
     own = {"sft": ["sft.py"], "ppo": ["ppo.py"], "dpo": ["dpo.py", "ppo.py"],
            "evaluate": measured, "recommend": [*measured, "measure/recommend.py"]}
-    files = ["girl.py", "data.py", "model.py", "reward.py", "aids.py", "plumbing/files.py",
-             "plumbing/inputs.py", "plumbing/records.py", "plumbing/stage.py", "plumbing/texts.py",
-             "plumbing/tokenizer.py", "plumbing/weights.py", *own.get(name, [])]
-    return {file: code_checksum(HOME / file) for file in files}
+    return ["girl.py", "data.py", "model.py", "reward.py", "aids.py", "plumbing/files.py",
+            "plumbing/inputs.py", "plumbing/records.py", "plumbing/stage.py", "plumbing/texts.py",
+            "plumbing/tokenizer.py", "plumbing/weights.py", *own.get(name, [])]
+
+
+def code_of(name):
+    """Their checksums."""
+    return {file: code_checksum(HOME / file) for file in code_files(name)}
 
 
 for name in ("sft", "dpo", "recommend"):
-    code_of(name)                       # at import, while the files are the code that runs
-code_checksum(MARKET)
+    for file in code_files(name):
+        source_of(HOME / file)
+source_of(MARKET)

@@ -297,6 +297,8 @@ class Stage:
         summary |= {"started": round(time.time() - seconds, 1), "seconds": seconds,
                     "peak_rss_mb": peak_rss_mb(), "asked": self.asked, "inputs": self.inputs,
                     "code": self.code, "machine": machine(), "sha256": checksums(files)}
+        if torch.cuda.is_initialized():
+            summary["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
         write_json(self.folder / "summary.json", with_checksum(summary))
         for name in STATE:
             (self.folder / name).unlink(missing_ok=True)
@@ -366,12 +368,16 @@ def check_same(folder, how, was, asked, inputs):
         raise BadInput(f"{folder}: was {how} with another {files[0][0]}; {remedy}")
 
 
+# A Python file as it was when it was first asked for. plumbing/inputs.py asks for all at import, so
+# they are the code that runs, even if somebody edits them meanwhile.
+source_of = lru_cache(read_file)
+
+
 @lru_cache
 def code_checksum(path):
     """The checksum of a Python file's code. It ignores comments, docstrings and layout, and is the
-    same in all versions of Python. It is computed once per process: girl.py does so at import, so
-    that it describes the code that runs."""
-    return checksum(skeleton(ast.parse(read_file(path))))
+    same in all versions of Python."""
+    return checksum(skeleton(ast.parse(source_of(path))))
 
 
 def skeleton(node):

@@ -159,6 +159,19 @@ def test_code_that_changed_anywhere_but_in_a_later_stage_is_noted():
     assert noted == files - others
 
 
+def test_code_that_is_edited_while_it_runs_is_noted_as_it_runs(tmp_path):
+    root, copy = plumbing.inputs.HOME, tmp_path / "copy"
+    shutil.copytree(root, copy, ignore=lambda folder, names: [
+        name for name in names if (Path(folder) / name).is_dir() and name not in
+        ("plumbing", "measure", "learn", "labs")])
+    code = ("import girl; open('ppo.py', 'a').write('x = 1'); open('market.py', 'a').write('x = 1');"
+            "from plumbing import inputs;"
+            "print(inputs.code_of('ppo')['ppo.py'], inputs.code_checksum(inputs.MARKET))")
+    said = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    expected = [plumbing.inputs.code_checksum(root / name) for name in ("ppo.py", "market.py")]
+    assert said.stdout.split() == expected, said.stderr
+
+
 def test_a_stage_cut_while_it_saves_goes_on_from_the_state_before(whole, tmp_path, monkeypatch):
     """The tensors of the fourth state are written, its state.json is not: the third one still names
     its own."""
@@ -470,7 +483,8 @@ def test_data_of_other_rules_are_refused_by_whatever_uses_them(whole, tmp_path, 
     refused(capsys, ["train", "--smoke", "--run", str(tmp_path / "new"),
                      "--data", str(whole / "data")], "market.py changed since")
     (tmp_path / "market.py").write_text("# what a comment says is no rule\n" + rules)
-    plumbing.inputs.code_checksum.cache_clear()
+    for remembered in (plumbing.inputs.code_checksum, plumbing.inputs.source_of):
+        remembered.cache_clear()
     assert girl.main(argv("sft", whole / "run", whole / "data")) == 0
 
 

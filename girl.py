@@ -522,11 +522,12 @@ SIZES = {
         "sft": {"epochs": 2, "hidden": 64, "layers": 3, "heads": 2, "kv_heads": 2,
                 "vocab": 1024},
         "reward": {"steps": 850},
-        "ppo": {"iterations": 28, "episodes": 128, "lr": 8e-4, "keep": 3},
+        "ppo": {"iterations": 28, "episodes": 128, "lr": 8e-4, "kl_coef": 0.1, "keep": 3},
         "evaluate": {"cvs": 200}},
     "demo": {
         "data": {"people": 600, "held_out": 50, "jobs": 2000, "fields": 2},
-        "ppo": {"iterations": 12, "episodes": 128, "minibatch": 32, "lr": 4e-4}},
+        "ppo": {"iterations": 12, "episodes": 128, "minibatch": 32, "lr": 4e-4,
+                "kl_coef": 0.05}},
 }
 # Defaults that change if a run begins with a pretrained model. It can read and write already, so it
 # needs small steps, and none of the aids that teach a small model to copy. Adapters need larger

@@ -70,7 +70,7 @@ class PPOFlags:
     accumulate: int = flag(1, "micro-batches that a minibatch is split into, to save memory")
     lr: float = flag(4e-4, "learning rate; falls linearly to 0")
     clip: float = flag(0.2, "epsilon of the clipped ratio")
-    kl_coef: float = flag(0.05, "beta, the price of a nat of KL to the SFT model, in standard "
+    kl_coef: float = flag(0.08, "beta, the price of a nat of KL to the SFT model, in standard "
                                 "deviations of the score")
     kl_target: float = flag(0.0, "nats per text that the adaptive controller steers to; 0 keeps "
                                  "beta fixed")

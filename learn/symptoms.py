@@ -49,7 +49,7 @@ SETTINGS = [
     Patient("beta 0", "Nothing holds the policy near the SFT model. (Case 8 is the same run, but "
             "for the KL that it logs.)", "Draw reward and truth over KL: they part.",
             "raise --kl-coef", ("--kl-coef", "0")),
-    Patient("beta 40 times too large", "Each nat costs more than it can bring.",
+    Patient("beta far too large", "Each nat costs more than it can bring.",
             "The total (score minus price of the KL) falls at once, and the KL ends near 0.",
             "lower --kl-coef", ("--kl-coef", "2")),
     Patient("8 episodes in a rollout",

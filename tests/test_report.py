@@ -186,7 +186,7 @@ def test_runs_are_named_by_what_differs(whole, evaluated, tmp_path):
     assert girl.main(argv("ppo", other, whole / "data", "--kl-coef", "0.1")) == 0
     runs = report.label_runs([report.load_run(run) for run in (evaluated, other)])
     assert len({run.colour for run in runs}) == 2
-    assert [run.label for run in runs] == ["ppo --kl-coef 0.05", "ppo --kl-coef 0.1"]
+    assert [run.label for run in runs] == ["ppo --kl-coef 0.08", "ppo --kl-coef 0.1"]
     same = report.label_runs([report.load_run(evaluated)] * 2)
     assert [run.label for run in same] == [f"run {evaluated}"] * 2
     page = make([evaluated, other], whole, tmp_path / "page.html")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import girl
 from plumbing.stage import Stage
 
-CLOCK = {"started", "seconds", "peak_rss_mb", "candidates_per_second", "checksum"}
+CLOCK = {"started", "seconds", "peak_rss_mb", "peak_gpu_mb", "candidates_per_second", "checksum"}
 
 
 def noted(log):

@@ -505,7 +505,7 @@ STAGES = {"sft": sft.SFTFlags, "reward": reward.RewardFlags, "ppo": ppo.PPOFlags
 # Runs of other sizes, each in its own folder runs/NAME, and the defaults that they change.
 # smoke: every stage at toy size, to see that all of it runs. quick: a smaller market and smaller
 # models, for a classroom. demo: only PPO, on the quick models that come with the project (see
-# measure/demo.py).
+# measure/demo.py), and with the beta that its stored healthy runs had.
 SIZES = {
     "smoke": {
         "data": {"people": 300, "held_out": 60, "jobs": 600},

@@ -234,7 +234,8 @@ six healthy runs (the band). A figure is named if *both* seeds leave the range o
 on the same side (in brackets, widened by half on either side): at the first iteration, or over the
 last two. One text that does not end is not counted. Faults that show in no figure are at the end:
 most of them only a test finds. (The two faults of stage 1, cases 13 and 14, have SFT and reward
-models of their own, so they differ a little anyway.) All runs were of an earlier version.
+models of their own, so they differ a little anyway.) All runs were of an earlier
+version, with a β of 0.05.
 
 If you still want to hunt (`python girl.py bughunt`), read the headings and pictures only.
 """

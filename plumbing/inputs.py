@@ -97,10 +97,11 @@ def code_files(name):
 
 
 def code_of(name):
-    """Their checksums."""
+    """The checksums of code_files(name)."""
     return {file: code_checksum(HOME / file) for file in code_files(name)}
 
 
+# Read at import, while the files are the code that runs.
 for name in ("sft", "dpo", "recommend"):
     for file in code_files(name):
         source_of(HOME / file)

@@ -368,8 +368,8 @@ def check_same(folder, how, was, asked, inputs):
         raise BadInput(f"{folder}: was {how} with another {files[0][0]}; {remedy}")
 
 
-# A Python file as it was when it was first asked for. plumbing/inputs.py asks for all at import, so
-# they are the code that runs, even if somebody edits them meanwhile.
+# A Python file as it was when it was first read: plumbing/inputs.py does so at import. So what is
+# noted is the code that runs, even if somebody edits it meanwhile.
 source_of = lru_cache(read_file)
 
 

@@ -21,7 +21,7 @@ from plumbing.stage import Stage
 from ppo import Critic
 
 torch.set_num_threads(1)        # models this small are done sooner by one thread
-# What is bit for bit the same here need not be so elsewhere.
+# What is bit for bit the same on a CPU need not be so elsewhere. To try it, set GIRL_DEVICE.
 os.environ.setdefault("GIRL_DEVICE", "cpu")
 
 WORDS = [PAD, EOS, "CV", ":", "JD", "nurse", "driver", "cook", "night", "day", "wanted", "now",

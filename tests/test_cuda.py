@@ -24,7 +24,7 @@ def test_cuda_computes_what_the_cpu_computes(policy, prompts):
     assert 1e-4 < error < 0.03                      # bf16: it is used, and its precision is kept
 
 
-def test_the_cache_changes_nothing_on_cuda(policy, prompts, codec):
+def test_greedy_jds_on_cuda_are_those_of_the_cpu(policy, prompts):
     policy.to(CUDA)
     written = generate(policy, prompts, 6, temperature=0)
     policy.cpu()

@@ -164,7 +164,8 @@ def test_code_that_is_edited_while_it_runs_is_noted_as_it_runs(tmp_path):
     shutil.copytree(root, copy, ignore=lambda folder, names: [
         name for name in names if (Path(folder) / name).is_dir() and name not in
         ("plumbing", "measure", "learn", "labs")])
-    code = ("import girl; open('ppo.py', 'a').write('x = 1'); open('market.py', 'a').write('x = 1');"
+    code = ("import girl; open('ppo.py', 'a').write('x = 1');"
+            "open('market.py', 'a').write('x = 1');"
             "from plumbing import inputs;"
             "print(inputs.code_of('ppo')['ppo.py'], inputs.code_checksum(inputs.MARKET))")
     said = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)

@@ -22,6 +22,7 @@ import plumbing.inputs
 import plumbing.stage
 from plumbing import files
 from conftest import STAGES, argv, refused
+from learn.copies import copy_project
 from plumbing.files import BadInput, read_json
 from plumbing.stage import Stage
 
@@ -160,16 +161,17 @@ def test_code_that_changed_anywhere_but_in_a_later_stage_is_noted():
 
 
 def test_code_that_is_edited_while_it_runs_is_noted_as_it_runs(tmp_path):
-    root, copy = plumbing.inputs.HOME, tmp_path / "copy"
-    shutil.copytree(root, copy, ignore=lambda folder, names: [
-        name for name in names if (Path(folder) / name).is_dir() and name not in
-        ("plumbing", "measure", "learn", "labs")])
-    code = ("import girl; open('ppo.py', 'a').write('x = 1');"
-            "open('market.py', 'a').write('x = 1');"
-            "from plumbing import inputs;"
-            "print(inputs.code_of('ppo')['ppo.py'], inputs.code_checksum(inputs.MARKET))")
+    copy = copy_project(tmp_path / "copy", ".solutions")
+    code = """
+import girl
+from plumbing import inputs
+for name in ("ppo.py", "market.py"):
+    open(name, "a").write("x = 1")
+print(inputs.code_of("ppo")["ppo.py"], inputs.code_checksum(inputs.MARKET))
+"""
     said = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
-    expected = [plumbing.inputs.code_checksum(root / name) for name in ("ppo.py", "market.py")]
+    expected = [plumbing.inputs.code_checksum(plumbing.inputs.HOME / name)
+                for name in ("ppo.py", "market.py")]
     assert said.stdout.split() == expected, said.stderr
 
 

@@ -365,6 +365,15 @@ def test_the_peak_memory_is_not_that_of_the_process_that_started_this_one():
     assert len(held) and int(started.stdout) < peak_rss_mb() - 200
 
 
+def test_on_cuda_a_stage_notes_the_memory_of_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7 * 2 ** 20)
+    for used in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+        with Stage(tmp_path / f"{used}", "sft") as stage:
+            assert stage.begin({}, {})
+            assert stage.finish().get("peak_gpu_mb") == (7 if used else None)
+
+
 def test_metrics_can_be_written_while_the_stage_runs(tmp_path):
     with Stage(tmp_path, "ppo") as stage:
         for step in (1, 2):
